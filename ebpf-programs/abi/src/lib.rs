@@ -1,0 +1,76 @@
+//! Layouts of every map that the eBPF programs and the agent share.
+//!
+//! Invariants: `repr(C)`, padding explicit and zero, no `bool`, `Option` or Rust enum in a map value (any bit pattern
+//! that the other side reads is a valid value of its type), size and alignment asserted. A change of any layout needs
+//! a new [`LAYOUT_VERSION`]: pinned maps outlive the agent that made them.
+#![no_std]
+
+mod flow;
+mod pod;
+mod reason;
+mod verdict;
+
+pub use flow::{
+    Claim, Event, Flow, FlowKey, Listener, SocketState, claim_kind, event_kind, listener_kind, role,
+};
+pub use pod::{Config, Endpoint, Pod, knob};
+pub use reason::{REASON_COUNT, Reason};
+pub use verdict::{Verdict, VerdictKey, action, scope};
+
+/// Part of the pin path; an agent adopts only maps of its own version.
+pub const LAYOUT_VERSION: u32 = 1;
+
+/// An IP address as 16 bytes in network order; IPv4 is held IPv4-mapped (`::ffff:a.b.c.d`).
+pub type Address = [u8; 16];
+
+/// Most claims one pod may have in flight; more are refused, so that a pod harms only itself.
+pub const CLAIMS_PER_POD: i64 = 4096;
+
+/// Mark of the agent's own sockets inside a pod, and of istio-cni's rules: default of `PACKET_MARK`.
+pub const PROXY_MARK: u32 = 0x539;
+
+/// Mark that `connect` puts on a steered socket; the pod's rule routes it to the loopback device.
+pub const STEER_MARK: u32 = 0x53a;
+
+/// The bits of a packet mark that are ours (istio-cni uses the same mask).
+pub const MARK_MASK: u32 = 0xfff;
+
+/// Ports of the agent inside a pod.
+pub const OUTBOUND_PORT: u16 = 15001;
+pub const INBOUND_PORT: u16 = 15006;
+pub const HBONE_PORT: u16 = 15008;
+/// Every port of a pod that belongs to the agent; traffic of the mesh may not name them.
+pub const OWN_PORTS: [u16; 6] = [15001, 15006, 15008, 15053, 15020, 15021];
+
+/// An IPv4 address, given in network byte order, as an [`Address`].
+#[inline(always)]
+pub const fn mapped(ip4: u32) -> Address {
+    let [a, b, c, d] = ip4.to_ne_bytes();
+    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
+}
+
+macro_rules! layout {
+    ($($name:ident: $size:literal),* $(,)?) => {
+        $(const _: () = assert!(size_of::<$name>() == $size && align_of::<$name>() == 8);)*
+        #[cfg(feature = "user")]
+        mod user {
+            // SAFETY: `repr(C)`, only integers and arrays of integers, no implicit padding (the sizes above are the
+            // sums of the fields), so every bit pattern is valid and every byte initialised.
+            $(unsafe impl aya::Pod for super::$name {})*
+        }
+    };
+}
+
+layout! {
+    FlowKey: 48,
+    Claim: 64,
+    Flow: 72,
+    SocketState: 120,
+    Listener: 16,
+    Event: 160,
+    Config: 40,
+    Pod: 40,
+    Endpoint: 24,
+    VerdictKey: 16,
+    Verdict: 16,
+}

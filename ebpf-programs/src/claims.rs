@@ -1,0 +1,56 @@
+//! Claims: published before the SYN leaves, settled when the other end accepts, withdrawn when the client gives up.
+
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
+
+use aya_ebpf::bindings::BPF_ANY;
+use culvert_abi::{CLAIMS_PER_POD, Claim, FlowKey, Pod, Reason};
+
+use crate::maps::{CLAIMS, PODS, count};
+
+/// Publishes `claim`, at the expense of the pod with the cookie `claim.client_netns`.
+#[inline(always)]
+pub fn publish(pod: *mut Pod, key: &FlowKey, claim: &Claim) {
+    if add(pod, 1) >= CLAIMS_PER_POD {
+        add(pod, -1);
+        count(Reason::ClaimQuota);
+        return;
+    }
+    // A claim of the same tuple that is still there belongs to an attempt that is over: it was counted, too.
+    if CLAIMS.remove(key).is_ok() {
+        add(pod, -1);
+    }
+    if CLAIMS.insert(key, claim, u64::from(BPF_ANY)).is_err() {
+        add(pod, -1);
+        count(Reason::ClaimMapFull);
+    }
+}
+
+/// Deletes the claim if it is still the one of this attempt.
+#[inline(always)]
+pub fn withdraw(key: &FlowKey, sequence: u32) {
+    // SAFETY: only the sequence number and the client are read; a concurrent replacement is another attempt's.
+    let Some(claim) = (unsafe { CLAIMS.get(key) }) else {
+        return;
+    };
+    let (found, client) = (claim.sequence, claim.client_netns);
+    if found == sequence {
+        settle(key, client);
+    }
+}
+
+/// Deletes a claim of the pod `client`.
+#[inline(always)]
+pub fn settle(key: &FlowKey, client: u64) {
+    if CLAIMS.remove(key).is_ok()
+        && let Some(pod) = PODS.get_ptr_mut(&client)
+    {
+        add(pod, -1);
+    }
+}
+
+#[inline(always)]
+fn add(pod: *mut Pod, delta: i64) -> i64 {
+    // The target has no compare-and-swap as Rust's atomics want it, hence the intrinsic.
+    // SAFETY: a live map value; the field is aligned and only ever accessed atomically here.
+    unsafe { atomic_xadd::<i64, i64, { AtomicOrdering::Relaxed }>(&raw mut (*pod).claims, delta) }
+}

@@ -1,0 +1,105 @@
+//! Every map, and the few accesses that all hooks share.
+
+use core::{ffi::c_void, ptr};
+
+use aya_ebpf::{
+    bindings::{BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE},
+    btf_maps::{Array, HashMap, PerCpuArray, RingBuf, SockHash},
+    helpers::generated::bpf_sk_storage_get,
+    macros::btf_map,
+};
+use culvert_abi::{
+    Address, Claim, Config, Endpoint, Event, Flow, FlowKey, Listener, Pod, REASON_COUNT, Reason, SocketState, Verdict,
+    VerdictKey,
+};
+
+const DEMAND: usize = BPF_F_NO_PREALLOC as usize;
+
+#[btf_map]
+pub static CONFIG: Array<Config, 1> = Array::new();
+#[btf_map]
+pub static PODS: HashMap<u64, Pod, 4096, DEMAND> = HashMap::new();
+#[btf_map]
+pub static ENDPOINTS: HashMap<Address, Endpoint, 16384, DEMAND> = HashMap::new();
+#[btf_map]
+pub static VERDICTS: HashMap<VerdictKey, Verdict, 65536, DEMAND> = HashMap::new();
+#[btf_map]
+pub static CLAIMS: HashMap<FlowKey, Claim, 65536, DEMAND> = HashMap::new();
+#[btf_map]
+pub static FLOWS: HashMap<FlowKey, Flow, 262144, DEMAND> = HashMap::new();
+#[btf_map]
+pub static LISTENERS: SockHash<Listener, 16384> = SockHash::new();
+/// Sockets cut off from their applications: see `isolation.rs`.
+#[btf_map]
+pub static ISOLATED: SockHash<u64, 65536> = SockHash::new();
+#[btf_map]
+pub static EVENTS: RingBuf<Event, { 1 << 21 }> = RingBuf::new();
+#[btf_map]
+pub static COUNTERS: PerCpuArray<u64, { REASON_COUNT as usize }> = PerCpuArray::new();
+#[btf_map]
+pub static SOCKETS: SocketStorage<SocketState> = SocketStorage::new();
+
+/// Socket storage that an accepted socket inherits from its listener: so the agent marks a listener once.
+#[repr(C)]
+pub struct SocketStorage<T> {
+    r#type: *const [i32; BPF_MAP_TYPE_SK_STORAGE as usize],
+    key: *const i32,
+    value: *const T,
+    max_entries: *const [i32; 0],
+    map_flags: *const [i32; (BPF_F_NO_PREALLOC | BPF_F_CLONE) as usize],
+}
+
+// SAFETY: the fields are type information for the loader; nothing reads or writes them.
+unsafe impl<T> Sync for SocketStorage<T> {}
+
+impl<T> SocketStorage<T> {
+    const fn new() -> Self {
+        Self {
+            r#type: ptr::null(),
+            key: ptr::null(),
+            value: ptr::null(),
+            max_entries: ptr::null(),
+            map_flags: ptr::null(),
+        }
+    }
+
+    /// The socket's state, if it has one. `sk` is the context's socket and may be null.
+    #[inline(always)]
+    pub fn find(&self, sk: *mut c_void) -> Option<&mut T> {
+        if sk.is_null() {
+            return None;
+        }
+        // SAFETY: the helper returns null or memory that lives as long as the socket, which outlives the program.
+        unsafe { bpf_sk_storage_get(self.address(), sk, ptr::null_mut(), 0).cast::<T>().as_mut() }
+    }
+
+    /// The socket's state, zeroed when it is new.
+    #[inline(always)]
+    pub fn find_or_create(&self, sk: *mut c_void) -> Option<&mut T> {
+        if sk.is_null() {
+            return None;
+        }
+        let flags = u64::from(BPF_SK_STORAGE_GET_F_CREATE);
+        // SAFETY: as in `find`.
+        unsafe { bpf_sk_storage_get(self.address(), sk, ptr::null_mut(), flags).cast::<T>().as_mut() }
+    }
+
+    #[inline(always)]
+    fn address(&self) -> *mut c_void {
+        ptr::from_ref(self).cast_mut().cast()
+    }
+}
+
+#[inline(always)]
+pub fn count(reason: Reason) {
+    if let Some(counter) = COUNTERS.get_ptr_mut(reason as u32) {
+        // SAFETY: a slot of this CPU in a per-CPU array.
+        unsafe { *counter = (*counter).wrapping_add(1) };
+    }
+}
+
+/// Whether a test has switched this protection off.
+#[inline(always)]
+pub fn knob(bit: u32) -> bool {
+    CONFIG.get(0).is_some_and(|config| config.knobs & bit != 0)
+}

@@ -1,0 +1,306 @@
+//! `sockops`: publishes claims, settles them, and measures flows.
+
+use core::{ffi::c_void, ptr};
+
+use aya_ebpf::{
+    bindings::{
+        BPF_ANY, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB,
+        BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
+    },
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_skc_to_tcp_sock},
+    macros::sock_ops,
+    programs::SockOpsContext,
+};
+use culvert_abi::{
+    Claim, Flow, FlowKey, OWN_PORTS, Reason, claim_kind, event_kind, knob, role,
+};
+
+use crate::{
+    address::Ends,
+    claims, events,
+    isolation::isolate,
+    maps::{CLAIMS, ENDPOINTS, FLOWS, PODS, SOCKETS, count, knob},
+};
+
+/// Offset of `write_seq` in the kernel's `struct tcp_sock`, set by the loader from the kernel's BTF.
+#[unsafe(no_mangle)]
+static TCP_WRITE_SEQ_OFFSET: u64 = 0;
+
+const TCP_FIN_WAIT2: u32 = 5;
+const TCP_CLOSE: u32 = 7;
+const TCP_CLOSE_WAIT: u32 = 8;
+const TCP_LAST_ACK: u32 = 9;
+const TCP_CLOSING: u32 = 11;
+
+#[sock_ops]
+pub fn socket_ops(ctx: SockOpsContext) -> u32 {
+    match ctx.op() {
+        BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(&ctx),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => connected(&ctx),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(&ctx),
+        BPF_SOCK_OPS_STATE_CB => state_changed(&ctx),
+        _ => {}
+    }
+    1
+}
+
+/// Port and sequence number are chosen, the SYN has not left.
+#[inline(always)]
+fn connecting(ctx: &SockOpsContext) {
+    let sk = socket(ctx);
+    let Some(state) = SOCKETS.find(sk) else {
+        return;
+    };
+    if state.role == role::NONE || state.role == role::ACCEPTED {
+        return;
+    }
+    let own_netns = netns_cookie(ctx);
+    let Some(pod) = PODS.get_ptr_mut(&own_netns) else {
+        return;
+    };
+    let Some(ends) = Ends::of(ctx.ops) else {
+        return;
+    };
+    // SAFETY: a live map value.
+    let (pod_address, identity, number) = unsafe { ((*pod).address, (*pod).identity, (*pod).pod) };
+    let (kind, lookup_netns) = match state.role {
+        role::DIRECT => (claim_kind::DIRECT, state.server_netns),
+        role::STEERED => (claim_kind::STEERED, own_netns),
+        role::OWN_ADDRESS => (claim_kind::OWN_ADDRESS, own_netns),
+        // The agent's own: only what it opens to the application of the pod it stands in needs a claim.
+        role::PROXY if ends.remote == pod_address && !OWN_PORTS.contains(&ends.remote_port) => {
+            (claim_kind::PROXY, own_netns)
+        }
+        _ => return,
+    };
+    if ends.local != pod_address && kind != claim_kind::PROXY {
+        count(Reason::ClaimForeignSource);
+        return;
+    }
+    let Some(sequence) = write_seq(sk) else {
+        return;
+    };
+    let key = ends.as_client(lookup_netns);
+    // SAFETY: helper calls without side effects.
+    let (now, socket_cookie) = unsafe { (bpf_ktime_get_ns(), bpf_get_socket_cookie(ctx.ops.cast())) };
+    let claim = Claim {
+        client_netns: own_netns,
+        server_netns: lookup_netns,
+        generation: state.generation,
+        opened_ns: now,
+        socket_cookie,
+        kind,
+        sequence,
+        workload: state.workload,
+        source_identity: identity,
+        source_pod: number,
+        padding: 0,
+    };
+    state.key = key;
+    state.opened_ns = now;
+    state.sequence = sequence;
+    state.fin_acked = 0;
+    state.received_at_fin_wait = 0;
+    // Without this callback the claim of a failed connect would stay: better none at all.
+    if ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32).is_err() {
+        return;
+    }
+    claims::publish(pod, &key, &claim);
+}
+
+/// The client's end of a connection is established.
+#[inline(always)]
+fn connected(ctx: &SockOpsContext) {
+    let Some(state) = SOCKETS.find(socket(ctx)) else {
+        return;
+    };
+    if state.role != role::DIRECT {
+        return;
+    }
+    // SAFETY: helper call without arguments; single volatile read of a context field.
+    let (now, acked) = unsafe { (bpf_ktime_get_ns(), ptr::read_volatile(&raw const (*ctx.ops).bytes_acked)) };
+    state.acked_at_start = acked;
+    state.connect_latency_us = (now.saturating_sub(state.opened_ns) / 1000) as u32;
+}
+
+/// The server's end of a connection is established, and the application has not seen it yet.
+#[inline(always)]
+fn accepted(ctx: &SockOpsContext) {
+    let netns = netns_cookie(ctx);
+    // SAFETY: the agent replaces entries whole.
+    if unsafe { PODS.get(&netns) }.is_none() {
+        return;
+    }
+    let Some(ends) = Ends::of(ctx.ops) else {
+        return;
+    };
+    let [.., first, _, _, _] = ends.local;
+    if first == 127 {
+        return;
+    }
+    let key = ends.as_server(netns);
+    let sk = socket(ctx);
+    // A child of the agent's listener: `inbound` chose it, the agent judges it.
+    if SOCKETS.find(sk).is_some_and(|state| state.role == role::PROXY) {
+        // SAFETY: only the client is read.
+        if let Some(claim) = unsafe { CLAIMS.get(&key) } {
+            let client = claim.client_netns;
+            claims::settle(&key, client);
+        }
+        return;
+    }
+    if let Err(reason) = admit(ctx, sk, netns, &key) {
+        isolate(ctx, &key, reason);
+    }
+}
+
+/// Checks the connection against its claim, and makes it a flow.
+#[inline(always)]
+fn admit(ctx: &SockOpsContext, sk: *mut c_void, netns: u64, key: &FlowKey) -> Result<(), Reason> {
+    // SAFETY: claims are written whole; the copy is taken before the entry is deleted.
+    let claim = *unsafe { CLAIMS.get(key) }.ok_or(Reason::IsolatedNoClaim)?;
+    // SAFETY: single volatile read of a context field.
+    let received = unsafe { ptr::read_volatile(&raw const (*ctx.ops).rcv_nxt) };
+    // A wrong sequence number leaves the claim where it is: it belongs to somebody else's connection.
+    if received.wrapping_sub(1) != claim.sequence && !knob(knob::SKIP_SEQUENCE) {
+        return Err(Reason::IsolatedSequence);
+    }
+    claims::settle(key, claim.client_netns);
+    if claim.server_netns != netns {
+        return Err(Reason::IsolatedWrongPod);
+    }
+    if claim.kind != claim_kind::DIRECT {
+        return Ok(());
+    }
+    // SAFETY: the agent replaces endpoints whole.
+    let current = unsafe { ENDPOINTS.get(&key.server) }.is_some_and(|endpoint| endpoint.generation == claim.generation);
+    if !current && !knob(knob::SKIP_GENERATION) {
+        return Err(Reason::IsolatedOldGeneration);
+    }
+    let state = SOCKETS.find_or_create(sk).ok_or(Reason::IsolatedFlowMapFull)?;
+    state.role = role::ACCEPTED;
+    state.key = *key;
+    state.sequence = claim.sequence;
+    let flow = Flow {
+        client_netns: claim.client_netns,
+        server_netns: netns,
+        generation: claim.generation,
+        opened_ns: claim.opened_ns,
+        client_socket: claim.socket_cookie,
+        // SAFETY: helper call with this program's context.
+        server_socket: unsafe { bpf_get_socket_cookie(ctx.ops.cast()) },
+        sequence: claim.sequence,
+        workload: claim.workload,
+        source_identity: claim.source_identity,
+        source_pod: claim.source_pod,
+        reserved: 0,
+    };
+    FLOWS.insert(key, &flow, u64::from(BPF_ANY)).map_err(|_| Reason::IsolatedFlowMapFull)?;
+    let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
+    if ctx.set_cb_flags(flags as i32).is_err() {
+        return Err(Reason::IsolatedFlowMapFull);
+    }
+    let mut event = events::blank(event_kind::OPENED, key);
+    event.client_netns = flow.client_netns;
+    event.opened_ns = flow.opened_ns;
+    event.workload = flow.workload;
+    event.sequence = flow.sequence;
+    event.generation = flow.generation;
+    events::emit(&event);
+    Ok(())
+}
+
+#[inline(always)]
+fn state_changed(ctx: &SockOpsContext) {
+    let (old, new) = (arg(ctx, 0), arg(ctx, 1));
+    if new != TCP_FIN_WAIT2 && new != TCP_CLOSE {
+        return;
+    }
+    let Some(state) = SOCKETS.find(socket(ctx)) else {
+        return;
+    };
+    // SAFETY: single volatile reads of context fields.
+    let (received, acked, srtt, retransmits) = unsafe {
+        (
+            ptr::read_volatile(&raw const (*ctx.ops).bytes_received),
+            ptr::read_volatile(&raw const (*ctx.ops).bytes_acked),
+            ptr::read_volatile(&raw const (*ctx.ops).srtt_us),
+            ptr::read_volatile(&raw const (*ctx.ops).total_retrans),
+        )
+    };
+    if new == TCP_FIN_WAIT2 {
+        state.fin_acked = 1;
+        state.received_at_fin_wait = received;
+        return;
+    }
+    if !knob(knob::KEEP_CLAIMS) {
+        claims::withdraw(&state.key, state.sequence);
+    }
+    if state.role != role::DIRECT && state.role != role::ACCEPTED {
+        return;
+    }
+    // SAFETY: only the sequence number is read; a flow of another number is a later connection's.
+    let owned = unsafe { FLOWS.get(&state.key) }.is_some_and(|flow| flow.sequence == state.sequence);
+    if owned {
+        let _ = FLOWS.remove(&state.key);
+    }
+    if state.role == role::ACCEPTED || state.connect_latency_us == 0 && state.acked_at_start == 0 {
+        return;
+    }
+    // TCP counts SYN and FIN as an octet each.
+    let fin_acked = u64::from(state.fin_acked != 0 || old == TCP_LAST_ACK || old == TCP_CLOSING);
+    let fin_received = u64::from(
+        matches!(old, TCP_CLOSE_WAIT | TCP_LAST_ACK | TCP_CLOSING)
+            || old == TCP_FIN_WAIT2 && received > state.received_at_fin_wait,
+    );
+    let mut event = events::blank(event_kind::CLOSED, &state.key);
+    // SAFETY: helper call with this program's context.
+    event.client_netns = netns_cookie(ctx);
+    event.opened_ns = state.opened_ns;
+    event.workload = state.workload;
+    event.sequence = state.sequence;
+    event.generation = state.generation;
+    event.bytes_sent = acked.saturating_sub(state.acked_at_start).saturating_sub(fin_acked);
+    event.bytes_received = received.saturating_sub(fin_received);
+    event.srtt_us = srtt >> 3;
+    event.retransmits = retransmits;
+    event.connect_latency_us = state.connect_latency_us;
+    event.last_state = old;
+    events::emit(&event);
+    state.acked_at_start = 0;
+    state.connect_latency_us = 0;
+}
+
+#[inline(always)]
+fn arg(ctx: &SockOpsContext, index: usize) -> u32 {
+    // SAFETY: single volatile read of a context field.
+    unsafe { ptr::read_volatile(&raw const (*ctx.ops).__bindgen_anon_1.args[index]) }
+}
+
+#[inline(always)]
+fn socket(ctx: &SockOpsContext) -> *mut c_void {
+    // SAFETY: read of a context field that the verifier types as a socket or null.
+    unsafe { (*ctx.ops).__bindgen_anon_2.sk.cast() }
+}
+
+#[inline(always)]
+fn netns_cookie(ctx: &SockOpsContext) -> u64 {
+    // SAFETY: helper call with this program's context.
+    unsafe { bpf_get_netns_cookie(ctx.ops.cast()) }
+}
+
+/// The number that the SYN carries (its octet is counted when the SYN is sent, which is after this callback).
+#[inline(always)]
+fn write_seq(sk: *mut c_void) -> Option<u32> {
+    // SAFETY: the helper returns null or a `struct tcp_sock` of the kernel; the verifier checks the offset, a constant
+    // by then, against the kernel's types.
+    unsafe {
+        let tcp = bpf_skc_to_tcp_sock(sk).cast::<u8>();
+        if tcp.is_null() {
+            return None;
+        }
+        let offset = ptr::read_volatile(&raw const TCP_WRITE_SEQ_OFFSET) as usize;
+        Some(ptr::read_volatile(tcp.add(offset).cast::<u32>()))
+    }
+}
+

@@ -1,0 +1,40 @@
+//! What can go wrong between the agent and the kernel.
+
+use std::{io, path::PathBuf};
+
+/// An operation on the kernel that failed; the text says what was being done, to what, and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    #[error("{} is not on a BPF file system: mount one with `mount -t bpf bpf /sys/fs/bpf`, or set CULVERT_PIN_DIR", path.display())]
+    NotBpffs { path: PathBuf },
+    #[error("{} is not a cgroup v2 directory: set CULVERT_CGROUP_ROOT to one", path.display())]
+    NotCgroup { path: PathBuf },
+    #[error("this agent (cgroup {own}) does not run inside CULVERT_CGROUP_ROOT {root}: its own connections would not be recognised; start it in a cgroup below")]
+    OutsideCgroupRoot { own: String, root: String },
+    #[error("cannot {doing} {}: {source}", path.display())]
+    File { doing: &'static str, path: PathBuf, source: io::Error },
+    #[error("the kernel's type information (/sys/kernel/btf/vmlinux) {0}: a kernel with CONFIG_DEBUG_INFO_BTF is needed")]
+    Btf(String),
+    #[error("the kernel refused the program `{program}`: {detail}")]
+    Program { program: &'static str, detail: String },
+    #[error("cannot attach `{program}` to {target}: {detail}")]
+    Attach { program: &'static str, target: String, detail: String },
+    #[error("map {map}: {detail}")]
+    Map { map: &'static str, detail: String },
+    #[error("map {map} pinned at {} has another type or size than this version's: run `culvert unload` with the version that made it", path.display())]
+    MapLayout { map: &'static str, path: PathBuf },
+    #[error("cannot {doing} in the pod's network namespace: {source}")]
+    Netns { doing: &'static str, source: io::Error },
+    #[error("{} is not a network namespace", path.display())]
+    NotNetns { path: PathBuf },
+    #[error("port {port} of the pod is taken by another process: Culvert needs 15001, 15006 and 15008 ({source})")]
+    Port { port: u16, source: io::Error },
+    #[error("cannot {doing} the pod's routing: {detail}")]
+    Routing { doing: &'static str, detail: String },
+}
+
+impl KernelError {
+    pub(crate) fn map(map: &'static str, error: impl std::fmt::Display) -> Self {
+        Self::Map { map, detail: error.to_string() }
+    }
+}

@@ -1,0 +1,107 @@
+//! Network namespaces: opening, naming, and doing something inside one.
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::MetadataExt as _,
+    },
+    path::Path,
+    sync::OnceLock,
+};
+
+use socket2::{Domain, Socket, Type};
+
+use super::{KernelError, sys};
+
+/// The kernel's name for a namespace: unlike its inode or path, never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NetnsCookie(pub u64);
+
+impl std::fmt::Display for NetnsCookie {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(formatter)
+    }
+}
+
+/// A network namespace, held open.
+#[derive(Debug)]
+pub struct Netns {
+    file: File,
+    cookie: NetnsCookie,
+    inode: u64,
+}
+
+impl Netns {
+    /// Opens a namespace by the path of its file, such as `/run/netns/NAME` or `/proc/PID/ns/net`.
+    pub fn open(path: &Path) -> Result<Self, KernelError> {
+        let failed = |source| KernelError::File { doing: "open network namespace", path: path.to_owned(), source };
+        // Not following into devices or FIFOs: opening one of those could block.
+        if !std::fs::metadata(path).map_err(failed)?.is_file() {
+            return Err(KernelError::NotNetns { path: path.to_owned() });
+        }
+        let file = File::open(path).map_err(failed)?;
+        if !sys::is_network_namespace(&file) {
+            return Err(KernelError::NotNetns { path: path.to_owned() });
+        }
+        let inode = file.metadata().map_err(failed)?.ino();
+        let cookie = within(file.as_fd(), || -> io::Result<u64> {
+            sys::netns_cookie(Socket::new(Domain::IPV4, Type::DGRAM, None)?)
+        })
+        .and_then(|cookie| cookie)
+        .map_err(|source| KernelError::Netns { doing: "read the cookie", source })?;
+        Ok(Self { file, cookie: NetnsCookie(cookie), inode })
+    }
+
+    pub fn cookie(&self) -> NetnsCookie {
+        self.cookie
+    }
+
+    pub fn inode(&self) -> u64 {
+        self.inode
+    }
+
+    /// Runs `work` on this thread inside the namespace. `work` must not await: the thread is elsewhere meanwhile.
+    pub fn run<T>(&self, work: impl FnOnce() -> T) -> io::Result<T> {
+        within(self.file.as_fd(), work)
+    }
+}
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+fn within<T>(namespace: BorrowedFd<'_>, work: impl FnOnce() -> T) -> io::Result<T> {
+    let home = home()?;
+    sys::enter_network_namespace(namespace)?;
+    let guard = Return(home);
+    let result = work();
+    drop(guard);
+    Ok(result)
+}
+
+/// The namespace the agent was started in.
+fn home() -> io::Result<&'static File> {
+    static HOME: OnceLock<File> = OnceLock::new();
+    if let Some(home) = HOME.get() {
+        return Ok(home);
+    }
+    let file = File::open("/proc/self/ns/net")?;
+    Ok(HOME.get_or_init(|| file))
+}
+
+/// Brings the thread home, also when `work` panics.
+struct Return(&'static File);
+
+impl Drop for Return {
+    fn drop(&mut self) {
+        if let Err(error) = sys::enter_network_namespace(self.0) {
+            // A thread lost in a pod's namespace would open sockets there on behalf of others.
+            tracing::error!(%error, "cannot return from a pod's network namespace");
+            std::process::abort();
+        }
+    }
+}

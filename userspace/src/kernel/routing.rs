@@ -1,0 +1,172 @@
+//! The rule, route and sysctls that a pod needs, made and undone by the agent.
+//!
+//! Two marks lead to one table, whose only route delivers everything to the pod itself: a steered connection
+//! (`STEER_MARK`, set by `connect`), and the answers to a connection that the agent opened to the application with the
+//! client's address as source (the packet mark, which `tcp_fwmark_accept` hands to the application's end).
+
+use std::{
+    fs, io,
+    net::{IpAddr, Ipv4Addr},
+    thread,
+};
+
+use culvert_abi::{MARK_MASK, STEER_MARK};
+use rtnetlink::{
+    Handle, RouteMessageBuilder,
+    packet_route::{
+        AddressFamily,
+        route::{RouteScope, RouteType},
+        rule::{RuleAction, RuleAttribute, RuleMessage},
+    },
+};
+
+use super::{KernelError, Netns, sys};
+
+/// Routing table and rule priority of ours inside a pod.
+const TABLE: u32 = 15001;
+const PRIORITY: u32 = 15001;
+/// Sysctls that the agent's connections to the application need, and what for.
+const SYSCTLS: [&str; 2] = [
+    // The application's end of a connection takes the mark of the agent's SYN, so that its answers come back.
+    "/proc/sys/net/ipv4/tcp_fwmark_accept",
+    // So does a reset for a port on which nobody listens.
+    "/proc/sys/net/ipv4/fwmark_reflect",
+];
+
+/// What was set up in a pod, and what was there before.
+#[derive(Debug)]
+pub struct PodRouting {
+    ip: Ipv4Addr,
+    packet_mark: u32,
+    previous: Vec<(&'static str, String)>,
+}
+
+impl PodRouting {
+    /// Sets the pod up. Leftovers of an earlier agent are replaced.
+    pub fn install(netns: &Netns, ip: Ipv4Addr, packet_mark: u32) -> Result<Self, KernelError> {
+        let previous = on_thread(netns, "set up", || {
+            let mut previous = Vec::new();
+            for path in SYSCTLS {
+                let old = fs::read_to_string(path).map_err(|error| format!("read {path}: {error}"))?;
+                fs::write(path, "1").map_err(|error| format!("write {path}: {error}"))?;
+                previous.push((path, old.trim().to_owned()));
+            }
+            with_netlink(async |handle| {
+                remove(&handle, packet_mark).await;
+                loopback_up(&handle).await?;
+                for mark in [STEER_MARK, packet_mark] {
+                    add_rule(&handle, mark).await?;
+                }
+                let route = RouteMessageBuilder::<Ipv4Addr>::new()
+                    .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
+                    .kind(RouteType::Local)
+                    .scope(RouteScope::Host)
+                    .table_id(TABLE)
+                    .output_interface(loopback(&handle).await?)
+                    .pref_source(ip)
+                    .build();
+                handle.route().add(route).replace().execute().await.map_err(|error| format!("add local route: {error}"))
+            })?;
+            Ok(previous)
+        })?;
+        Ok(Self { ip, packet_mark, previous })
+    }
+
+    pub fn ip(&self) -> IpAddr {
+        IpAddr::V4(self.ip)
+    }
+
+    /// Undoes [`Self::install`].
+    pub fn uninstall(self, netns: &Netns) -> Result<(), KernelError> {
+        on_thread(netns, "take down", || {
+            with_netlink(async |handle| {
+                remove(&handle, self.packet_mark).await;
+                Ok(())
+            })?;
+            for (path, value) in &self.previous {
+                fs::write(path, value).map_err(|error| format!("restore {path}: {error}"))?;
+            }
+            Ok(())
+        })
+    }
+}
+
+/// A thread of its own: /proc/sys and netlink sockets belong to the namespace of the thread that opens them.
+fn on_thread<T: Send>(
+    netns: &Netns,
+    doing: &'static str,
+    work: impl FnOnce() -> Result<T, String> + Send,
+) -> Result<T, KernelError> {
+    thread::scope(|scope| {
+        scope
+            .spawn(|| {
+                sys::enter_network_namespace(netns).map_err(|error| format!("enter namespace: {error}"))?;
+                work()
+            })
+            .join()
+            .unwrap_or_else(|_| Err("the thread panicked".to_owned()))
+    })
+    .map_err(|detail| KernelError::Routing { doing, detail })
+}
+
+fn with_netlink<T>(work: impl AsyncFnOnce(Handle) -> Result<T, String>) -> Result<T, String> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error: io::Error| format!("start a runtime: {error}"))?;
+    runtime.block_on(async {
+        let (connection, handle, _) = rtnetlink::new_connection().map_err(|error| format!("open netlink: {error}"))?;
+        let driver = tokio::spawn(connection);
+        let result = work(handle).await;
+        driver.abort();
+        result
+    })
+}
+
+async fn loopback(handle: &Handle) -> Result<u32, String> {
+    use futures_util::TryStreamExt as _;
+    let found = handle.link().get().match_name("lo".to_owned()).execute().try_next().await;
+    found
+        .map_err(|error| format!("find lo: {error}"))?
+        .map(|link| link.header.index)
+        .ok_or_else(|| "there is no loopback device".to_owned())
+}
+
+async fn loopback_up(handle: &Handle) -> Result<(), String> {
+    let index = loopback(handle).await?;
+    let link = rtnetlink::LinkUnspec::new_with_index(index).up().build();
+    handle.link().set(link).execute().await.map_err(|error| format!("set lo up: {error}"))
+}
+
+fn rule(mark: u32) -> RuleMessage {
+    let mut rule = RuleMessage::default();
+    rule.header.family = AddressFamily::Inet;
+    rule.header.action = RuleAction::ToTable;
+    rule.attributes = vec![
+        RuleAttribute::Priority(PRIORITY),
+        RuleAttribute::FwMark(mark),
+        RuleAttribute::FwMask(MARK_MASK),
+        RuleAttribute::Table(TABLE),
+    ];
+    rule
+}
+
+async fn add_rule(handle: &Handle, mark: u32) -> Result<(), String> {
+    let mut request = handle.rule().add();
+    *request.message_mut() = rule(mark);
+    request.execute().await.map_err(|error| format!("add rule for mark {mark:#x}: {error}"))
+}
+
+/// What is absent need not be removed, hence no error.
+async fn remove(handle: &Handle, packet_mark: u32) {
+    for mark in [STEER_MARK, packet_mark] {
+        while handle.rule().del(rule(mark)).execute().await.is_ok() {}
+    }
+    let route = RouteMessageBuilder::<Ipv4Addr>::new()
+        .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
+        .kind(RouteType::Local)
+        .scope(RouteScope::Host)
+        .table_id(TABLE)
+        .build();
+    while handle.route().del(route.clone()).execute().await.is_ok() {}
+}

@@ -1,0 +1,97 @@
+//! Sockets of the agent inside a pod: its listeners, and the connections it opens there.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
+    sync::Arc,
+};
+
+use culvert_abi::{HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT, listener_kind};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::{KernelError, Netns, Tables};
+
+const BACKLOG: i32 = 4096;
+
+/// The three listeners of a pod. Dropping them closes the ports; `inbound` then refuses what needs them.
+#[derive(Debug)]
+pub struct PodListeners {
+    pub outbound: TcpListener,
+    pub inbound: TcpListener,
+    pub hbone: TcpListener,
+}
+
+/// Opens sockets in one pod's namespace, marked as the agent's.
+#[derive(Clone)]
+pub struct PodSockets {
+    netns: Arc<Netns>,
+    tables: Arc<Tables>,
+    packet_mark: u32,
+}
+
+impl PodSockets {
+    pub fn new(netns: Arc<Netns>, tables: Arc<Tables>, packet_mark: u32) -> Self {
+        Self { netns, tables, packet_mark }
+    }
+
+    pub fn netns(&self) -> &Arc<Netns> {
+        &self.netns
+    }
+
+    /// Opens the listeners and gives `inbound` the first of their connections.
+    pub fn listen(&self) -> Result<PodListeners, KernelError> {
+        let outbound = self.listener(OUTBOUND_PORT, listener_kind::OUTBOUND)?;
+        let inbound = self.listener(INBOUND_PORT, listener_kind::INBOUND)?;
+        let hbone = self.listener(HBONE_PORT, listener_kind::HBONE)?;
+        Ok(PodListeners { outbound, inbound, hbone })
+    }
+
+    /// Takes the listeners away from `inbound`.
+    pub fn unlisten(&self) {
+        for kind in [listener_kind::OUTBOUND, listener_kind::INBOUND, listener_kind::HBONE] {
+            self.tables.remove_listener(self.netns.cookie(), kind);
+        }
+    }
+
+    fn listener(&self, port: u16, kind: u32) -> Result<TcpListener, KernelError> {
+        let socket = self
+            .netns
+            .run(|| -> io::Result<Socket> {
+                let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
+                socket.set_reuse_address(true)?;
+                // Connections accepted here have addresses that are not the pod's.
+                socket.set_ip_transparent_v4(true)?;
+                socket.bind(&SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port).into())?;
+                Ok(socket)
+            })
+            .and_then(|socket| socket)
+            .map_err(|source| KernelError::Port { port, source })?;
+        self.tables.mark_proxy(&socket)?;
+        socket.listen(BACKLOG).map_err(|source| KernelError::Port { port, source })?;
+        self.tables.put_listener(self.netns.cookie(), kind, &socket)?;
+        Ok(socket.into())
+    }
+
+    /// A socket for a connection that leaves the pod.
+    pub fn outgoing(&self) -> io::Result<Socket> {
+        let socket = self.netns.run(|| {
+            Socket::new(Domain::IPV4, Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))
+        })??;
+        self.tables.mark_proxy(&socket).map_err(io::Error::other)?;
+        socket.set_tcp_nodelay(true)?;
+        Ok(socket)
+    }
+
+    /// A socket for a connection to the pod's own application, which will see `client` as its peer. With a port of 0,
+    /// or one that is taken, the kernel chooses the port.
+    pub fn to_application(&self, client: SocketAddr) -> io::Result<Socket> {
+        let socket = self.outgoing()?;
+        socket.set_mark(self.packet_mark)?;
+        socket.set_ip_transparent_v4(true)?;
+        socket.set_reuse_address(true)?;
+        if client.port() == 0 || socket.bind(&client.into()).is_err() {
+            socket.bind(&SocketAddr::new(client.ip(), 0).into())?;
+        }
+        Ok(socket)
+    }
+}

@@ -1,0 +1,5 @@
+//! `cargo xtask`: every task of this repository.
+
+fn main() -> anyhow::Result<()> {
+    Ok(())
+}
