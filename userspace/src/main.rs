@@ -1,12 +1,68 @@
-use culvert::kernel::*;
-#[tokio::main(flavor = "current_thread")]
-async fn main() {
-    let s = KernelSettings { cgroup_root: "/sys/fs/cgroup/unified/cvt".into(), cgroup_mount: "/sys/fs/cgroup/unified".into(), pin_dir: "/sys/fs/bpf/t1".into(), verdict_max_age: std::time::Duration::from_secs(300), knobs: 0 };
-    match Kernel::attach(&s) {
-        Ok((k, _e)) => {
-            let n = Netns::open(std::path::Path::new("/proc/self/ns/net")).unwrap();
-            println!("ok {:?}", k.attach_pod(&n).map_err(|e| e.to_string()));
-        }
-        Err(e) => println!("{e}"),
+//! The `culvert` program: parses the command line and hands over.
+
+use std::{io::Write as _, process::ExitCode};
+
+use clap::Parser as _;
+use culvert::{
+    cli::{self, Cli, Command, EXIT_CONFIG, EXIT_FAILED, NodeArgs, UnloadArgs},
+    config::{self, Config, Environment},
+    kernel, node,
+    telemetry::logging,
+};
+
+fn main() -> ExitCode {
+    let environment = Environment::of_this_process();
+    match Cli::parse().command {
+        Command::Node(args) => run_node(&args, &environment),
+        Command::Unload(args) => unload(&args, &environment),
+        Command::Client(command) => match cli::run(&command, &environment, &mut std::io::stdout().lock()) {
+            Err(error) if !error.is_closed_pipe() => fail(&error, error.exit_status()),
+            _ => ExitCode::SUCCESS,
+        },
     }
+}
+
+fn run_node(args: &NodeArgs, environment: &Environment) -> ExitCode {
+    let config = match Config::load(&args.flags, environment) {
+        Ok(config) => config,
+        Err(errors) => return fail(&errors, EXIT_CONFIG),
+    };
+    if args.print_config {
+        return match std::io::stdout().lock().write_all(config.to_yaml().as_bytes()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&error, EXIT_FAILED),
+        };
+    }
+    let log = match logging::start(&config.log_filter, config.log_format) {
+        Ok(log) => log,
+        Err(error) => return fail(&error, EXIT_CONFIG),
+    };
+    let cgroup_mount = config::mounts::find(&environment.mountinfo, "cgroup2").unwrap_or_default();
+    // Control only; connections have threads of their own.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    let outcome = match runtime {
+        Ok(runtime) => runtime.block_on(node::run(config, cgroup_mount)),
+        Err(error) => return fail(&error, EXIT_FAILED),
+    };
+    drop(log);
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error, EXIT_FAILED),
+    }
+}
+
+fn unload(args: &UnloadArgs, environment: &Environment) -> ExitCode {
+    let pin_dir = match config::pin_dir(args.pin_dir.as_deref(), environment) {
+        Ok(pin_dir) => pin_dir,
+        Err(errors) => return fail(&errors, EXIT_CONFIG),
+    };
+    match kernel::unload(&pin_dir) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error, EXIT_FAILED),
+    }
+}
+
+fn fail(error: &dyn std::fmt::Display, status: u8) -> ExitCode {
+    eprintln!("culvert: {error}");
+    ExitCode::from(status)
 }

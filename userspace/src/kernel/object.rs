@@ -136,12 +136,12 @@ impl Kernel {
         }
         Ok(Attachment { path })
     }
+}
 
-    /// Takes the kernel part away: hooks, then maps.
-    pub fn unload(self) -> Result<(), KernelError> {
-        let path = self.pins.link("");
-        self.pins.remove_all().map_err(|source| KernelError::File { doing: "remove pins", path, source })
-    }
+/// Takes the kernel part of a pin directory away. What is pinned nowhere else is detached by the kernel.
+pub fn unload(pin_dir: &Path) -> Result<(), KernelError> {
+    Pins::remove_all(pin_dir)
+        .map_err(|source| KernelError::File { doing: "remove pins below", path: pin_dir.to_owned(), source })
 }
 
 /// The agent must run inside the cgroup it watches, or its own claims never happen.

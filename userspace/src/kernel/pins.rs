@@ -83,8 +83,17 @@ impl Pins {
         }
     }
 
-    /// Removes every pin of this layout.
-    pub fn remove_all(&self) -> io::Result<()> {
-        fs::remove_dir_all(&self.root)
+    /// Removes every pin of every layout, hooks before the maps they need.
+    pub fn remove_all(pin_dir: &Path) -> io::Result<()> {
+        for layout in fs::read_dir(pin_dir)?.flatten() {
+            for part in ["links", "pods", "maps"] {
+                match fs::remove_dir_all(layout.path().join(part)) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                    _ => {}
+                }
+            }
+            fs::remove_dir(layout.path())?;
+        }
+        fs::remove_dir(pin_dir)
     }
 }

@@ -1,0 +1,209 @@
+//! One connection, step by step: what connect, the addresses, sending and reading came to; or held open and driven by
+//! lines on standard input.
+
+use std::io::{self, BufRead, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+use socket2::{Domain, Socket, Type};
+
+use crate::report;
+
+const MOST_READ: u64 = 64 << 20;
+/// The report quotes the beginning; the checksum is of everything.
+const MOST_SHOWN: usize = 4096;
+
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Where to connect
+    #[arg(long)]
+    to: SocketAddr,
+    /// Local address
+    #[arg(long)]
+    bind_ip: Option<IpAddr>,
+    /// Local port
+    #[arg(long, default_value_t = 0)]
+    bind_port: u16,
+    /// Take a local port that an old connection still has
+    #[arg(long)]
+    reuse: bool,
+    /// Packet mark of the socket
+    #[arg(long)]
+    mark: Option<u32>,
+    /// Text to send
+    #[arg(long)]
+    send: Option<String>,
+    /// Bytes to read
+    #[arg(long, conflicts_with = "read_all")]
+    read: Option<u64>,
+    /// Read to the end
+    #[arg(long)]
+    read_all: bool,
+    /// Send FIN before reading
+    #[arg(long)]
+    half_close: bool,
+    /// For each step
+    #[arg(long, default_value_t = 5000, value_parser = clap::value_parser!(u64).range(1..=600_000))]
+    timeout_ms: u64,
+    /// Keep it open: send each line of standard input, its end as FIN, and tell what comes
+    #[arg(long, conflicts_with_all = ["send", "read", "read_all", "half_close"])]
+    hold: bool,
+}
+
+pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let began = Instant::now();
+    let connected = connect(arguments);
+    let mut report = Map::new();
+    report.insert("connect".into(), report::outcome(&connected).into());
+    report.insert(
+        "connect_ms".into(),
+        (began.elapsed().as_secs_f64() * 1e3).into(),
+    );
+    if let Ok(stream) = &connected {
+        report.insert("local".into(), address(stream.local_addr()));
+        report.insert("peer".into(), address(stream.peer_addr()));
+    }
+    if arguments.hold {
+        let event = if connected.is_ok() {
+            "connected"
+        } else {
+            "failed"
+        };
+        report.insert("event".into(), event.into());
+        report::line(&Value::Object(report));
+        return connected.map_or(Ok(()), hold);
+    }
+    if let Ok(stream) = connected {
+        steps(stream, arguments, &mut report);
+    }
+    report::line(&Value::Object(report));
+    Ok(())
+}
+
+fn connect(arguments: &Arguments) -> io::Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(arguments.to), Type::STREAM, None)?;
+    if arguments.reuse {
+        socket.set_reuse_address(true)?;
+    }
+    if let Some(mark) = arguments.mark {
+        socket.set_mark(mark)?;
+    }
+    if arguments.bind_ip.is_some() || arguments.bind_port != 0 {
+        let any = if arguments.to.is_ipv4() {
+            IpAddr::from([0; 4])
+        } else {
+            IpAddr::from([0; 16])
+        };
+        socket
+            .bind(&SocketAddr::new(arguments.bind_ip.unwrap_or(any), arguments.bind_port).into())?;
+    }
+    let timeout = Duration::from_millis(arguments.timeout_ms);
+    socket.connect_timeout(&arguments.to.into(), timeout)?;
+    let stream = TcpStream::from(socket);
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(timeout))?;
+    stream.set_write_timeout(Some(timeout))?;
+    Ok(stream)
+}
+
+fn address(address: io::Result<SocketAddr>) -> Value {
+    address
+        .map_or_else(|error| report::name(&error), |address| address.to_string())
+        .into()
+}
+
+fn steps(mut stream: TcpStream, arguments: &Arguments, report: &mut Map<String, Value>) {
+    if let Some(text) = &arguments.send {
+        report.insert(
+            "send".into(),
+            report::outcome(&stream.write_all(text.as_bytes())).into(),
+        );
+    }
+    if arguments.half_close {
+        report.insert(
+            "half_close".into(),
+            report::outcome(&stream.shutdown(Shutdown::Write)).into(),
+        );
+    }
+    let wanted = if arguments.read_all {
+        Some(MOST_READ)
+    } else {
+        arguments.read
+    };
+    if let Some(wanted) = wanted {
+        let mut data = Vec::new();
+        let result = (&mut stream)
+            .take(wanted.min(MOST_READ))
+            .read_to_end(&mut data);
+        let ended = result.is_ok() && (data.len() as u64) < wanted;
+        // An end is what --read-all asked for, but less than --read wanted.
+        report.insert(
+            "read".into(),
+            if ended {
+                "EOF".into()
+            } else {
+                report::outcome(&result).into()
+            },
+        );
+        report.insert("read_bytes".into(), data.len().into());
+        report.insert("sha256".into(), report::hex(&Sha256::digest(&data)).into());
+        let shown = data.get(..MOST_SHOWN).unwrap_or(&data);
+        report.insert("data".into(), String::from_utf8_lossy(shown).into());
+    }
+}
+
+/// Two threads: this one sends what standard input says, the other tells what comes. The second ends the program.
+fn hold(stream: TcpStream) -> anyhow::Result<()> {
+    stream.set_read_timeout(None)?;
+    let reader = stream.try_clone()?;
+    let watcher = std::thread::spawn(move || watch(reader));
+    let mut writer = stream;
+    for line in io::stdin().lock().lines() {
+        let sent = writer.write_all(format!("{}\n", line?).as_bytes());
+        report::line(&json!({"event": "sent", "outcome": report::outcome(&sent)}));
+    }
+    // One that is gone already cannot be half-closed; the watcher tells of that.
+    let _ = writer.shutdown(Shutdown::Write);
+    let _ = watcher.join();
+    Ok(())
+}
+
+fn watch(mut stream: TcpStream) {
+    let mut buffer = vec![0; 64 << 10];
+    let how = loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => {
+                report::line(&json!({"event": "eof"}));
+                break after_eof(&stream);
+            }
+            Ok(length) => {
+                let data = String::from_utf8_lossy(buffer.get(..length).unwrap_or_default());
+                report::line(&json!({"event": "data", "data": data}));
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => break report::name(&error),
+        }
+    };
+    report::line(&json!({"event": "end", "how": how}));
+    std::process::exit(0);
+}
+
+/// After the peer's FIN the connection lives on until ours, or until it is reset.
+fn after_eof(stream: &TcpStream) -> String {
+    loop {
+        let mut watched = [PollFd::new(stream.as_fd(), PollFlags::empty())];
+        match poll(&mut watched, PollTimeout::NONE) {
+            Ok(_) => break,
+            Err(nix::Error::EINTR) => {}
+            Err(error) => return format!("{error:?}"),
+        }
+    }
+    match stream.take_error() {
+        Ok(Some(error)) | Err(error) => report::name(&error),
+        Ok(None) => "EOF".to_owned(),
+    }
+}

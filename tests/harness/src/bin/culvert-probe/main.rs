@@ -1,0 +1,48 @@
+//! A small program to run inside pods: servers, load, single connections step by step, and crafted packets.
+//! It reports as lines of JSON on standard output; errors of the network are results, named by errno, not failures.
+
+mod connect;
+mod load;
+mod pattern;
+mod raw;
+mod report;
+mod serve;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(about = "Servers, load and probes to run inside a test pod; reports as JSON lines")]
+struct Arguments {
+    #[command(subcommand)]
+    probe: Probe,
+}
+
+#[derive(Subcommand)]
+enum Probe {
+    /// Accept TCP connections and tell what happens on each
+    Serve(serve::Arguments),
+    /// Measure the latency of requests and answers of equal size (server: echo)
+    Rr(load::RequestResponse),
+    /// Push bytes to a server that answers how many came (server: sink, or collect with --verify)
+    Stream(load::Stream),
+    /// Measure new connections, each with one byte there and back (server: once, or echo with --client-closes)
+    Conn(load::Connections),
+    /// Make one connection and tell the outcome of every step
+    Connect(connect::Arguments),
+    /// Send SYNs with any source and sequence number, and look no further
+    RawSyn(raw::Syn),
+    /// Carry out a handshake by hand, with a chosen source and sequence number
+    RawHandshake(raw::Handshake),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Arguments::parse().probe {
+        Probe::Serve(arguments) => serve::run(arguments),
+        Probe::Rr(arguments) => load::request_response(&arguments),
+        Probe::Stream(arguments) => load::stream(&arguments),
+        Probe::Conn(arguments) => load::connections(&arguments),
+        Probe::Connect(arguments) => connect::run(&arguments),
+        Probe::RawSyn(arguments) => raw::syn(&arguments),
+        Probe::RawHandshake(arguments) => raw::handshake(&arguments),
+    }
+}

@@ -1,0 +1,40 @@
+//! Virtual nodes and pods on one kernel, for the tests, the demo and the benchmarks.
+//!
+//! A [`Fabric`] is a network namespace with a bridge. A [`Node`] is a namespace with a bridge of its own, joined to the
+//! fabric's, and a cgroup subtree. A [`Pod`] is a namespace with `eth0` on its node's bridge and a child cgroup.
+//! Everything a fabric made is gone when it is dropped, or when its process is (see [`cleanup`]).
+//!
+//! Needs root, Linux 5.14 or later, cgroup v2, and `ip` from iproute2.
+
+pub mod agent;
+mod announce;
+pub mod capture;
+pub mod cgroup;
+pub mod cleanup;
+pub mod fabric;
+pub mod http;
+mod ip;
+pub mod log;
+pub mod mesh;
+pub mod netns;
+pub mod node;
+pub mod packet;
+pub mod pod;
+pub mod process;
+pub mod run;
+pub mod sockets;
+mod sys;
+pub mod wait;
+mod yaml;
+
+pub use agent::{Agent, AgentOptions};
+pub use capture::Capture;
+pub use cleanup::clean_stale;
+pub use fabric::{Fabric, FabricOptions};
+pub use mesh::{Match, Mesh, Policy, Service, Workload};
+pub use netns::Netns;
+pub use node::Node;
+pub use pod::{Pod, PodOptions};
+pub use process::{Finished, Launch, Proc, culvert_binary, probe_binary};
+pub use sockets::{SocketEntry, TcpState, socket_table, sockets_of_process};
+pub use wait::wait_until;

@@ -1,0 +1,30 @@
+//! Waiting for what nobody announces. Everything else in the harness waits on an event; this polls.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(50);
+
+/// Calls `probe` until it returns `Some`, with pauses that grow from 1 ms to 50 ms. An error ends the wait at once;
+/// `what` names the awaited thing in the error that the timeout gives.
+pub fn wait_until<T>(
+    timeout: Duration,
+    what: &str,
+    mut probe: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    let deadline = Instant::now() + timeout;
+    let mut pause = FIRST_PAUSE;
+    loop {
+        if let Some(found) = probe()? {
+            return Ok(found);
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            bail!("waited {timeout:?} in vain for {what}");
+        }
+        std::thread::sleep(pause.min(left));
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}

@@ -1,0 +1,155 @@
+//! The command line: what it accepts, and the commands that ask a running agent. `node` and `unload` are carried out
+//! by their callers in `main`; their arguments are parsed here.
+
+mod client;
+mod node_args;
+mod table;
+
+#[cfg(test)]
+mod tests;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+pub use client::{CliError, run};
+pub use node_args::NodeArgs;
+
+/// Exit status of a command that the agent refused or could not carry out. Usage errors exit with 2.
+pub const EXIT_FAILED: u8 = 1;
+/// Exit status of a command that found no agent.
+pub const EXIT_NO_AGENT: u8 = 3;
+/// Exit status of `culvert node` for a configuration with errors, from sysexits(3).
+pub const EXIT_CONFIG: u8 = 78;
+
+/// Node agent of an ambient service mesh.
+#[derive(Debug, Parser)]
+#[command(name = "culvert", version, about, propagate_version = true)]
+#[command(
+    after_help = "Exit status: 0 done, 1 failed or refused by the agent, 2 usage, 3 no agent answers, 78 configuration."
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// A command.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the agent of this node
+    Node(NodeArgs),
+    /// Detach and remove everything the agent left in the kernel
+    Unload(UnloadArgs),
+    /// A command for a running agent.
+    #[command(flatten)]
+    Client(ClientCommand),
+}
+
+/// A command for a running agent.
+#[derive(Debug, Subcommand)]
+pub enum ClientCommand {
+    /// Enrol, release and list pods
+    #[command(subcommand)]
+    Pod(PodCommand),
+    /// Follow connections as they open and end
+    Flows(FlowsArgs),
+    /// Show how the agent is
+    Status(StatusArgs),
+}
+
+/// Where the agent is.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Agent {
+    /// The agent's admin socket [env: CULVERT_ADMIN_SOCKET] [default: /run/culvert/admin.sock]
+    #[arg(long, value_name = "PATH")]
+    pub admin_socket: Option<String>,
+}
+
+/// `culvert pod`.
+#[derive(Debug, Subcommand)]
+pub enum PodCommand {
+    /// Enrol a pod: from now on its connections are the mesh's
+    Add(PodAddArgs),
+    /// Release a pod
+    Remove(PodRemoveArgs),
+    /// List the pods of this node
+    List(PodListArgs),
+}
+
+/// `culvert pod add`.
+#[derive(Debug, Args)]
+pub struct PodAddArgs {
+    /// The pod's network namespace, such as /run/netns/NAME or /proc/PID/ns/net
+    #[arg(long, value_name = "PATH")]
+    pub netns: PathBuf,
+    /// The pod's uid, as in the mesh
+    #[arg(long)]
+    pub uid: String,
+    /// The pod's namespace
+    #[arg(long)]
+    pub namespace: Option<String>,
+    /// The pod's name
+    #[arg(long)]
+    pub name: Option<String>,
+    /// The pod's service account
+    #[arg(long)]
+    pub service_account: Option<String>,
+    /// Where the agent is.
+    #[command(flatten)]
+    pub agent: Agent,
+}
+
+/// `culvert pod remove`.
+#[derive(Debug, Args)]
+pub struct PodRemoveArgs {
+    /// The pod's uid
+    pub uid: String,
+    /// Where the agent is.
+    #[command(flatten)]
+    pub agent: Agent,
+}
+
+/// `culvert pod list`.
+#[derive(Debug, Args)]
+pub struct PodListArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Where the agent is.
+    #[command(flatten)]
+    pub agent: Agent,
+}
+
+/// `culvert flows`.
+#[derive(Debug, Args)]
+pub struct FlowsArgs {
+    /// Print one JSON object per line
+    #[arg(long)]
+    pub json: bool,
+    /// Begin with so many of the latest
+    #[arg(long, default_value_t = 20)]
+    pub recent: usize,
+    /// Where the agent is.
+    #[command(flatten)]
+    pub agent: Agent,
+}
+
+/// `culvert status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Where the agent is.
+    #[command(flatten)]
+    pub agent: Agent,
+}
+
+/// `culvert unload`.
+#[derive(Debug, Args)]
+pub struct UnloadArgs {
+    /// Where programs and maps are pinned [env: CULVERT_PIN_DIR] [default: `culvert` under the bpf filesystem's mount]
+    #[arg(long, value_name = "PATH")]
+    pub pin_dir: Option<String>,
+}

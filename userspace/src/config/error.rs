@@ -1,0 +1,129 @@
+//! What can be wrong with a configuration. Every error names the setting, its value, where it came from and the mend;
+//! all of them are reported together, so that one run shows all there is to fix.
+
+use std::fmt;
+use std::path::PathBuf;
+
+/// Where a value came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// The configuration file; line and column count from 1, 0 where the parser does not know.
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Line.
+        line: u64,
+        /// Column, in characters.
+        column: u64,
+    },
+    /// An environment variable.
+    Variable(&'static str),
+    /// A command-line flag, without its dashes.
+    Flag(&'static str),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File { path, line, column } => write!(f, "{}:{line}:{column}", path.display()),
+            Self::Variable(name) => write!(f, "environment variable {name}"),
+            Self::Flag(name) => write!(f, "flag --{name}"),
+        }
+    }
+}
+
+/// One thing that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// A value that the setting does not take.
+    #[error("{key}: {value} ({origin}) is not valid: expected {expected}")]
+    Value {
+        /// The setting.
+        key: &'static str,
+        /// The value, quoted and shortened; `<secret>` for secrets.
+        value: String,
+        /// Where it came from.
+        origin: Origin,
+        /// What would be valid.
+        expected: String,
+    },
+    /// A key in the file that is no setting.
+    #[error("{key} ({origin}) is not a setting{}", nearest.map(|name| format!("; did you mean `{name}`?")).unwrap_or_default())]
+    UnknownKey {
+        /// The key as written, quoted.
+        key: String,
+        /// Where it stands.
+        origin: Origin,
+        /// The closest setting, if one is close.
+        nearest: Option<&'static str>,
+    },
+    /// An environment variable with bytes that are not Unicode.
+    #[error("{key}: {origin} is not Unicode text: expected {expected}")]
+    NotUnicode {
+        /// The setting.
+        key: &'static str,
+        /// The variable.
+        origin: Origin,
+        /// What would be valid.
+        expected: String,
+    },
+    /// A setting that has no value and no default on this machine.
+    #[error("{key} is not set and {reason}; {mend}")]
+    Missing {
+        /// The setting.
+        key: &'static str,
+        /// Why there is no default.
+        reason: &'static str,
+        /// What to do.
+        mend: String,
+    },
+    /// The configuration file cannot be read.
+    #[error("configuration file {}: {reason}; give a readable YAML file with --config, or leave the flag out", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The configuration file is not a YAML mapping of settings.
+    #[error("{origin}: not a mapping of settings: {reason}")]
+    Malformed {
+        /// Where the parser stopped.
+        origin: Origin,
+        /// What it said.
+        reason: String,
+    },
+    /// Test knobs were asked of a build that has none.
+    #[error(
+        "testKnobs ({origin}): this build has no test knobs; unset it, or build with `--features test-knobs` (never for production)"
+    )]
+    NoKnobs {
+        /// Where they were asked for.
+        origin: Origin,
+    },
+}
+
+/// Everything that is wrong with a configuration; never empty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigErrors(pub Vec<ConfigError>);
+
+impl fmt::Display for ConfigErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.as_slice() {
+            [only] => write!(f, "configuration: {only}"),
+            all => {
+                write!(f, "configuration: {} errors", all.len())?;
+                all.iter().try_for_each(|error| write!(f, "\n  - {error}"))
+            }
+        }
+    }
+}
+
+impl std::error::Error for ConfigErrors {}
+
+/// A value from outside as it may appear in a message: quoted, control characters escaped, at most 80 characters.
+pub(super) fn quoted(value: &str) -> String {
+    let shown: String = value.chars().take(80).collect();
+    let dots = if shown.len() < value.len() { "…" } else { "" };
+    format!("{shown:?}{dots}")
+}

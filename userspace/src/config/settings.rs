@@ -1,0 +1,169 @@
+//! The list of settings: name in the file, environment variable, flag, what it takes. The file, the environment, the
+//! command line with its help, and the error messages all follow this one list. Names never change once released.
+
+/// One setting.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Setting {
+    /// Key in the configuration file.
+    pub key: &'static str,
+    /// Environment variable.
+    pub variable: &'static str,
+    /// Flag without dashes; none for secrets, which must not be in the process list.
+    pub flag: Option<&'static str>,
+    /// What it takes, in words that finish "expected …".
+    pub expects: &'static str,
+    /// What it is for, with the default.
+    pub help: &'static str,
+    /// Its value must not be shown.
+    pub secret: bool,
+}
+
+macro_rules! settings {
+    ($($id:ident = $key:literal, $variable:literal, $flag:literal, $expects:literal, $help:literal;)*) => {
+        $(
+            #[doc = $help]
+            pub const $id: Setting = Setting {
+                key: $key,
+                variable: $variable,
+                flag: Some($flag),
+                expects: $expects,
+                help: $help,
+                secret: false,
+            };
+        )*
+        /// Every setting, in the order in which they are printed.
+        pub const ALL: &[&Setting] = &[$(&$id,)* &AUTH_TOKEN];
+    };
+}
+
+settings! {
+    NODE_NAME = "nodeName", "NODE_NAME", "node-name",
+        "a name of letters, digits, `.`, `-` and `_`",
+        "Name of this node, as in the workloads' `node` [the machine's name]";
+    CLUSTER_ID = "clusterId", "CLUSTER_ID", "cluster-id",
+        "a name of letters, digits, `.`, `-` and `_`",
+        "Cluster this node belongs to [Kubernetes]";
+    NETWORK = "network", "NETWORK", "network",
+        "a name of letters, digits, `.`, `-` and `_`, or nothing",
+        "Network this node's addresses belong to [empty]";
+    CLUSTER_DOMAIN = "clusterDomain", "CLUSTER_DOMAIN", "cluster-domain",
+        "a lower-case DNS name such as cluster.local",
+        "DNS suffix of the cluster's services [cluster.local]";
+    TRUST_DOMAIN = "trustDomain", "TRUST_DOMAIN", "trust-domain",
+        "a lower-case SPIFFE trust domain such as cluster.local",
+        "Trust domain of identities that name none [cluster.local]";
+    ROOT_NAMESPACE = "rootNamespace", "CULVERT_ROOT_NAMESPACE", "root-namespace",
+        "a lower-case namespace such as istio-system",
+        "Namespace whose policies apply to the whole mesh [istio-system]";
+    POD_NAME = "podName", "POD_NAME", "pod-name",
+        "a name of letters, digits, `.`, `-` and `_`, or nothing",
+        "Name of the agent's own pod [empty]";
+    POD_NAMESPACE = "podNamespace", "POD_NAMESPACE", "pod-namespace",
+        "a name of letters, digits, `.`, `-` and `_`, or nothing",
+        "Namespace of the agent's own pod [empty]";
+    INSTANCE_IP = "instanceIp", "INSTANCE_IP", "instance-ip",
+        "an IP address such as 10.0.0.7",
+        "Address of the agent's own pod [none]";
+    LOCAL_XDS_PATH = "localXdsPath", "LOCAL_XDS_PATH", "local-xds-path",
+        "the path of a YAML file with workloads, services and policies",
+        "Mesh file, reloaded when it changes [none]";
+    DEV_CA = "devCa", "CULVERT_DEV_CA", "dev-ca",
+        "the path of a directory",
+        "Issue certificates from a development CA kept in this directory; unsafe for production [none]";
+    SECRET_TTL = "secretTtl", "SECRET_TTL", "secret-ttl",
+        "a duration from 10s to 8760h, such as 86400s, 24h or 3600",
+        "How long a workload certificate is valid [86400s]";
+    PACKET_MARK = "packetMark", "PACKET_MARK", "packet-mark",
+        "a number from 1 to 4294967295, such as 1337 or 0x539",
+        "Packet mark that steers connections to the agent [1337]";
+    POOL_MAX_STREAMS = "poolMaxStreamsPerConnection", "POOL_MAX_STREAMS_PER_CONNECTION", "pool-max-streams-per-connection",
+        "a number from 1 to 10000",
+        "Connections carried by one HBONE tunnel [100]";
+    TERMINATION_GRACE_PERIOD = "terminationGracePeriodSeconds", "TERMINATION_GRACE_PERIOD_SECONDS", "termination-grace-period-seconds",
+        "a duration from 0s to 24h, such as 30s or 30",
+        "How long open connections may go on after SIGTERM; Kubernetes' own default [30s]";
+    IPV6_ENABLED = "ipv6Enabled", "IPV6_ENABLED", "ipv6-enabled",
+        "`true` or `false`",
+        "Serve pods over IPv6 as well [true]";
+    LOG_FILTER = "log", "RUST_LOG", "log",
+        "log directives such as `info` or `warn,access=info`",
+        "What is logged [info]";
+    LOG_FORMAT = "logFormat", "LOG_FORMAT", "log-format",
+        "`text` or `json`",
+        "How it is logged [text]";
+    CGROUP_ROOT = "cgroupRoot", "CULVERT_CGROUP_ROOT", "cgroup-root",
+        "an absolute path in the cgroup v2 filesystem",
+        "Cgroup below which pods are served; the agent must run inside it [the cgroup v2 mount]";
+    PIN_DIR = "pinDir", "CULVERT_PIN_DIR", "pin-dir",
+        "an absolute path in a bpf filesystem",
+        "Where programs and maps are pinned [`culvert` under the bpf filesystem's mount]";
+    ADMIN_SOCKET = "adminSocket", "CULVERT_ADMIN_SOCKET", "admin-socket",
+        "an absolute path of at most 90 bytes",
+        "Unix socket for `culvert pod`, `flows` and `status` [/run/culvert/admin.sock]";
+    VERDICT_MAX_AGE = "verdictMaxAge", "CULVERT_VERDICT_MAX_AGE", "verdict-max-age",
+        "a duration from 1s to 24h, such as 300s or 5m",
+        "How long the kernel goes on using verdicts when the agent is gone [300s]";
+    THREADS = "threads", "CULVERT_THREADS", "threads",
+        "a number from 1 to 1024",
+        "Threads that carry traffic [the number of CPUs]";
+    STATS_ADDRESS = "statsAddress", "CULVERT_STATS_ADDRESS", "stats-address",
+        "an address and port such as 0.0.0.0:15020",
+        "Where /metrics is served [0.0.0.0:15020]";
+    READINESS_ADDRESS = "readinessAddress", "CULVERT_READINESS_ADDRESS", "readiness-address",
+        "an address and port such as 0.0.0.0:15021",
+        "Where /healthz/ready is served [0.0.0.0:15021]";
+    ADMIN_ADDRESS = "adminAddress", "CULVERT_ADMIN_ADDRESS", "admin-address",
+        "a loopback address and port such as 127.0.0.1:15000",
+        "Where /config_dump is served, to this machine only [127.0.0.1:15000]";
+    TEST_KNOBS = "testKnobs", "CULVERT_TEST_KNOBS", "test-knobs",
+        "names of lower-case letters, digits, `-` and `_`, separated by commas",
+        "Protections switched off for a test; only in builds made for tests [none]";
+}
+
+/// The token shown to istiod.
+pub const AUTH_TOKEN: Setting = Setting {
+    key: "authToken",
+    variable: "AUTH_TOKEN",
+    flag: None,
+    expects: "a path beginning with `/`, `./` or `../`, or the token itself",
+    help: "Token shown to istiod, or the file it is read from [./var/run/secrets/tokens/istio-token]",
+    secret: true,
+};
+
+/// The setting of this name in the file.
+pub fn by_key(key: &str) -> Option<&'static Setting> {
+    ALL.iter().copied().find(|setting| setting.key == key)
+}
+
+/// The setting whose key is closest to a mistyped one, if at most two edits away or only the spelling style differs.
+pub fn nearest(key: &str) -> Option<&'static str> {
+    if key.len() > 64 {
+        return None;
+    }
+    let plain = |text: &str| text.to_lowercase().replace(['_', '-'], "");
+    let wanted = plain(key);
+    ALL.iter()
+        .map(|setting| (edits(&wanted, &plain(setting.key)), setting.key))
+        .min()
+        .filter(|(distance, _)| *distance <= 2)
+        .map(|(_, name)| name)
+}
+
+/// Levenshtein's distance, row by row.
+fn edits(left: &str, right: &str) -> usize {
+    let mut row: Vec<usize> = (0..=right.chars().count()).collect();
+    for (i, a) in left.chars().enumerate() {
+        let mut diagonal = i;
+        let mut last = i + 1;
+        let mut next = vec![last];
+        for (b, above) in right.chars().zip(row.iter().skip(1)) {
+            last = (diagonal + usize::from(a != b))
+                .min(last + 1)
+                .min(above + 1);
+            diagonal = *above;
+            next.push(last);
+        }
+        row = next;
+    }
+    row.last().copied().unwrap_or_default()
+}

@@ -1,0 +1,320 @@
+//! What the configuration promises, over its public functions.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::path::Path;
+
+use super::*;
+
+const MOUNTS: &[u8] = b"31 30 0:27 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n\
+                        33 25 0:29 / /sys/fs/bpf rw - bpf none rw\n";
+
+fn environment(variables: &[(&str, &str)]) -> Environment {
+    Environment {
+        variables: variables
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), OsString::from(value)))
+            .collect(),
+        mountinfo: MOUNTS.to_vec(),
+        hostname: "machine-1".to_owned(),
+        cpus: 3,
+    }
+}
+
+fn file(text: &str) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), text).unwrap();
+    file
+}
+
+fn flags(config: Option<&Path>, values: &[(&'static Setting, &str)]) -> Flags {
+    Flags {
+        config: config.map(Path::to_owned),
+        values: values
+            .iter()
+            .map(|(setting, value)| (*setting, (*value).to_owned()))
+            .collect(),
+    }
+}
+
+fn errors(flags: &Flags, environment: &Environment) -> Vec<String> {
+    let errors = Config::load(flags, environment).unwrap_err();
+    errors.0.iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn defaults_come_from_the_machine() {
+    let config = Config::load(&Flags::default(), &environment(&[])).unwrap();
+    assert_eq!(config.node_name, "machine-1");
+    assert_eq!(config.cgroup_root, Path::new("/sys/fs/cgroup"));
+    assert_eq!(config.pin_dir, Path::new("/sys/fs/bpf/culvert"));
+    assert_eq!(config.threads, 3);
+    assert_eq!(config.packet_mark, 1337);
+    assert_eq!(config.secret_ttl, Duration::from_secs(86_400));
+    assert_eq!(config.trust_domain, "cluster.local");
+    assert_eq!(config.admin_socket, Path::new(DEFAULT_ADMIN_SOCKET));
+}
+
+#[test]
+fn flags_win_over_environment_and_environment_over_file() {
+    let file = file("nodeName: from-file\nnetwork: from-file\nclusterId: from-file\n");
+    let env = environment(&[("NODE_NAME", "from-env"), ("NETWORK", "from-env")]);
+    let flags = flags(Some(file.path()), &[(&settings::NODE_NAME, "from-flag")]);
+    let config = Config::load(&flags, &env).unwrap();
+    assert_eq!(config.node_name, "from-flag");
+    assert_eq!(config.network, "from-env");
+    assert_eq!(config.cluster_id, "from-file");
+}
+
+#[test]
+fn an_empty_variable_counts_as_unset() {
+    let config = Config::load(&Flags::default(), &environment(&[("PACKET_MARK", "")])).unwrap();
+    assert_eq!(config.packet_mark, 1337);
+}
+
+#[test]
+fn all_errors_of_all_layers_are_reported_together() {
+    let file = file("# a comment\nnodeNam: x\n  \npacketMark: zero\nsecretTtl: 24h\nthreads: 0\n");
+    let mut env = environment(&[
+        ("PACKET_MARK", "0"),
+        ("LOG_FORMAT", "xml"),
+        ("RUST_LOG", "info,=x=y"),
+    ]);
+    let bytes = OsString::from_vec(vec![0xff, 0xfe]);
+    env.variables.insert("CLUSTER_ID".to_owned(), bytes);
+    env.mountinfo.clear();
+    let flags = flags(
+        Some(file.path()),
+        &[
+            (&settings::ADMIN_ADDRESS, "0.0.0.0:15000"),
+            (&settings::PACKET_MARK, "7"),
+        ],
+    );
+    let errors = errors(&flags, &env);
+    let at = |position: &str| format!("{}:{position}", file.path().display());
+    for expected in [
+        format!("\"nodeNam\" ({}) is not a setting; did you mean `nodeName`?", at("2:1")),
+        format!("packetMark: \"zero\" ({}) is not valid: expected a number from 1", at("4:13")),
+        format!("threads: \"0\" ({}) is not valid: expected a number from 1 to 1024", at("6:10")),
+        "packetMark: \"0\" (environment variable PACKET_MARK)".to_owned(),
+        "logFormat: \"xml\" (environment variable LOG_FORMAT) is not valid: expected `text` or `json`".to_owned(),
+        "log: \"info,=x=y\" (environment variable RUST_LOG)".to_owned(),
+        "clusterId: environment variable CLUSTER_ID is not Unicode".to_owned(),
+        "adminAddress: \"0.0.0.0:15000\" (flag --admin-address) is not valid: expected a loopback".to_owned(),
+        "cgroupRoot is not set and no cgroup v2 filesystem is mounted; mount one".to_owned(),
+        "pinDir is not set and no bpf filesystem is mounted; mount one".to_owned(),
+    ] {
+        assert!(
+            errors.iter().any(|error| error.starts_with(&expected)),
+            "no `{expected}` in {errors:#?}"
+        );
+    }
+    assert_eq!(errors.len(), 10, "{errors:#?}");
+    let together = Config::load(&flags, &env).unwrap_err().to_string();
+    assert!(together.starts_with("configuration: 10 errors\n  - "));
+}
+
+#[test]
+fn a_broken_file_is_reported_with_its_position_beside_the_other_errors() {
+    let file = file("nodeName: a\n  bad: [\n");
+    let errors = errors(
+        &flags(Some(file.path()), &[]),
+        &environment(&[("THREADS", "x"), ("CULVERT_THREADS", "x")]),
+    );
+    assert_eq!(errors.len(), 2, "{errors:#?}");
+    let start = format!("{}:", file.path().display());
+    let position = errors[0].strip_prefix(&start).unwrap();
+    assert!(position.starts_with(['1', '2', '3']), "{position}");
+    assert!(!errors[0].contains('\n'));
+}
+
+#[test]
+fn hostile_files_are_refused_not_followed() {
+    let nested = "a: ".to_owned() + &"[".repeat(100_000);
+    for text in [
+        "- a\n- b\n",
+        "nodeName: {a: b}\n",
+        "nodeName: a\nnodeName: b\n",
+        "just text",
+        "\u{0}",
+        "--- \nnodeName: a\n--- \nnodeName: b\n",
+        nested.as_str(),
+    ] {
+        let file = file(text);
+        let result = Config::load(&flags(Some(file.path()), &[]), &environment(&[]));
+        assert!(result.is_err(), "{:?}", &text[..text.len().min(30)]);
+    }
+    let absent = Path::new("/nonexistent/culvert.yaml");
+    assert!(errors(&flags(Some(absent), &[]), &environment(&[]))[0].contains("--config"));
+    let directory = errors(&flags(Some(Path::new("/")), &[]), &environment(&[]));
+    assert!(directory[0].contains("not a regular file"));
+    let large = file(&"#".repeat(2 << 20));
+    let errors = errors(&flags(Some(large.path()), &[]), &environment(&[]));
+    assert!(errors[0].contains("larger than"), "{errors:?}");
+}
+
+#[test]
+fn hostile_values_are_shown_escaped_and_shortened() {
+    let value = "\u{1b}[31m\n".to_owned() + &"x".repeat(5000);
+    let errors = errors(&Flags::default(), &environment(&[("CLUSTER_ID", &value)]));
+    assert!(errors[0].len() < 300, "{}", errors[0]);
+    assert!(!errors[0].contains(['\n', '\u{1b}']));
+}
+
+#[test]
+fn the_printed_configuration_is_a_file_that_gives_the_same() {
+    let env = environment(&[
+        ("NODE_NAME", "1.10"),
+        ("TERMINATION_GRACE_PERIOD_SECONDS", "1500ms"),
+        ("INSTANCE_IP", "fd00::1"),
+        ("LOCAL_XDS_PATH", "/etc/a \"b\": #c.yaml"),
+        ("LOG_FORMAT", "json"),
+        ("SECRET_TTL", "1h30m"),
+        ("IPV6_ENABLED", "false"),
+    ]);
+    let config = Config::load(&Flags::default(), &env).unwrap();
+    let printed = file(&config.to_yaml());
+    let bare = Environment::default();
+    let again = Config::load(&flags(Some(printed.path()), &[]), &bare).unwrap();
+    assert_eq!(again, config);
+}
+
+#[test]
+fn an_unquoted_value_keeps_its_spelling() {
+    let file = file("nodeName: 1.10\nnetwork: 0x10\nclusterId: true\npacketMark: 0x539\n");
+    let config = Config::load(&flags(Some(file.path()), &[]), &environment(&[])).unwrap();
+    assert_eq!(config.node_name, "1.10");
+    assert_eq!(config.network, "0x10");
+    assert_eq!(config.cluster_id, "true");
+    assert_eq!(config.packet_mark, 1337);
+}
+
+#[test]
+fn every_setting_is_used_and_printed() {
+    let yaml = Config::load(
+        &Flags::default(),
+        &environment(&[
+            ("INSTANCE_IP", "10.0.0.1"),
+            ("LOCAL_XDS_PATH", "mesh.yaml"),
+            ("CULVERT_DEV_CA", "ca"),
+        ]),
+    )
+    .unwrap()
+    .to_yaml();
+    for setting in settings::ALL {
+        if setting.key != settings::TEST_KNOBS.key {
+            assert!(
+                yaml.contains(&format!("{}: ", setting.key)),
+                "{}",
+                setting.key
+            );
+        }
+        // A value nothing takes is refused by each setting, except the free-form ones.
+        let free = ["authToken", "localXdsPath", "devCa"].contains(&setting.key);
+        let env = environment(&[(setting.variable, "\u{1}")]);
+        let refused = Config::load(&Flags::default(), &env).is_err();
+        assert!(refused || free, "{}", setting.key);
+    }
+    let mut keys: Vec<_> = settings::ALL.iter().map(|s| s.variable).collect();
+    keys.sort_unstable();
+    keys.dedup();
+    assert_eq!(keys.len(), settings::ALL.len());
+}
+
+#[test]
+fn a_token_is_never_shown() {
+    let token = "eyJhbGciOiJSUzI1NiJ9.c2VjcmV0.c2ln";
+    let config = Config::load(&Flags::default(), &environment(&[("AUTH_TOKEN", token)])).unwrap();
+    assert_eq!(config.auth_token, AuthToken::Inline(token.to_owned()));
+    assert!(config.to_yaml().contains("authToken: \"<set>\""));
+    assert!(!config.to_yaml().contains("eyJ"));
+    assert!(!format!("{config:?}").contains("eyJ"));
+    let errors = errors(&Flags::default(), &environment(&[("AUTH_TOKEN", "eyJ\n")]));
+    assert!(!errors[0].contains("eyJ"), "{}", errors[0]);
+    let path = environment(&[("AUTH_TOKEN", "/var/run/token")]);
+    let config = Config::load(&Flags::default(), &path).unwrap();
+    assert!(config.to_yaml().contains("authToken: \"/var/run/token\""));
+}
+
+#[test]
+fn durations_are_read_in_all_their_forms() {
+    for (text, seconds) in [
+        ("86400s", 86_400),
+        ("24h", 86_400),
+        ("86400", 86_400),
+        ("1h30m", 5400),
+        ("1d", 86_400),
+        ("0", 0),
+    ] {
+        assert_eq!(duration(text), Some(Duration::from_secs(seconds)), "{text}");
+    }
+    assert_eq!(duration("1500ms"), Some(Duration::from_millis(1500)));
+    for text in [
+        "",
+        "s",
+        "-1s",
+        "+1s",
+        "1.5h",
+        "1 h",
+        "1y",
+        "1s2",
+        "99999999999999999999",
+        "18446744073709551615d",
+        "ß",
+        "1ß",
+    ] {
+        assert_eq!(duration(text), None, "{text}");
+    }
+}
+
+#[cfg(not(feature = "test-knobs"))]
+#[test]
+fn a_build_without_knobs_refuses_them() {
+    let errors = errors(
+        &Flags::default(),
+        &environment(&[("CULVERT_TEST_KNOBS", "skip-claims")]),
+    );
+    assert!(errors[0].contains("this build has no test knobs"));
+    assert!(errors[0].contains("CULVERT_TEST_KNOBS"));
+}
+
+#[cfg(feature = "test-knobs")]
+#[test]
+fn a_build_for_tests_takes_knobs() {
+    let env = environment(&[("CULVERT_TEST_KNOBS", "skip-claims, no_generation")]);
+    let config = Config::load(&Flags::default(), &env).unwrap();
+    assert_eq!(config.test_knobs, ["skip-claims", "no_generation"]);
+    for bad in ["a,,b", ",", "A"] {
+        let env = environment(&[("CULVERT_TEST_KNOBS", bad)]);
+        assert!(Config::load(&Flags::default(), &env).is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn clients_find_the_socket_by_flag_variable_or_default() {
+    let env = environment(&[("CULVERT_ADMIN_SOCKET", "/run/env.sock")]);
+    assert_eq!(
+        admin_socket(Some("/run/flag.sock"), &env).unwrap(),
+        Path::new("/run/flag.sock")
+    );
+    assert_eq!(
+        admin_socket(None, &env).unwrap(),
+        Path::new("/run/env.sock")
+    );
+    assert_eq!(
+        admin_socket(None, &environment(&[])).unwrap(),
+        Path::new(DEFAULT_ADMIN_SOCKET)
+    );
+    assert!(admin_socket(Some(&"/x".repeat(60)), &env).is_err());
+    assert_eq!(
+        pin_dir(None, &env).unwrap(),
+        Path::new("/sys/fs/bpf/culvert")
+    );
+    let bare = Environment::default();
+    assert!(
+        pin_dir(None, &bare)
+            .unwrap_err()
+            .to_string()
+            .contains("mount -t bpf")
+    );
+}

@@ -1,0 +1,93 @@
+//! A pod of this node, as asked for and as enrolled.
+
+use std::{net::IpAddr, path::PathBuf, sync::Arc};
+
+use super::EnrolError;
+use crate::{
+    kernel::{NetnsCookie, PodSockets, SocketDestroyer},
+    mesh::{Mesh, Workload},
+    policy::Identity,
+};
+
+/// The name of a pod in the control plane, such as `cluster//Pod/namespace/name` or a Kubernetes uid.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PodUid(Arc<str>);
+
+impl PodUid {
+    pub fn new(text: &str) -> Result<Self, EnrolError> {
+        let fine = (1..=253).contains(&text.len()) && text.chars().all(|c| !c.is_control() && c != ' ');
+        if fine { Ok(Self(text.into())) } else { Err(EnrolError::BadUid) }
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Display for PodUid {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(&self.0)
+    }
+}
+
+/// What a request to enrol says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodSpec {
+    pub uid: PodUid,
+    pub netns: PathBuf,
+    pub namespace: Option<String>,
+    pub name: Option<String>,
+    pub service_account: Option<String>,
+}
+
+impl PodSpec {
+    /// The pod's workload: by uid, else by namespace and name.
+    pub fn workload<'a>(&self, mesh: &'a Mesh) -> Option<&'a Arc<Workload>> {
+        mesh.workload_by_uid(self.uid.as_str())
+            .or_else(|| mesh.workload_by_name(self.namespace.as_deref()?, self.name.as_deref()?))
+    }
+
+    /// Who the pod is. What the request says and what the mesh says must agree.
+    pub fn identity(&self, mesh: &Mesh, trust_domain: &str) -> Result<Identity, EnrolError> {
+        let known = self.workload(mesh).map(|workload| workload.identity().clone());
+        let asked = match (&self.namespace, &self.service_account) {
+            (Some(namespace), Some(account)) => {
+                let domain = known.as_ref().map_or(trust_domain, Identity::trust_domain);
+                let identity = Identity::new(domain, namespace, account)
+                    .map_err(|source| EnrolError::Identity { uid: self.uid.clone(), source })?;
+                Some(identity)
+            }
+            _ => None,
+        };
+        match (asked, known) {
+            (Some(asked), Some(known)) if asked != known => {
+                Err(EnrolError::IdentityConflict { uid: self.uid.clone(), asked, known })
+            }
+            (Some(identity), _) | (None, Some(identity)) => Ok(identity),
+            (None, None) => Err(EnrolError::NoIdentity(self.uid.clone())),
+        }
+    }
+}
+
+/// An enrolled pod.
+pub struct LocalPod {
+    pub spec: PodSpec,
+    pub ip: IpAddr,
+    pub identity: Identity,
+    pub sockets: PodSockets,
+    pub destroyer: SocketDestroyer,
+}
+
+impl LocalPod {
+    pub fn uid(&self) -> &PodUid {
+        &self.spec.uid
+    }
+
+    pub fn cookie(&self) -> NetnsCookie {
+        self.sockets.netns().cookie()
+    }
+
+    pub fn workload<'a>(&self, mesh: &'a Mesh) -> Option<&'a Arc<Workload>> {
+        self.spec.workload(mesh)
+    }
+}

@@ -1,0 +1,16 @@
+//! Who a pod is: SPIFFE ids, the certificates that prove them, their renewal, and the development CA.
+//!
+//! Nothing here opens a connection between pods; `proxy::tls` builds its configurations from what this module holds.
+
+pub mod certificate;
+pub mod certificates;
+pub mod dev_ca;
+pub mod issuer;
+pub mod renewal;
+pub mod spiffe;
+
+pub use certificate::{MalformedCertificate, Roots, Validity, WorkloadCertificate};
+pub use certificates::{CertificateError, Certificates};
+pub use dev_ca::{DevCa, DevCaError};
+pub use issuer::{DevCaIssuer, IssueError, Issuer};
+pub use renewal::RenewalSettings;

@@ -1,0 +1,73 @@
+//! The SPIFFE id of a certificate: exactly one URI name, and that one a workload's id.
+//!
+//! Names of other kinds (DNS, IP, mail) are not looked at. Called for certificates of peers and for those an issuer returns.
+
+use rustls::pki_types::CertificateDer;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::FromDer;
+
+use crate::policy::Identity;
+
+/// Longest URI name that is looked at; SPIFFE allows no longer id.
+const MAX_ID_BYTES: usize = 2048;
+
+/// Why a certificate proves no workload's identity.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SpiffeError {
+    #[error("the certificate is not valid DER: {0}")]
+    NotX509(String),
+    #[error("the certificate's subject alternative names cannot be read: {0}")]
+    MalformedNames(String),
+    #[error("the certificate must carry exactly one URI name, but carries {0}")]
+    UriCount(usize),
+    #[error("the certificate's URI name has {0} bytes, a SPIFFE id at most {MAX_ID_BYTES}")]
+    TooLong(usize),
+    #[error("the certificate's URI name `{uri}` is not a workload's SPIFFE id: {reason}")]
+    NotAnIdentity { uri: String, reason: String },
+}
+
+/// The identity that `certificate` states. Says nothing about whether anyone vouches for it.
+pub fn identity_of(certificate: &CertificateDer<'_>) -> Result<Identity, SpiffeError> {
+    identity_in(&parse(certificate)?)
+}
+
+/// Reads one DER certificate and nothing after it.
+pub(crate) fn parse<'a>(certificate: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, SpiffeError> {
+    match X509Certificate::from_der(certificate) {
+        Ok(([], parsed)) => Ok(parsed),
+        Ok((rest, _)) => Err(SpiffeError::NotX509(format!("{} bytes follow it", rest.len()))),
+        Err(error) => Err(SpiffeError::NotX509(error.to_string())),
+    }
+}
+
+pub(crate) fn identity_in(certificate: &X509Certificate<'_>) -> Result<Identity, SpiffeError> {
+    let uri = only_uri(certificate)?;
+    if uri.len() > MAX_ID_BYTES {
+        return Err(SpiffeError::TooLong(uri.len()));
+    }
+    Identity::parse(uri).map_err(|error| SpiffeError::NotAnIdentity {
+        uri: uri.escape_debug().to_string(),
+        reason: error.to_string(),
+    })
+}
+
+/// The one URI name of a certificate, whatever it says.
+pub(crate) fn only_uri<'a>(certificate: &'a X509Certificate<'_>) -> Result<&'a str, SpiffeError> {
+    let names = certificate
+        .subject_alternative_name()
+        .map_err(|error| SpiffeError::MalformedNames(error.to_string()))?;
+    let names = names.map(|extension| extension.value.general_names.as_slice()).unwrap_or_default();
+    if names.iter().any(|name| matches!(name, GeneralName::Invalid(..))) {
+        return Err(SpiffeError::MalformedNames("a name cannot be decoded".into()));
+    }
+    let mut uris = names.iter().filter_map(|name| match name {
+        GeneralName::URI(uri) => Some(*uri),
+        _ => None,
+    });
+    match (uris.next(), uris.count()) {
+        (Some(uri), 0) => Ok(uri),
+        (None, _) => Err(SpiffeError::UriCount(0)),
+        (Some(_), more) => Err(SpiffeError::UriCount(more.saturating_add(1))),
+    }
+}

@@ -1,0 +1,167 @@
+//! A workload: one pod or external machine that takes part in the mesh.
+//!
+//! A source describes it as a [`WorkloadSpec`]; `Mesh::build` turns that into a [`Workload`], whose identity is known to be
+//! well-formed and whose defaults are filled in.
+
+use std::net::IpAddr;
+use std::ops::Deref;
+use std::sync::Arc;
+
+use super::{NetworkAddress, ServiceName};
+use crate::policy::{Identity, PolicyName};
+
+/// A workload of a [`Mesh`](super::Mesh).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Workload {
+    pub(super) spec: WorkloadSpec,
+    pub(super) identity: Identity,
+}
+
+/// What a source says about a workload.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct WorkloadSpec {
+    /// Unique in the mesh, such as `cluster//Pod/namespace/name`.
+    pub uid: Arc<str>,
+    /// The pod's name.
+    pub name: Arc<str>,
+    /// The pod's namespace.
+    pub namespace: Arc<str>,
+    /// Empty means `default`.
+    pub service_account: Arc<str>,
+    /// Empty means the mesh's own.
+    pub trust_domain: Arc<str>,
+    /// Its addresses, on `network`. There may be none.
+    pub addresses: Vec<IpAddr>,
+    /// Where the addresses mean something. Empty means the mesh's default.
+    pub network: Arc<str>,
+    /// How it is reached.
+    pub protocol: TunnelProtocol,
+    /// The node it runs on.
+    pub node: Arc<str>,
+    /// A name to reach it by, where it has no address.
+    pub hostname: Arc<str>,
+    /// What connections addressed to it pass through first.
+    pub waypoint: Option<GatewayAddress>,
+    /// The way into its network from other networks.
+    pub network_gateway: Option<GatewayAddress>,
+    /// The services it is an endpoint of.
+    pub services: Vec<(ServiceName, PortMap)>,
+    /// Policies that apply beside those of its namespace and of the mesh.
+    pub authorization_policies: Vec<PolicyName>,
+    /// Whether services may send to it.
+    pub status: Health,
+    /// The cluster it runs in.
+    pub cluster_id: Arc<str>,
+    /// Where it runs.
+    pub locality: Locality,
+    /// Its share of a service's connections in relation to the other endpoints; none counts as 1.
+    pub capacity: Option<u32>,
+    /// For telemetry.
+    pub canonical_name: Arc<str>,
+    /// For telemetry.
+    pub canonical_revision: Arc<str>,
+    /// The deployment or the like that it belongs to.
+    pub workload_name: Arc<str>,
+}
+
+/// How a workload is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum TunnelProtocol {
+    /// Plain TCP.
+    #[default]
+    Tcp,
+    /// Through a tunnel to its port 15008.
+    Hbone,
+}
+
+/// Whether a workload is fit for service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Health {
+    /// It is.
+    #[default]
+    Healthy,
+    /// It is not.
+    Unhealthy,
+}
+
+/// Where a workload runs. Empty parts are not known.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+pub struct Locality {
+    /// The region.
+    pub region: Arc<str>,
+    /// The zone in the region.
+    pub zone: Arc<str>,
+    /// The part of the zone.
+    pub subzone: Arc<str>,
+}
+
+/// A waypoint or network gateway.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct GatewayAddress {
+    /// Which one.
+    pub destination: GatewayDestination,
+    /// Its HBONE port.
+    pub hbone_mtls_port: u16,
+}
+
+/// What a gateway is named by.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum GatewayDestination {
+    /// A service.
+    Service(ServiceName),
+    /// An address.
+    Address(NetworkAddress),
+}
+
+/// Service port to target port, ascending. A target of 0 is left for the endpoint to say.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PortMap(Box<[(u16, u16)]>);
+
+impl Workload {
+    /// Whom its certificate names.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// True if it has this address.
+    pub fn has_address(&self, ip: IpAddr) -> bool {
+        self.addresses.contains(&ip.to_canonical())
+    }
+}
+
+impl Deref for Workload {
+    type Target = WorkloadSpec;
+
+    fn deref(&self) -> &WorkloadSpec {
+        &self.spec
+    }
+}
+
+impl PortMap {
+    /// The target of a service port.
+    pub fn target(&self, service_port: u16) -> Option<u16> {
+        let at = self
+            .0
+            .binary_search_by_key(&service_port, |(port, _)| *port)
+            .ok()?;
+        self.0.get(at).map(|(_, target)| *target)
+    }
+
+    /// All pairs of service port and target port.
+    pub fn iter(&self) -> impl Iterator<Item = (u16, u16)> {
+        self.0.iter().copied()
+    }
+
+    /// True if it says nothing.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl FromIterator<(u16, u16)> for PortMap {
+    /// Of several pairs with one service port the last counts.
+    fn from_iter<I: IntoIterator<Item = (u16, u16)>>(pairs: I) -> Self {
+        let sorted: std::collections::BTreeMap<_, _> = pairs.into_iter().collect();
+        Self(sorted.into_iter().collect())
+    }
+}

@@ -1,0 +1,36 @@
+//! Why the agent did not start, or ended before it was asked to.
+
+use std::io;
+
+use crate::{
+    admin::{http::BindError, socket::SocketError},
+    identity::DevCaError,
+    kernel::KernelError,
+    xds::LocalFileError,
+};
+
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    #[error("no source of certificates: give --dev-ca DIR (a development CA; istiod's comes in a later version)")]
+    NoCa,
+    #[error("no source of the mesh: set LOCAL_XDS_PATH to a mesh file (istiod's xDS comes in a later version)")]
+    NoMesh,
+    #[error("CULVERT_TEST_KNOBS: unknown knob `{0}`")]
+    UnknownKnob(String),
+    #[error("cannot start the data threads: {0}")]
+    Threads(io::Error),
+    #[error("cannot wait for signals: {0}")]
+    Signals(io::Error),
+    #[error("the agent cannot go on: this part of it ended: {0}")]
+    Ended(String),
+    #[error(transparent)]
+    Admin(#[from] SocketError),
+    #[error(transparent)]
+    Http(#[from] BindError),
+    #[error(transparent)]
+    Ca(#[from] DevCaError),
+    #[error(transparent)]
+    Mesh(#[from] LocalFileError),
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+}

@@ -1,0 +1,159 @@
+//! What the admin socket and the HTTP endpoints ask of the node.
+
+use std::{
+    sync::Arc,
+    time::{Instant, SystemTime},
+};
+
+use tokio_util::sync::CancellationToken;
+
+use super::{pods::Pods, readiness::Readiness};
+use crate::{
+    admin::{
+        AdminError, AdminHandler, ErrorKind, FlowsQuery, HttpState, PodAdd, PodInfo, PodRemove, PodState, Status,
+    },
+    config::Config,
+    enrol::{EnrolError, LocalPod, PodSpec, PodUid},
+    identity::Certificates,
+    kernel::KernelError,
+    mesh::Store,
+    telemetry::{Follower, Telemetry},
+};
+
+/// What a [`Handler`] shows.
+pub struct HandlerParts {
+    pub config: Config,
+    pub started: Instant,
+    pub pods: Arc<Pods>,
+    pub store: Arc<Store>,
+    pub certificates: Certificates,
+    pub telemetry: Arc<Telemetry>,
+    pub readiness: Arc<Readiness>,
+    pub shutdown: CancellationToken,
+}
+
+pub struct Handler {
+    parts: HandlerParts,
+}
+
+impl Handler {
+    pub fn new(parts: HandlerParts) -> Self {
+        Self { parts }
+    }
+
+    fn held(&self) -> Vec<String> {
+        let now = SystemTime::now();
+        let mut held: Vec<_> = self
+            .parts
+            .certificates
+            .held()
+            .into_iter()
+            .map(|(identity, certificate)| match certificate {
+                Some(certificate) if certificate.validity().expired(now) => format!("{identity}: expired"),
+                Some(certificate) => {
+                    let left = certificate.validity().not_after.duration_since(now).unwrap_or_default();
+                    format!("{identity}: valid for {} s", left.as_secs())
+                }
+                None => format!("{identity}: not issued yet"),
+            })
+            .collect();
+        held.sort();
+        held
+    }
+}
+
+impl AdminHandler for Handler {
+    async fn pod_add(&self, pod: PodAdd) -> Result<PodInfo, AdminError> {
+        let spec = PodSpec {
+            uid: PodUid::new(&pod.uid).map_err(|error| refuse(&error))?,
+            netns: pod.netns,
+            namespace: pod.namespace,
+            name: pod.name,
+            service_account: pod.service_account,
+        };
+        self.parts.pods.add(spec).await.map(|pod| info(&pod)).map_err(|error| refuse(&error))
+    }
+
+    async fn pod_remove(&self, pod: PodRemove) -> Result<(), AdminError> {
+        let uid = PodUid::new(&pod.uid).map_err(|error| refuse(&error))?;
+        self.parts.pods.remove(&uid).await.map_err(|error| refuse(&error))
+    }
+
+    async fn pod_list(&self) -> Vec<PodInfo> {
+        self.parts.pods.all().iter().map(|pod| info(pod)).collect()
+    }
+
+    async fn status(&self) -> Status {
+        let mesh = self.parts.store.load();
+        let mut warnings = self.parts.readiness.warnings();
+        warnings.push("certificates come from a development CA: not for production".to_owned());
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            node: self.parts.config.node_name.clone(),
+            uptime_seconds: self.parts.started.elapsed().as_secs(),
+            pending: self.parts.readiness.pending(),
+            pods: self.parts.pods.all().len(),
+            workloads: mesh.workloads().len(),
+            services: mesh.services().len(),
+            policies: mesh.policies().len(),
+            mesh: self.parts.readiness.mesh(),
+            certificates: self.held(),
+            warnings,
+        }
+    }
+
+    fn flows(&self, query: FlowsQuery) -> Follower {
+        self.parts.telemetry.feed.follow(query.recent)
+    }
+}
+
+impl HttpState for Handler {
+    fn metrics(&self) -> String {
+        self.parts.telemetry.metrics.render()
+    }
+
+    fn pending(&self) -> Vec<String> {
+        self.parts.readiness.pending()
+    }
+
+    fn config_dump(&self) -> serde_json::Value {
+        let pods: Vec<_> = self.parts.pods.all().iter().map(|pod| info(pod)).collect();
+        serde_json::json!({ "config": self.parts.config, "pods": pods, "certificates": self.held() })
+    }
+
+    fn quit(&self) {
+        self.parts.shutdown.cancel();
+    }
+}
+
+fn info(pod: &LocalPod) -> PodInfo {
+    PodInfo {
+        uid: pod.uid().to_string(),
+        namespace: pod.identity.namespace().to_owned(),
+        name: pod.spec.name.clone().unwrap_or_default(),
+        identity: Some(pod.identity.to_string()),
+        addresses: vec![pod.ip],
+        netns_cookie: pod.cookie().0,
+        state: PodState::Active,
+        reason: None,
+    }
+}
+
+fn refuse(error: &EnrolError) -> AdminError {
+    let kind = match error {
+        EnrolError::Unknown(_) => ErrorKind::NotFound,
+        EnrolError::OtherNetns { .. }
+        | EnrolError::NetnsTaken { .. }
+        | EnrolError::AddressTaken { .. }
+        | EnrolError::IdentityConflict { .. } => ErrorKind::Conflict,
+        EnrolError::HostNetwork(_)
+        | EnrolError::NoAddress { .. }
+        | EnrolError::NoIdentity(_)
+        | EnrolError::Identity { .. }
+        | EnrolError::BadUid
+        | EnrolError::Kernel(KernelError::NotNetns { .. } | KernelError::File { .. }) => ErrorKind::BadRequest,
+        EnrolError::TooMany(_) | EnrolError::Kernel(_) => ErrorKind::Failed,
+    };
+    AdminError::new(kind, error.to_string())
+}

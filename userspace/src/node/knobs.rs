@@ -1,0 +1,48 @@
+//! The protections a test switches off, by name. In a build without the feature `test-knobs` there are none.
+
+use super::NodeError;
+use crate::{config::Config, proxy::ProxyKnobs};
+
+/// What is switched off where.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Knobs {
+    /// Bits of `culvert_abi::knob`.
+    pub kernel: u32,
+    pub proxy: ProxyKnobs,
+}
+
+impl Knobs {
+    #[cfg(not(feature = "test-knobs"))]
+    pub fn of(_: &Config) -> Result<Self, NodeError> {
+        Ok(Self::default())
+    }
+
+    #[cfg(feature = "test-knobs")]
+    pub fn of(config: &Config) -> Result<Self, NodeError> {
+        use culvert_abi::knob;
+        let mut knobs = Self::default();
+        for name in &config.test_knobs {
+            match name.as_str() {
+                "skip-sequence" => knobs.kernel |= knob::SKIP_SEQUENCE,
+                "keep-claims" => knobs.kernel |= knob::KEEP_CLAIMS,
+                "skip-generation" => knobs.kernel |= knob::SKIP_GENERATION,
+                "unknown-verdict-allows" => knobs.kernel |= knob::UNKNOWN_VERDICT_ALLOWS,
+                "pass-unclaimed" => knobs.kernel |= knob::PASS_UNCLAIMED,
+                "pass-own-ports" => knobs.kernel |= knob::PASS_OWN_PORTS,
+                "skip-isolation" => knobs.kernel |= knob::SKIP_ISOLATION,
+                "deny-allows" => knobs.kernel |= knob::DENY_ALLOWS,
+                "skip-steering" => knobs.kernel |= knob::SKIP_STEERING,
+                "missing-listener-passes" => knobs.kernel |= knob::MISSING_LISTENER_PASSES,
+                "skip-policy" => knobs.proxy.skip_policy = true,
+                "skip-authority" => knobs.proxy.skip_authority = true,
+                "skip-reauthorization" => knobs.proxy.skip_reauthorization = true,
+                "skip-client-certificate" => knobs.proxy.tls.skip_client_certificate = true,
+                "skip-chain" => knobs.proxy.tls.skip_chain = true,
+                "skip-server-identity" => knobs.proxy.tls.skip_server_identity = true,
+                other => return Err(NodeError::UnknownKnob(other.to_owned())),
+            }
+            tracing::error!(knob = %name, "a protection is switched off for a test");
+        }
+        Ok(knobs)
+    }
+}

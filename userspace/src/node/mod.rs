@@ -1,0 +1,274 @@
+//! The daemon: wires every part, follows the mesh, serves requests, and ends in order.
+//!
+//! Control (mesh, certificates, admin, telemetry) runs on the runtime that calls [`run`]; connections run on data threads.
+
+mod direct_flows;
+mod enforcer;
+mod error;
+mod handler;
+mod knobs;
+mod limits;
+mod pods;
+mod readiness;
+
+use std::{
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    admin::{AdminSocket, HttpServers, http, socket},
+    config::Config,
+    identity::{Certificates, DevCa, DevCaIssuer, RenewalSettings},
+    kernel::{Kernel, KernelSettings},
+    mesh::{MeshDefaults, Store},
+    policy::{DenyReason, PolicyName},
+    proxy::{Context, OpenConnections, Workers, hbone},
+    telemetry::{KernelCounters, Telemetry},
+    xds::{LocalFile, LocalFileStatus},
+};
+
+use enforcer::Enforcer;
+pub use error::NodeError;
+use handler::{Handler, HandlerParts};
+use pods::Pods;
+use readiness::Readiness;
+
+/// How often the kernel part is told that the agent lives.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+
+/// Runs the agent until SIGTERM, SIGINT or `/quitquitquit`.
+pub async fn run(config: Config, cgroup_mount: std::path::PathBuf) -> Result<(), NodeError> {
+    let started = Instant::now();
+    limits::raise_open_files();
+    let knobs = knobs::Knobs::of(&config)?;
+    let shutdown = CancellationToken::new();
+    let mut tasks = JoinSet::new();
+
+    // The socket first: another agent's pods must not be taken over by one that cannot be reached.
+    let admin = AdminSocket::bind(&config.admin_socket, socket::Limits::default())?;
+    let addresses = http::Addresses {
+        stats: config.stats_address,
+        readiness: config.readiness_address,
+        admin: config.admin_address,
+    };
+    let http = HttpServers::bind(addresses, http::Limits::default())?;
+
+    let telemetry = Arc::new(Telemetry::default());
+    let certificates = certificates(&config)?;
+    {
+        let (certificates, shutdown) = (certificates.clone(), shutdown.clone());
+        tasks.spawn(async move {
+            certificates.run(shutdown).await;
+            "renewal of certificates"
+        });
+    }
+
+    let store = Arc::new(Store::new());
+    let source = mesh_source(&config, &store, &shutdown, &mut tasks)?;
+
+    let (kernel, events) = Kernel::attach(&KernelSettings {
+        cgroup_root: config.cgroup_root.clone(),
+        cgroup_mount,
+        pin_dir: config.pin_dir.clone(),
+        verdict_max_age: config.verdict_max_age,
+        knobs: knobs.kernel,
+    })?;
+    let tables = Arc::clone(kernel.tables());
+    {
+        let tables = Arc::clone(&tables);
+        telemetry.metrics.set_kernel_source(move || {
+            let counters = tables.counters();
+            let lost = culvert_abi::Reason::EventLost;
+            KernelCounters {
+                lost_events: counters.iter().find(|(reason, _)| *reason == lost).map_or(0, |(_, count)| *count),
+                drops: counters.into_iter().map(|(reason, count)| (reason.name(), count)).collect(),
+            }
+        });
+    }
+    {
+        let (tables, shutdown) = (Arc::clone(&tables), shutdown.clone());
+        tasks.spawn(async move {
+            let mut ticks = tokio::time::interval(HEARTBEAT);
+            while shutdown.run_until_cancelled(ticks.tick()).await.is_some() {
+                if let Err(error) = tables.beat() {
+                    tracing::error!(%error, "cannot tell the kernel part that the agent lives");
+                }
+            }
+            "heartbeat"
+        });
+    }
+
+    let enforcer = Arc::new(Enforcer::new(tables)?);
+    let open = Arc::new(OpenConnections::default());
+    let context = Arc::new(Context {
+        mesh: Arc::clone(&store),
+        network: config.network.as_str().into(),
+        certificates: certificates.clone(),
+        judge: Arc::clone(&enforcer) as Arc<dyn crate::proxy::Judge>,
+        telemetry: Arc::clone(&telemetry),
+        open: Arc::clone(&open),
+        server: hbone::ServerSettings {
+            grace: config.termination_grace_period.saturating_sub(Duration::from_secs(5)),
+            ..hbone::ServerSettings::default()
+        },
+        knobs: knobs.proxy,
+    });
+    let pool = hbone::PoolSettings {
+        max_streams_per_connection: config.pool_max_streams,
+        ..hbone::PoolSettings::default()
+    };
+    let threads = usize::try_from(config.threads).unwrap_or(1);
+    let workers = Workers::start(threads, pool, knobs.proxy.tls).map_err(NodeError::Threads)?;
+
+    let readiness = Arc::new(Readiness::new(source.clone()));
+    let pods = Arc::new(Pods::new(kernel, Arc::clone(&enforcer), workers, Arc::clone(&context), &config));
+    follow_mesh(&mut tasks, &shutdown, Arc::clone(&enforcer), Arc::clone(&context));
+    {
+        let feeder = direct_flows::DirectFlows::new(Arc::clone(&enforcer), Arc::clone(&pods), Arc::clone(&context));
+        let shutdown = shutdown.clone();
+        tasks.spawn(async move {
+            feeder.run(events, shutdown).await;
+            "kernel events"
+        });
+    }
+
+    let handler = Arc::new(Handler::new(HandlerParts {
+        config: config.clone(),
+        started,
+        pods: Arc::clone(&pods),
+        store,
+        certificates,
+        telemetry,
+        readiness,
+        shutdown: shutdown.clone(),
+    }));
+    // Requests are answered once there is a mesh to judge them by, or a reason why there is none.
+    wait_for_mesh(source).await;
+    {
+        let (handler, shutdown) = (Arc::clone(&handler), shutdown.clone());
+        tasks.spawn(async move {
+            admin.serve(handler, shutdown).await;
+            "admin socket"
+        });
+    }
+    {
+        let shutdown = shutdown.clone();
+        tasks.spawn(async move {
+            http.serve(handler, shutdown).await;
+            "HTTP endpoints"
+        });
+    }
+    tracing::info!(node = %config.node_name, version = env!("CARGO_PKG_VERSION"), "the agent is running");
+
+    let outcome = supervise(&shutdown, &mut tasks).await;
+    shutdown.cancel();
+    pods.stop(config.termination_grace_period.saturating_sub(Duration::from_secs(5))).await;
+    while tasks.join_next().await.is_some() {}
+    tracing::info!("the agent has stopped; direct flows go on, and their hooks stay until `culvert unload`");
+    outcome
+}
+
+fn certificates(config: &Config) -> Result<Certificates, NodeError> {
+    let directory = config.dev_ca.as_ref().ok_or(NodeError::NoCa)?;
+    let ca = DevCa::open(directory, &config.trust_domain)?;
+    tracing::warn!(
+        directory = %directory.display(),
+        "certificates come from a development CA whose key lies on this disk: not for production"
+    );
+    let issuer = DevCaIssuer::new(Arc::new(ca), config.secret_ttl);
+    Ok(Certificates::new(Arc::new(issuer), RenewalSettings::default()))
+}
+
+fn mesh_source(
+    config: &Config,
+    store: &Arc<Store>,
+    shutdown: &CancellationToken,
+    tasks: &mut JoinSet<&'static str>,
+) -> Result<watch::Receiver<LocalFileStatus>, NodeError> {
+    let path = config.local_xds_path.as_ref().ok_or(NodeError::NoMesh)?;
+    let defaults = MeshDefaults {
+        trust_domain: config.trust_domain.as_str().into(),
+        network: config.network.as_str().into(),
+        ..MeshDefaults::default()
+    };
+    let (watcher, status) = LocalFile::new(path).watch(defaults, Arc::clone(store))?;
+    let shutdown = shutdown.clone();
+    tasks.spawn(async move {
+        watcher.run(shutdown).await;
+        "mesh file"
+    });
+    Ok(status)
+}
+
+async fn wait_for_mesh(mut source: watch::Receiver<LocalFileStatus>) {
+    // An error means that the watcher has ended, which the supervisor notices.
+    let _ = source.wait_for(|status| status.revision.is_some() || status.error.is_some()).await;
+}
+
+/// Brings kernel and open connections in line with each new mesh.
+fn follow_mesh(
+    tasks: &mut JoinSet<&'static str>,
+    shutdown: &CancellationToken,
+    enforcer: Arc<Enforcer>,
+    context: Arc<Context>,
+) {
+    let mut news = context.mesh.subscribe();
+    news.mark_changed();
+    let shutdown = shutdown.clone();
+    // One change at a time, and the newest: what was skipped is contained in it.
+    let busy = Arc::new(Mutex::new(()));
+    tasks.spawn(async move {
+        while let Some(Ok(())) = shutdown.run_until_cancelled(news.changed()).await {
+            news.mark_unchanged();
+            let (enforcer, context, busy) = (Arc::clone(&enforcer), Arc::clone(&context), Arc::clone(&busy));
+            let applied = tokio::task::spawn_blocking(move || {
+                let _busy = busy.lock();
+                let mesh = context.mesh.load();
+                let proxied = context.open.reauthorize(&mesh, context.knobs);
+                let direct = enforcer.apply(mesh);
+                (proxied, direct)
+            });
+            match applied.await {
+                Ok((proxied, Ok(direct))) if proxied + direct > 0 => {
+                    tracing::info!(direct, proxied, "policy changed: open connections were cut");
+                }
+                Ok((_, Ok(_))) => {}
+                Ok((_, Err(error))) => tracing::error!(%error, "the kernel part could not follow a change of the mesh"),
+                Err(error) => tracing::error!(%error, "a change of the mesh was not applied"),
+            }
+        }
+        "mesh follower"
+    });
+}
+
+/// Waits for the end: asked for, or because a part ended that must not.
+async fn supervise(shutdown: &CancellationToken, tasks: &mut JoinSet<&'static str>) -> Result<(), NodeError> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(NodeError::Signals)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(NodeError::Signals)?;
+    tokio::select! {
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+        () = shutdown.cancelled() => Ok(()),
+        ended = tasks.join_next() => Err(match ended {
+            Some(Ok(part)) => NodeError::Ended(part.to_owned()),
+            Some(Err(error)) => NodeError::Ended(error.to_string()),
+            None => NodeError::Ended("everything".to_owned()),
+        }),
+    }
+}
+
+/// The policy a refusal names.
+fn policy_of(reason: &DenyReason) -> Option<&PolicyName> {
+    match reason {
+        DenyReason::MatchedDeny(name) | DenyReason::UnknownPolicy(name) => Some(name),
+        DenyReason::NoAllowMatched => None,
+    }
+}

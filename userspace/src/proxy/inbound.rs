@@ -1,0 +1,96 @@
+//! Into a pod: policy, then the application. Plaintext connections arrive here; `hbone_server` shares the rest.
+
+use std::net::SocketAddr;
+
+use tokio::net::TcpStream;
+
+use super::{
+    ProxyKnobs,
+    arrival::{Arrival, names_application},
+    dial,
+    pod::Ours,
+    report::Report,
+};
+use crate::{
+    enrol::LocalPod,
+    mesh::Mesh,
+    policy::{Connection, Decision, DenyReason, PolicyName},
+    telemetry::{Direction, FlowPath, Reporter},
+};
+
+/// Why a connection into a pod is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Denial {
+    #[error("policy denies: {0}")]
+    Policy(DenyReason),
+    #[error("the pod is not a workload of the mesh (yet): what may reach it is not known")]
+    UnknownWorkload,
+}
+
+impl Denial {
+    pub fn policy(&self) -> Option<&PolicyName> {
+        match self {
+            Self::Policy(DenyReason::MatchedDeny(name) | DenyReason::UnknownPolicy(name)) => Some(name),
+            Self::Policy(DenyReason::NoAllowMatched) | Self::UnknownWorkload => None,
+        }
+    }
+}
+
+/// Asks policy; `Ok` names the policy that allows, if one had to.
+pub(super) fn authorize(
+    mesh: &Mesh,
+    pod: &LocalPod,
+    connection: &Connection,
+    knobs: ProxyKnobs,
+) -> Result<Option<PolicyName>, Denial> {
+    if !knobs.asks_policy() {
+        return Ok(None);
+    }
+    let workload = pod.workload(mesh).ok_or(Denial::UnknownWorkload)?;
+    let evaluation = mesh.authorize(workload, connection);
+    for policy in &evaluation.would_deny {
+        tracing::info!(%policy, source = %connection.source_ip(), destination = %connection.destination(), "a dry-run policy would deny this connection");
+    }
+    match evaluation.decision {
+        Decision::Allow(permit) => Ok(permit.policy().cloned()),
+        Decision::Deny(reason) => Err(Denial::Policy(reason)),
+    }
+}
+
+/// A plaintext connection from outside the mesh, or from somebody who bypassed it.
+pub(super) async fn handle_plaintext(ours: Ours, stream: TcpStream) {
+    let Ok(arrival) = Arrival::of(&stream) else {
+        return;
+    };
+    let Arrival { source, destination } = arrival;
+    let mesh = ours.context.mesh.load();
+    let mut report = Report::new(&ours.context.telemetry, source, destination);
+    report.describe(Direction::Inbound, Reporter::Destination, FlowPath::Plaintext);
+    report.destination(ours.pod.workload(&mesh).map(AsRef::as_ref), Some(&ours.pod.identity));
+    report.source(mesh.workload_by_ip(&ours.context.network, source.ip()).map(AsRef::as_ref), None);
+    if !names_application(&ours.pod, destination) {
+        dial::reset(stream);
+        report.refused("the destination is not this pod's application");
+        return;
+    }
+    let connection = Connection::new(None, source.ip(), destination);
+    let open = ours.context.open.enter(&ours.pod, &connection, &ours.stop.close);
+    match authorize(&mesh, &ours.pod, &connection, ours.context.knobs) {
+        Ok(policy) => report.policy(policy.as_ref()),
+        Err(denial) => {
+            dial::reset(stream);
+            report.denied(&denial.to_string(), denial.policy());
+            return;
+        }
+    }
+    drop(mesh);
+    // The client's own port is taken in this namespace, by the very connection that was accepted.
+    let seen_as = SocketAddr::new(source.ip(), 0);
+    match dial::to_application(&ours.pod, seen_as, destination).await {
+        Ok(application) => report.carry(stream, application, &open.cancel, || open.was_revoked()).await,
+        Err(error) => {
+            dial::reset(stream);
+            report.unreachable(&format!("the application refused: {error}"));
+        }
+    }
+}

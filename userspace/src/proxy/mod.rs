@@ -1,0 +1,54 @@
+//! Carrying what the kernel part does not let through directly: out of a pod, into a pod, through tunnels or in plaintext.
+//!
+//! Invariants: a connection is relayed only with a permit of policy at its destination; what fails is reset, never ended as if it
+//! were complete; everything of a pod runs on one thread, both halves of a connection always. `node` starts a [`Proxy`] and hands
+//! it pods.
+
+mod arrival;
+mod dial;
+mod hbone_server;
+pub mod hbone;
+mod inbound;
+mod knobs;
+mod open;
+mod outbound;
+mod passthrough;
+mod pod;
+pub mod relay;
+mod report;
+pub mod tls;
+mod workers;
+
+use std::sync::Arc;
+
+pub use knobs::ProxyKnobs;
+pub use open::OpenConnections;
+pub use pod::PodProxy;
+pub use workers::Workers;
+
+use crate::{
+    enrol::LocalPod,
+    identity::Certificates,
+    mesh::Store,
+    policy::Evaluation,
+    telemetry::Telemetry,
+};
+
+/// Decides about connections to pods of this node on behalf of the kernel part, which remembers it.
+pub trait Judge: Send + Sync {
+    /// `None` when the destination is not a pod of this node that may be reached directly.
+    fn judge(&self, source: &LocalPod, destination: std::net::SocketAddr) -> Option<Evaluation>;
+}
+
+/// What every connection needs.
+pub struct Context {
+    pub mesh: Arc<Store>,
+    /// The network of this node.
+    pub network: Arc<str>,
+    pub certificates: Certificates,
+    pub judge: Arc<dyn Judge>,
+    pub telemetry: Arc<Telemetry>,
+    pub open: Arc<OpenConnections>,
+    pub server: hbone::ServerSettings,
+    pub knobs: ProxyKnobs,
+}

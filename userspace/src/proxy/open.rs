@@ -1,0 +1,102 @@
+//! The proxied connections into this node's pods, so that a change of policy cuts those it forbids.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use tokio_util::sync::CancellationToken;
+
+use super::{ProxyKnobs, inbound};
+use crate::{enrol::LocalPod, mesh::Mesh, policy::Connection};
+
+/// All of them.
+#[derive(Default)]
+pub struct OpenConnections {
+    table: Mutex<Table>,
+}
+
+#[derive(Default)]
+struct Table {
+    next: u64,
+    open: HashMap<u64, Entry>,
+}
+
+struct Entry {
+    pod: Arc<LocalPod>,
+    connection: Connection,
+    cancel: CancellationToken,
+    revoked: Arc<AtomicBool>,
+}
+
+/// Keeps one connection in the table.
+pub(super) struct OpenConnection {
+    owner: Arc<OpenConnections>,
+    id: u64,
+    pub cancel: CancellationToken,
+    revoked: Arc<AtomicBool>,
+}
+
+impl OpenConnections {
+    /// Enters a connection. To be called before policy is asked: a change in between is then seen by one of the two.
+    pub(super) fn enter(
+        self: &Arc<Self>,
+        pod: &Arc<LocalPod>,
+        connection: &Connection,
+        parent: &CancellationToken,
+    ) -> OpenConnection {
+        let cancel = parent.child_token();
+        let revoked = Arc::<AtomicBool>::default();
+        let entry = Entry {
+            pod: Arc::clone(pod),
+            connection: connection.clone(),
+            cancel: cancel.clone(),
+            revoked: Arc::clone(&revoked),
+        };
+        let mut table = self.table();
+        table.next = table.next.wrapping_add(1);
+        let id = table.next;
+        table.open.insert(id, entry);
+        OpenConnection { owner: Arc::clone(self), id, cancel, revoked }
+    }
+
+    /// Cuts what `mesh` forbids; returns how many.
+    pub fn reauthorize(&self, mesh: &Mesh, knobs: ProxyKnobs) -> usize {
+        if !knobs.reauthorizes() {
+            return 0;
+        }
+        let mut cut = 0;
+        for entry in self.table().open.values() {
+            let denied = inbound::authorize(mesh, &entry.pod, &entry.connection, knobs).is_err();
+            if denied && !entry.revoked.swap(true, Ordering::Relaxed) {
+                entry.cancel.cancel();
+                cut += 1;
+            }
+        }
+        cut
+    }
+
+    pub fn count(&self) -> usize {
+        self.table().open.len()
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl OpenConnection {
+    /// Whether policy cut it, as opposed to the agent's or the pod's end.
+    pub fn was_revoked(&self) -> bool {
+        self.revoked.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        self.owner.table().open.remove(&self.id);
+    }
+}

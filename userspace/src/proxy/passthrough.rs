@@ -1,0 +1,17 @@
+//! Out of a pod to what is not in the mesh: plain TCP, with the pod's own address as source.
+
+use std::net::SocketAddr;
+
+use tokio::net::TcpStream;
+
+use super::{dial, pod::Ours, report::Report};
+
+pub(super) async fn carry(ours: &Ours, stream: TcpStream, destination: SocketAddr, report: Report) {
+    match dial::out_of_pod(ours.pod.sockets.clone(), destination).await {
+        Ok(upstream) => report.carry(stream, upstream, &ours.stop.close, || false).await,
+        Err(error) => {
+            dial::reset(stream);
+            report.unreachable(&format!("cannot connect to {destination}: {error}"));
+        }
+    }
+}

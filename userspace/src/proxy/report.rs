@@ -1,0 +1,123 @@
+//! What becomes of one connection, told to telemetry whichever way it ends.
+
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::Instant,
+};
+
+use tokio_util::sync::CancellationToken;
+
+use super::relay::{IntoSide, RelayCounters, RelayEnd, relay};
+use crate::{
+    mesh::{Service, Workload},
+    policy::{Identity, PolicyName},
+    telemetry::{Direction, FlowPath, FlowRecord, Party, Reporter, ResponseFlags, Security, Telemetry},
+};
+
+/// A connection that has not ended yet.
+pub(super) struct Report {
+    telemetry: Arc<Telemetry>,
+    record: FlowRecord,
+    started: Instant,
+}
+
+impl Report {
+    pub fn new(telemetry: &Arc<Telemetry>, source: SocketAddr, destination: SocketAddr) -> Self {
+        Self { telemetry: Arc::clone(telemetry), record: FlowRecord::new(source, destination), started: Instant::now() }
+    }
+
+    pub fn describe(&mut self, direction: Direction, reporter: Reporter, path: FlowPath) {
+        self.record.direction = direction;
+        self.record.reporter = reporter;
+        self.record.path = path;
+        self.record.security = match path {
+            FlowPath::Plaintext => Security::Unknown,
+            FlowPath::Hbone | FlowPath::Direct => Security::MutualTls,
+        };
+    }
+
+    pub fn source(&mut self, workload: Option<&Workload>, identity: Option<&Identity>) {
+        self.record.source = Arc::new(Party::of(workload, identity));
+    }
+
+    pub fn destination(&mut self, workload: Option<&Workload>, identity: Option<&Identity>) {
+        self.record.destination = Arc::new(Party::of(workload, identity));
+    }
+
+    pub fn service(&mut self, service: Option<&Service>) {
+        self.record.service = service.map(|service| Arc::new(crate::telemetry::ServiceName::of(service)));
+    }
+
+    /// The client's side of a tunnel.
+    pub fn through_tunnel(&mut self, tunnel: SocketAddr, target: SocketAddr) {
+        self.record.destination_addr = tunnel;
+        self.record.hbone_addr = Some(target);
+    }
+
+    /// The server's side of a tunnel.
+    pub fn inside_tunnel(&mut self, target: SocketAddr) {
+        self.record.hbone_addr = Some(target);
+    }
+
+    pub fn policy(&mut self, policy: Option<&PolicyName>) {
+        self.record.policy = policy.map(ToString::to_string);
+    }
+
+    /// Relays to the end and reports it.
+    pub async fn carry<C: IntoSide, U: IntoSide>(
+        mut self,
+        client: C,
+        upstream: U,
+        cancel: &CancellationToken,
+        was_revoked: impl Fn() -> bool,
+    ) {
+        let counters = Arc::<RelayCounters>::default();
+        let open = self.telemetry.opened(&self.record);
+        let inbound = self.record.direction == Direction::Inbound;
+        let sampled = Arc::clone(&counters);
+        open.follow(move || {
+            let (request, answer) = (sampled.sent(), sampled.received());
+            if inbound { (answer, request) } else { (request, answer) }
+        });
+        let outcome = relay(client, upstream, &counters, cancel).await;
+        let (sent, received) =
+            if inbound { (outcome.received, outcome.sent) } else { (outcome.sent, outcome.received) };
+        self.record.bytes_sent = sent;
+        self.record.bytes_received = received;
+        match outcome.end {
+            RelayEnd::Closed => {}
+            RelayEnd::ClientReset(error) => self.record.error = Some(format!("the client's side failed: {error}")),
+            RelayEnd::UpstreamReset(error) => self.record.error = Some(format!("the server's side failed: {error}")),
+            RelayEnd::Cancelled if was_revoked() => {
+                self.record.error = Some("policy changed and denies".to_owned());
+                self.record.response_flags = ResponseFlags::Deny;
+                self.telemetry.metrics.revoked(self.record.path);
+            }
+            RelayEnd::Cancelled => self.record.error = Some("the agent or the pod stopped".to_owned()),
+        }
+        self.record.duration = self.started.elapsed();
+        self.telemetry.closed(open, self.record);
+    }
+
+    /// Not a connection that the agent could carry at all.
+    pub fn refused(self, error: &str) {
+        self.failed(ResponseFlags::Deny, error);
+    }
+
+    pub fn denied(mut self, error: &str, policy: Option<&PolicyName>) {
+        self.policy(policy);
+        self.failed(ResponseFlags::Deny, error);
+    }
+
+    pub fn unreachable(self, error: &str) {
+        self.failed(ResponseFlags::Connect, error);
+    }
+
+    pub fn failed(mut self, flags: ResponseFlags, error: &str) {
+        self.record.response_flags = flags;
+        self.record.error = Some(error.to_owned());
+        self.record.duration = self.started.elapsed();
+        self.telemetry.failed(self.record);
+    }
+}

@@ -1,0 +1,93 @@
+//! The handshake with a deadline, and the identity it proved.
+//!
+//! Invariant: what these functions return speaks HTTP/2 and has an identity that the verifier admitted.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, CommonState, ServerConfig};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::timeout;
+use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
+
+use super::config::ALPN_HTTP2;
+use super::{HandshakeError, PeerRejection, TestKnobs};
+use crate::identity::spiffe;
+use crate::policy::Identity;
+
+/// An authenticated connection from a client.
+#[derive(Debug)]
+pub struct Accepted<S> {
+    pub stream: server::TlsStream<S>,
+    /// None only where a test knob admits clients without a certificate.
+    pub peer: Option<Identity>,
+}
+
+/// An authenticated connection to a server.
+#[derive(Debug)]
+pub struct Connected<S> {
+    pub stream: client::TlsStream<S>,
+    pub peer: Identity,
+}
+
+/// Takes a client's handshake.
+pub async fn accept<S>(
+    io: S,
+    config: Arc<ServerConfig>,
+    deadline: Duration,
+    knobs: TestKnobs,
+) -> Result<Accepted<S>, HandshakeError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let stream = timeout(deadline, TlsAcceptor::from(config).accept(io))
+        .await
+        .map_err(|_| HandshakeError::Deadline(deadline))?
+        .map_err(HandshakeError::from_io)?;
+    let state = stream.get_ref().1;
+    require_http2(state)?;
+    let peer = match peer_identity(state) {
+        Ok(peer) => Some(peer),
+        Err(HandshakeError::NoCertificate) if !knobs.client_certificate_required() => None,
+        Err(error) => return Err(error),
+    };
+    Ok(Accepted { stream, peer })
+}
+
+/// Opens a connection to the server at `address`. The address is not sent and not compared with anything.
+pub async fn connect<S>(
+    io: S,
+    config: Arc<ClientConfig>,
+    address: IpAddr,
+    deadline: Duration,
+) -> Result<Connected<S>, HandshakeError>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let name = ServerName::IpAddress(address.into());
+    let stream = timeout(deadline, TlsConnector::from(config).connect(name, io))
+        .await
+        .map_err(|_| HandshakeError::Deadline(deadline))?
+        .map_err(HandshakeError::from_io)?;
+    let state = stream.get_ref().1;
+    require_http2(state)?;
+    let peer = peer_identity(state)?;
+    Ok(Connected { stream, peer })
+}
+
+/// The identity a finished handshake has proved.
+pub fn peer_identity(state: &CommonState) -> Result<Identity, HandshakeError> {
+    let chain = state.peer_certificates().unwrap_or_default();
+    let leaf = chain.first().ok_or(HandshakeError::NoCertificate)?;
+    spiffe::identity_of(leaf).map_err(|error| HandshakeError::Peer(PeerRejection::Identity(error)))
+}
+
+/// rustls refuses a peer that offers other protocols, but lets one pass that offers none.
+fn require_http2(state: &CommonState) -> Result<(), HandshakeError> {
+    match state.alpn_protocol() {
+        Some(ALPN_HTTP2) => Ok(()),
+        _ => Err(HandshakeError::NoHttp2),
+    }
+}

@@ -1,0 +1,60 @@
+//! Mutual TLS between agents: TLS 1.3 only, both sides prove a SPIFFE id, nothing is resumed.
+//!
+//! Invariants: a handshake that succeeds has proved the peer's chain at that moment and its identity; no session, ticket or early data
+//! crosses into another connection. Called by `proxy::hbone` and the listeners.
+
+mod config;
+mod handshake;
+mod rejection;
+#[cfg(test)]
+mod tests;
+mod verify;
+
+pub use config::{ConfigError, ExpectedServer, client_config, server_config};
+pub use handshake::{Accepted, Connected, accept, connect, peer_identity};
+pub use rejection::{HandshakeError, PeerRejection};
+
+/// Switches single checks off, so that a test can show that it would see their absence. Passed in, never global. Has no fields, and so
+/// switches nothing, unless the crate is built with the feature `test-knobs`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TestKnobs {
+    /// The server admits peers that present no certificate.
+    #[cfg(feature = "test-knobs")]
+    pub skip_client_certificate: bool,
+    /// Chains are not verified, neither signatures of issuers nor times.
+    #[cfg(feature = "test-knobs")]
+    pub skip_chain: bool,
+    /// The client accepts any SPIFFE id from the server.
+    #[cfg(feature = "test-knobs")]
+    pub skip_server_identity: bool,
+}
+
+#[cfg(feature = "test-knobs")]
+impl TestKnobs {
+    fn client_certificate_required(self) -> bool {
+        !self.skip_client_certificate
+    }
+
+    fn chain_verified(self) -> bool {
+        !self.skip_chain
+    }
+
+    fn server_identity_verified(self) -> bool {
+        !self.skip_server_identity
+    }
+}
+
+#[cfg(not(feature = "test-knobs"))]
+impl TestKnobs {
+    const fn client_certificate_required(self) -> bool {
+        true
+    }
+
+    const fn chain_verified(self) -> bool {
+        true
+    }
+
+    const fn server_identity_verified(self) -> bool {
+        true
+    }
+}

@@ -1,0 +1,265 @@
+//! The agent's metrics. `reference` lists them, `traffic` holds the istio_tcp series, this file has the rest and the
+//! exposition. Every other label has values from our own code only, so nothing from outside can make a series.
+
+pub mod reference;
+mod traffic;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::Registry;
+
+use super::record::{FlowPath, FlowRecord};
+pub use reference::metrics_reference;
+use reference::{Kind, Metric};
+pub use traffic::OpenFlow;
+use traffic::{Series, Traffic};
+
+/// The media type of the exposition.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// What the kernel part counts, read at every scrape.
+#[derive(Clone, Debug, Default)]
+pub struct KernelCounters {
+    /// Drop reasons, each with its count since the maps were made.
+    pub drops: Vec<(&'static str, u64)>,
+    /// Flow events that found no room in the ring buffer.
+    pub lost_events: u64,
+}
+
+type KernelSource = Box<dyn Fn() -> KernelCounters + Send + Sync>;
+
+/// Counts by a word of our own.
+#[derive(Debug, Default)]
+struct Tally(Mutex<BTreeMap<&'static str, u64>>);
+
+impl Tally {
+    fn with(&self, word: &'static str, change: impl FnOnce(u64) -> u64) {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(word).or_default();
+        *count = change(*count);
+    }
+
+    fn add(&self, word: &'static str, by: u64) {
+        self.with(word, |count| count.saturating_add(by));
+    }
+
+    fn sub(&self, word: &'static str, by: u64) {
+        self.with(word, |count| count.saturating_sub(by));
+    }
+
+    fn rows(&self) -> Vec<(Vec<String>, u64)> {
+        let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        counts
+            .iter()
+            .map(|(word, count)| (vec![(*word).to_owned()], *count))
+            .collect()
+    }
+}
+
+/// Everything that is counted.
+#[derive(Default)]
+struct State {
+    traffic: Traffic,
+    flows: Tally,
+    open_flows: Tally,
+    revoked: Tally,
+    mesh_updates: Tally,
+    xds_messages: Tally,
+    xds_terminations: Tally,
+    active_pods: AtomicU64,
+    pending_pods: AtomicU64,
+    lost_log_lines: OnceLock<Arc<AtomicU64>>,
+    kernel: OnceLock<KernelSource>,
+}
+
+/// The metrics of this agent. Cheap to clone.
+#[derive(Clone)]
+pub struct Metrics {
+    state: Arc<State>,
+    registry: Arc<Registry>,
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Metrics")
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::over(State::default())
+    }
+}
+
+impl Metrics {
+    fn over(state: State) -> Self {
+        let state = Arc::new(state);
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(Exposition(state.clone())));
+        Self {
+            state,
+            registry: Arc::new(registry),
+        }
+    }
+
+    /// A connection was established.
+    pub fn opened(&self, record: &FlowRecord) -> OpenFlow {
+        OpenFlow::new(self.state.clone(), record)
+    }
+
+    /// A connection was refused or could not be established; the record's response flags say why.
+    pub fn failed(&self, record: &FlowRecord) {
+        self.state.traffic.failed(record);
+    }
+
+    /// An open connection was cut because policy came to forbid it.
+    pub fn revoked(&self, path: FlowPath) {
+        self.state.revoked.add(path.as_str(), 1);
+    }
+
+    /// The last pod of a workload is gone: its series go, once its connections have ended.
+    pub fn forget_workload(&self, namespace: &str, workload_name: &str) {
+        self.state.traffic.forget(namespace, workload_name);
+    }
+
+    /// A changed mesh was taken over, or rejected and the old one kept.
+    pub fn mesh_update(&self, accepted: bool) {
+        let result = if accepted { "accepted" } else { "rejected" };
+        self.state.mesh_updates.add(result, 1);
+    }
+
+    /// A message of this resource type came from istiod.
+    pub fn xds_message(&self, type_url: &'static str) {
+        self.state.xds_messages.add(type_url, 1);
+    }
+
+    /// The connection to istiod ended.
+    pub fn xds_terminated(&self, reason: &'static str) {
+        self.state.xds_terminations.add(reason, 1);
+    }
+
+    /// How many pods are served, and how many wait to be.
+    pub fn pods(&self, active: usize, pending: usize) {
+        self.state
+            .active_pods
+            .store(active as u64, Ordering::Relaxed);
+        self.state
+            .pending_pods
+            .store(pending as u64, Ordering::Relaxed);
+    }
+
+    /// Where the kernel's counters are read; must not block. The first one stays.
+    pub fn set_kernel_source(&self, read: impl Fn() -> KernelCounters + Send + Sync + 'static) {
+        let _ = self.state.kernel.set(Box::new(read));
+    }
+
+    /// Where the log counts its lost lines.
+    pub fn set_lost_log_lines(&self, lost: Arc<AtomicU64>) {
+        let _ = self.state.lost_log_lines.set(lost);
+    }
+
+    /// The exposition in the OpenMetrics text format.
+    pub fn render(&self) -> String {
+        let mut text = String::new();
+        // Writing to a String does not fail.
+        let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry);
+        text
+    }
+}
+
+struct Exposition(Arc<State>);
+
+impl fmt::Debug for Exposition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Exposition")
+    }
+}
+
+impl Collector for Exposition {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let state = &self.0;
+        let series = state.traffic.snapshot();
+        let kernel = state.kernel.get().map(|read| read()).unwrap_or_default();
+        let traffic = |counter: fn(&Series) -> &AtomicU64| -> Vec<_> {
+            let value = |series: &Series| counter(series).load(Ordering::Relaxed);
+            series
+                .iter()
+                .map(|(labels, series)| (labels.clone(), value(series)))
+                .filter(|(_, value)| *value > 0)
+                .collect()
+        };
+        let single = |value: u64| vec![(Vec::new(), value)];
+        let loaded = |value: &AtomicU64| single(value.load(Ordering::Relaxed));
+        let drops = kernel.drops.iter();
+        let build = vec!["culvert".to_owned(), env!("CARGO_PKG_VERSION").to_owned()];
+        let mut put =
+            |metric: &Metric, rows: Vec<(Vec<String>, u64)>| family(&mut encoder, metric, &rows);
+
+        put(&reference::OPENED, traffic(|series| &series.opened))?;
+        put(&reference::CLOSED, traffic(|series| &series.closed))?;
+        put(&reference::FAILED, traffic(|series| &series.failed))?;
+        put(&reference::SENT, traffic(|series| &series.sent))?;
+        put(&reference::RECEIVED, traffic(|series| &series.received))?;
+        put(&reference::BUILD, vec![(build, 1)])?;
+        put(&reference::XDS_MESSAGES, state.xds_messages.rows())?;
+        put(&reference::XDS_TERMINATIONS, state.xds_terminations.rows())?;
+        put(&reference::ACTIVE_PODS, loaded(&state.active_pods))?;
+        put(&reference::PENDING_PODS, loaded(&state.pending_pods))?;
+        put(&reference::FLOWS, state.flows.rows())?;
+        put(&reference::OPEN_FLOWS, state.open_flows.rows())?;
+        put(&reference::REVOKED, state.revoked.rows())?;
+        let drops = drops.map(|(reason, count)| (vec![(*reason).to_owned()], *count));
+        put(&reference::DROPS, drops.collect())?;
+        put(&reference::LOST_EVENTS, single(kernel.lost_events))?;
+        put(&reference::MESH_UPDATES, state.mesh_updates.rows())?;
+        let lost = state.lost_log_lines.get();
+        put(
+            &reference::LOST_LOG_LINES,
+            lost.map_or(single(0), |lost| loaded(lost)),
+        )?;
+        put(&reference::SERIES, single(state.traffic.len()))?;
+        put(
+            &reference::SERIES_OVERFLOW,
+            single(state.traffic.overflowed()),
+        )
+    }
+}
+
+/// Writes one metric with its rows of label values; the values come in the order of the metric's labels.
+fn family(
+    encoder: &mut DescriptorEncoder<'_>,
+    metric: &Metric,
+    rows: &[(Vec<String>, u64)],
+) -> fmt::Result {
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let kind = match metric.kind {
+        Kind::Counter => MetricType::Counter,
+        Kind::Gauge => MetricType::Gauge,
+    };
+    let mut family = encoder.encode_descriptor(metric.name, metric.help, None, kind)?;
+    for (values, value) in rows {
+        let labels: Vec<(&str, &str)> = metric
+            .labels
+            .iter()
+            .copied()
+            .zip(values.iter().map(String::as_str))
+            .collect();
+        let mut sample = family.encode_family(&labels)?;
+        match metric.kind {
+            Kind::Counter => sample.encode_counter::<NoLabelSet, u64, u64>(value, None)?,
+            Kind::Gauge => sample.encode_gauge(value)?,
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,164 @@
+//! The list of metrics: what `/metrics` exposes and docs/METRICS.md describes are both made from it. Names are for
+//! ever: dashboards depend on them. Istio's names mean what they mean there; ours begin with `culvert_`.
+
+use std::fmt::Write;
+
+/// What a metric counts like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Only rises; exposed with `_total`.
+    Counter,
+    /// Rises and falls.
+    Gauge,
+}
+
+/// One metric.
+#[derive(Debug)]
+pub struct Metric {
+    /// Name, without a counter's `_total`.
+    pub name: &'static str,
+    /// Kind.
+    pub kind: Kind,
+    /// Labels, in order.
+    pub labels: &'static [&'static str],
+    /// What it says, as a sentence.
+    pub help: &'static str,
+}
+
+impl Metric {
+    /// The name as exposed.
+    pub fn exposed_name(&self) -> String {
+        match self.kind {
+            Kind::Counter => format!("{}_total", self.name),
+            Kind::Gauge => self.name.to_owned(),
+        }
+    }
+}
+
+/// The labels of Istio's TCP metrics. A value that is not known is `unknown`.
+pub const TRAFFIC_LABELS: &[&str] = &[
+    "reporter",
+    "source_workload",
+    "source_canonical_service",
+    "source_canonical_revision",
+    "source_workload_namespace",
+    "source_principal",
+    "source_app",
+    "source_version",
+    "source_cluster",
+    "destination_service",
+    "destination_service_namespace",
+    "destination_service_name",
+    "destination_workload",
+    "destination_canonical_service",
+    "destination_canonical_revision",
+    "destination_workload_namespace",
+    "destination_principal",
+    "destination_app",
+    "destination_version",
+    "destination_cluster",
+    "request_protocol",
+    "response_flags",
+    "connection_security_policy",
+];
+
+macro_rules! metrics {
+    ($($id:ident = $kind:ident $name:literal $labels:expr, $help:literal;)*) => {
+        $(
+            #[doc = $help]
+            pub const $id: Metric = Metric { name: $name, kind: Kind::$kind, labels: $labels, help: $help };
+        )*
+        /// Every metric, in the order of the documentation.
+        pub const ALL: &[&Metric] = &[$(&$id),*];
+    };
+}
+
+metrics! {
+    OPENED = Counter "istio_tcp_connections_opened" TRAFFIC_LABELS, "Connections established.";
+    CLOSED = Counter "istio_tcp_connections_closed" TRAFFIC_LABELS, "Established connections that ended.";
+    FAILED = Counter "istio_tcp_connections_failed" TRAFFIC_LABELS, "Connections refused or never established; `response_flags` says why.";
+    SENT = Counter "istio_tcp_sent_bytes" TRAFFIC_LABELS, "Bytes sent by the reporting pod, counted while connections are open.";
+    RECEIVED = Counter "istio_tcp_received_bytes" TRAFFIC_LABELS, "Bytes received by the reporting pod, counted while connections are open.";
+    BUILD = Gauge "istio_build" &["component", "tag"], "Always 1; the labels name this build.";
+    XDS_MESSAGES = Counter "istio_xds_message" &["url"], "Messages received from istiod, by resource type.";
+    XDS_TERMINATIONS = Counter "istio_xds_connection_terminations" &["reason"], "Ends of the connection to istiod.";
+    ACTIVE_PODS = Gauge "workload_manager_active_proxy_count" &[], "Pods that are served.";
+    PENDING_PODS = Gauge "workload_manager_pending_proxy_count" &[], "Pods whose enrolment is not complete.";
+    FLOWS = Counter "culvert_flows" &["path"], "Connections established, by the way their bytes take.";
+    OPEN_FLOWS = Gauge "culvert_open_flows" &["path"], "Connections open now, by the way their bytes take.";
+    REVOKED = Counter "culvert_revoked_flows" &["path"], "Open connections cut because policy came to forbid them.";
+    DROPS = Counter "culvert_kernel_drops" &["reason"], "Connections and packets that the kernel part did not pass, by reason.";
+    LOST_EVENTS = Counter "culvert_flow_events_lost" &[], "Flow events that the kernel could not hand over; their connections are missing from log and metrics.";
+    MESH_UPDATES = Counter "culvert_mesh_updates" &["result"], "Attempts to take over a changed mesh; `rejected` ones left the old state.";
+    LOST_LOG_LINES = Counter "culvert_log_lines_lost" &[], "Log lines dropped because the log is not read fast enough.";
+    SERIES = Gauge "culvert_traffic_series" &[], "Label sets held for the istio_tcp metrics.";
+    SERIES_OVERFLOW = Counter "culvert_traffic_series_overflow" &[], "Connections counted under the labels `overflow`, because there are too many label sets.";
+}
+
+/// The content of docs/METRICS.md.
+pub fn metrics_reference() -> String {
+    let mut out = String::from(
+        "# Metrics\n\n\
+         Served at `:15020/metrics` and `:15020/stats/prometheus` in the OpenMetrics text format.\n\
+         This page is generated from `userspace/src/telemetry/metrics/reference.rs`; after a change there, run\n\
+         `UPDATE_DOCS=1 cargo test -p culvert metrics_page`.\n\n\
+         | metric | type | labels | meaning |\n| --- | --- | --- | --- |\n",
+    );
+    for metric in ALL {
+        let kind = match metric.kind {
+            Kind::Counter => "counter",
+            Kind::Gauge => "gauge",
+        };
+        let labels = match metric.labels {
+            [] => "none".to_owned(),
+            TRAFFIC_LABELS => "traffic labels, below".to_owned(),
+            labels => format!("`{}`", labels.join("`, `")),
+        };
+        let name = metric.exposed_name();
+        let _ = writeln!(out, "| `{name}` | {kind} | {labels} | {} |", metric.help);
+    }
+    let _ = write!(
+        out,
+        "\n## Traffic labels\n\n`{}`.\n\n\
+         A value that is not known is `unknown`. \"Sent\" is what the reporting pod sent: the client with `reporter=\"source\"`, the\n\
+         server with `reporter=\"destination\"`. `connection_security_policy` is `mutual_tls` where both identities were verified: by\n\
+         TLS, or by the kernel for a connection between pods of one node, which is not encrypted.\n\n\
+         Series of workloads that are gone are dropped once their last connection has ended. There are at most\n\
+         {} label sets; connections beyond that are counted with every workload label set to `overflow`.\n",
+        TRAFFIC_LABELS.join("`, `"),
+        super::traffic::MAX_SERIES,
+    );
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metrics_page_is_current() {
+        let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/METRICS.md");
+        let reference = metrics_reference();
+        if std::env::var_os("UPDATE_DOCS").is_some() {
+            std::fs::write(page, &reference).unwrap();
+        }
+        let written = std::fs::read_to_string(page).unwrap_or_default();
+        let mend = "UPDATE_DOCS=1 cargo test -p culvert metrics_page";
+        assert!(
+            written == reference,
+            "docs/METRICS.md is out of date: run `{mend}`"
+        );
+    }
+
+    #[test]
+    fn names_are_unique_and_ours_have_the_prefix() {
+        let mut names: Vec<_> = ALL.iter().map(|metric| metric.name).collect();
+        for name in &names {
+            let istio = name.starts_with("istio_") || name.starts_with("workload_manager_");
+            assert!(istio || name.starts_with("culvert_"), "{name}");
+        }
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), ALL.len());
+    }
+}

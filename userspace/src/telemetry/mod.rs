@@ -1,0 +1,21 @@
+//! What the agent tells about the connections it serves: flow records, the access log, metrics, and the live feed.
+//! Nothing here decides anything; nothing here may slow a connection down: every buffer is bounded and what does not
+//! fit is counted. Fed by the proxy and by the kernel's flow events, read by the admin endpoints.
+
+pub mod access_log;
+pub mod flows;
+mod hub;
+mod line;
+pub mod logging;
+pub mod metrics;
+mod party;
+mod record;
+mod writer;
+
+pub use access_log::log_connection;
+pub use flows::{Feed, FlowEvent, Follower, Next};
+pub use hub::Telemetry;
+pub use metrics::{KernelCounters, Metrics, OpenFlow};
+pub use record::{
+    Direction, FlowPath, FlowRecord, Party, Reporter, ResponseFlags, Security, ServiceName,
+};
