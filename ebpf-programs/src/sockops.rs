@@ -165,7 +165,9 @@ fn admit(ctx: &SockOpsContext, sk: *mut c_void, netns: u64, key: &FlowKey) -> Re
     if received.wrapping_sub(1) != claim.sequence && !knob(knob::SKIP_SEQUENCE) {
         return Err(Reason::IsolatedSequence);
     }
-    claims::settle(key, claim.client_netns);
+    if !knob(knob::KEEP_CLAIMS) {
+        claims::settle(key, claim.client_netns);
+    }
     if claim.server_netns != netns {
         return Err(Reason::IsolatedWrongPod);
     }

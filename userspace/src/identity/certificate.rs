@@ -42,7 +42,10 @@ pub enum MalformedCertificate {
     #[error("the private key cannot be used with the certificate: {0}")]
     Key(rustls::Error),
     #[error("root certificate {position} cannot be used as a trust anchor: {error}")]
-    Root { position: usize, error: rustls::Error },
+    Root {
+        position: usize,
+        error: rustls::Error,
+    },
     #[error("there are no root certificates; peers could not be verified")]
     NoRoots,
     #[error("the certificate ends before it begins")]
@@ -61,7 +64,10 @@ impl Validity {
         let validity = certificate.validity();
         let parsed = at(validity.not_before.timestamp()).zip(at(validity.not_after.timestamp()));
         match parsed {
-            Some((not_before, not_after)) if not_before <= not_after => Ok(Self { not_before, not_after }),
+            Some((not_before, not_after)) if not_before <= not_after => Ok(Self {
+                not_before,
+                not_after,
+            }),
             _ => Err(MalformedCertificate::Validity),
         }
     }
@@ -80,13 +86,19 @@ impl Validity {
     }
 
     fn lifetime(&self) -> Duration {
-        self.not_after.duration_since(self.not_before).unwrap_or_default()
+        self.not_after
+            .duration_since(self.not_before)
+            .unwrap_or_default()
     }
 }
 
 fn at(unix_seconds: i64) -> Option<SystemTime> {
     let distance = Duration::from_secs(unix_seconds.unsigned_abs());
-    if unix_seconds < 0 { UNIX_EPOCH.checked_sub(distance) } else { UNIX_EPOCH.checked_add(distance) }
+    if unix_seconds < 0 {
+        UNIX_EPOCH.checked_sub(distance)
+    } else {
+        UNIX_EPOCH.checked_add(distance)
+    }
 }
 
 /// The trust anchors that peers' certificates must lead to.
@@ -107,7 +119,10 @@ impl Roots {
                 .add(certificate.clone())
                 .map_err(|error| MalformedCertificate::Root { position, error })?;
         }
-        Ok(Self { store: Arc::new(store), certificates: certificates.into() })
+        Ok(Self {
+            store: Arc::new(store),
+            certificates: certificates.into(),
+        })
     }
 
     pub fn store(&self) -> &Arc<RootCertStore> {
@@ -138,8 +153,14 @@ impl WorkloadCertificate {
         let parsed = spiffe::parse(leaf)?;
         let identity = spiffe::identity_in(&parsed)?;
         let validity = Validity::of(&parsed)?;
-        let key = CertifiedKey::from_der(chain, key, &PROVIDER).map_err(MalformedCertificate::Key)?;
-        Ok(Self { identity, validity, key: Arc::new(key), roots })
+        let key =
+            CertifiedKey::from_der(chain, key, &PROVIDER).map_err(MalformedCertificate::Key)?;
+        Ok(Self {
+            identity,
+            validity,
+            key: Arc::new(key),
+            roots,
+        })
     }
 
     pub fn identity(&self) -> &Identity {

@@ -60,8 +60,15 @@ type Fetched = (Identity, Result<WorkloadCertificate, IssueError>);
 impl Certificates {
     /// An empty store. Nothing is fetched until [`Certificates::run`] runs.
     pub fn new(issuer: Arc<dyn Issuer>, settings: RenewalSettings) -> Self {
-        let inner = Inner { issuer, settings, slots: Mutex::default(), changed: Notify::new() };
-        Self { inner: Arc::new(inner) }
+        let inner = Inner {
+            issuer,
+            settings,
+            slots: Mutex::default(),
+            changed: Notify::new(),
+        };
+        Self {
+            inner: Arc::new(inner),
+        }
     }
 
     /// A pod of this identity has appeared. To be paired with one [`Certificates::release`].
@@ -99,21 +106,33 @@ impl Certificates {
     }
 
     /// The certificate to present for `identity` at `now`: one that is held and has not expired.
-    pub fn current(&self, identity: &Identity, now: SystemTime) -> Result<Arc<WorkloadCertificate>, CertificateError> {
+    pub fn current(
+        &self,
+        identity: &Identity,
+        now: SystemTime,
+    ) -> Result<Arc<WorkloadCertificate>, CertificateError> {
         let slots = self.slots();
-        let slot = slots.get(identity).ok_or_else(|| CertificateError::NotHeld(identity.clone()))?;
+        let slot = slots
+            .get(identity)
+            .ok_or_else(|| CertificateError::NotHeld(identity.clone()))?;
         if let Some(certificate) = slot.renewal.usable(now) {
             return Ok(Arc::clone(certificate));
         }
         Err(match (&slot.last_failure, slot.renewal.latest()) {
             (_, Some(_)) => CertificateError::Expired(identity.clone()),
-            (Some(reason), None) => CertificateError::Failed { identity: identity.clone(), reason: reason.clone() },
+            (Some(reason), None) => CertificateError::Failed {
+                identity: identity.clone(),
+                reason: reason.clone(),
+            },
             (None, None) => CertificateError::Pending(identity.clone()),
         })
     }
 
     /// Waits while the first certificate of `identity` is on its way. The caller sets a deadline.
-    pub async fn ready(&self, identity: &Identity) -> Result<Arc<WorkloadCertificate>, CertificateError> {
+    pub async fn ready(
+        &self,
+        identity: &Identity,
+    ) -> Result<Arc<WorkloadCertificate>, CertificateError> {
         loop {
             let news = self.slots().get(identity).map(|slot| slot.news.subscribe());
             match self.current(identity, SystemTime::now()) {
@@ -129,7 +148,10 @@ impl Certificates {
 
     /// Every identity held, with its certificate if there is one.
     pub fn held(&self) -> Vec<(Identity, Option<Arc<WorkloadCertificate>>)> {
-        self.slots().iter().map(|(identity, slot)| (identity.clone(), slot.renewal.latest().cloned())).collect()
+        self.slots()
+            .iter()
+            .map(|(identity, slot)| (identity.clone(), slot.renewal.latest().cloned()))
+            .collect()
     }
 
     /// The issuer's roots as they are known now.
@@ -174,14 +196,22 @@ impl Certificates {
         }
     }
 
-    fn finish(&self, identity: &Identity, result: Result<WorkloadCertificate, IssueError>, now: Now) {
+    fn finish(
+        &self,
+        identity: &Identity,
+        result: Result<WorkloadCertificate, IssueError>,
+        now: Now,
+    ) {
         let mut slots = self.slots();
         // The last pod may have gone meanwhile: then the new key is dropped here.
-        let Some(slot) = slots.get_mut(identity) else { return };
+        let Some(slot) = slots.get_mut(identity) else {
+            return;
+        };
         match result {
             Ok(certificate) => {
                 debug!(%identity, until = ?certificate.validity().not_after, "certificate issued");
-                slot.renewal.succeeded(Arc::new(certificate), now, &self.inner.settings);
+                slot.renewal
+                    .succeeded(Arc::new(certificate), now, &self.inner.settings);
                 slot.last_failure = None;
             }
             Err(error) => {
@@ -195,21 +225,36 @@ impl Certificates {
 
     fn slots(&self) -> MutexGuard<'_, HashMap<Identity, Slot>> {
         // No code that holds this lock leaves the map half changed.
-        self.inner.slots.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner
+            .slots
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Inner {
-    async fn fetch(&self, identity: &Identity, now: SystemTime) -> Result<WorkloadCertificate, IssueError> {
+    async fn fetch(
+        &self,
+        identity: &Identity,
+        now: SystemTime,
+    ) -> Result<WorkloadCertificate, IssueError> {
         let deadline = self.settings.request_deadline;
         let certificate = tokio::time::timeout(deadline, self.issuer.issue(identity, now))
             .await
-            .map_err(|_| IssueError::Deadline { identity: identity.clone(), deadline })??;
+            .map_err(|_| IssueError::Deadline {
+                identity: identity.clone(),
+                deadline,
+            })??;
         if certificate.identity() != identity {
-            return Err(IssueError::WrongIdentity { asked: identity.clone(), got: certificate.identity().clone() });
+            return Err(IssueError::WrongIdentity {
+                asked: identity.clone(),
+                got: certificate.identity().clone(),
+            });
         }
         if certificate.validity().expired(SystemTime::now()) {
-            return Err(IssueError::Expired { identity: identity.clone() });
+            return Err(IssueError::Expired {
+                identity: identity.clone(),
+            });
         }
         Ok(certificate)
     }

@@ -9,8 +9,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use std::{fmt, io};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
-    KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
+    KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
 };
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -34,7 +34,11 @@ const BACK_DATED: Duration = Duration::from_secs(60);
 #[derive(Debug, thiserror::Error)]
 pub enum DevCaError {
     #[error("cannot {action} {}: {error}", path.display())]
-    Io { action: &'static str, path: PathBuf, error: io::Error },
+    Io {
+        action: &'static str,
+        path: PathBuf,
+        error: io::Error,
+    },
     #[error("{} is open to others (mode {mode:03o}); run: chmod {want:o} {}", path.display(), path.display())]
     Permissions { path: PathBuf, mode: u32, want: u32 },
     #[error("another process holds {} for more than {waited:?}; end it or remove the file", path.display())]
@@ -42,11 +46,18 @@ pub enum DevCaError {
     #[error("{} is not a development CA: {reason}; remove it to have a new one made (certificates of the old one will be refused)", path.display())]
     Malformed { path: PathBuf, reason: String },
     #[error("{} belongs to the trust domain `{found}`, not `{wanted}`; use another directory or trust domain", path.display())]
-    TrustDomain { path: PathBuf, found: String, wanted: String },
+    TrustDomain {
+        path: PathBuf,
+        found: String,
+        wanted: String,
+    },
     #[error("the root in {} has expired; remove the file to have a new one made", path.display())]
     RootExpired { path: PathBuf },
     #[error("{identity} is not of the trust domain `{trust_domain}` of the development CA")]
-    ForeignIdentity { identity: Identity, trust_domain: String },
+    ForeignIdentity {
+        identity: Identity,
+        trust_domain: String,
+    },
     #[error("`{0}` cannot be a trust domain or an identity in a certificate")]
     BadName(String),
     #[error("the time or lifetime asked for cannot be written into a certificate")]
@@ -72,14 +83,23 @@ impl DevCa {
     }
 
     /// [`DevCa::open`] by another clock.
-    pub fn open_at(directory: &Path, trust_domain: &str, now: SystemTime) -> Result<Self, DevCaError> {
+    pub fn open_at(
+        directory: &Path,
+        trust_domain: &str,
+        now: SystemTime,
+    ) -> Result<Self, DevCaError> {
         let store = Store::open(directory)?;
         let pem = store.read_or_create(|| new_root(trust_domain, now))?;
         Self::from_pem(store.path(), &pem, trust_domain, now)
     }
 
     /// A leaf with a fresh P-256 key for `identity`, valid from shortly before `now` until `ttl` after it.
-    pub fn issue(&self, identity: &Identity, ttl: Duration, now: SystemTime) -> Result<WorkloadCertificate, DevCaError> {
+    pub fn issue(
+        &self,
+        identity: &Identity,
+        ttl: Duration,
+        now: SystemTime,
+    ) -> Result<WorkloadCertificate, DevCaError> {
         if identity.trust_domain() != &*self.trust_domain {
             return Err(DevCaError::ForeignIdentity {
                 identity: identity.clone(),
@@ -88,9 +108,16 @@ impl DevCa {
         }
         let not_before = now.checked_sub(BACK_DATED).ok_or(DevCaError::Time)?;
         let not_after = now.checked_add(ttl).ok_or(DevCaError::Time)?;
-        let validity = Validity { not_before, not_after: not_after.min(self.validity.not_after) };
+        let validity = Validity {
+            not_before,
+            not_after: not_after.min(self.validity.not_after),
+        };
         let (leaf, key) = self.sign(vec![uri(&identity.to_string())?], validity)?;
-        Ok(WorkloadCertificate::new(vec![leaf], key, self.roots.clone())?)
+        Ok(WorkloadCertificate::new(
+            vec![leaf],
+            key,
+            self.roots.clone(),
+        )?)
     }
 
     /// A leaf with any names, also ones that no workload may have: what a hostile peer with this root could hold.
@@ -123,14 +150,28 @@ impl DevCa {
         params.not_before = calendar(validity.not_before)?;
         params.not_after = calendar(validity.not_after)?;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.extended_key_usages = vec![
+            ExtendedKeyUsagePurpose::ServerAuth,
+            ExtendedKeyUsagePurpose::ClientAuth,
+        ];
         params.use_authority_key_identifier_extension = true;
         let leaf = params.signed_by(&key, &self.issuer)?;
-        Ok((leaf.der().clone(), PrivatePkcs8KeyDer::from(key.serialize_der()).into()))
+        Ok((
+            leaf.der().clone(),
+            PrivatePkcs8KeyDer::from(key.serialize_der()).into(),
+        ))
     }
 
-    fn from_pem(path: &Path, pem: &str, trust_domain: &str, now: SystemTime) -> Result<Self, DevCaError> {
-        let malformed = |reason: String| DevCaError::Malformed { path: path.to_owned(), reason };
+    fn from_pem(
+        path: &Path,
+        pem: &str,
+        trust_domain: &str,
+        now: SystemTime,
+    ) -> Result<Self, DevCaError> {
+        let malformed = |reason: String| DevCaError::Malformed {
+            path: path.to_owned(),
+            reason,
+        };
         let mut certificates = CertificateDer::pem_slice_iter(pem.as_bytes());
         let root = certificates
             .next()
@@ -146,14 +187,22 @@ impl DevCa {
 
         let parsed = spiffe::parse(&root).map_err(|error| malformed(error.to_string()))?;
         if !parsed.is_ca() || parsed.issuer() != parsed.subject() {
-            return Err(malformed("its certificate is not a self-signed root".into()));
+            return Err(malformed(
+                "its certificate is not a self-signed root".into(),
+            ));
         }
         if parsed.public_key().subject_public_key.data.as_ref() != key.public_key_raw() {
             return Err(malformed("its private key is not the certificate's".into()));
         }
-        let name = parsed.subject().iter_common_name().next().and_then(|name| name.as_str().ok());
+        let name = parsed
+            .subject()
+            .iter_common_name()
+            .next()
+            .and_then(|name| name.as_str().ok());
         if name != Some(ROOT_NAME) || parsed.subject().iter().count() != 1 {
-            return Err(malformed(format!("its certificate is not named `{ROOT_NAME}`")));
+            return Err(malformed(format!(
+                "its certificate is not named `{ROOT_NAME}`"
+            )));
         }
         let uri = spiffe::only_uri(&parsed).map_err(|error| malformed(error.to_string()))?;
         let found = uri.strip_prefix("spiffe://").unwrap_or(uri);
@@ -166,17 +215,26 @@ impl DevCa {
         }
         let validity = Validity::of(&parsed)?;
         if validity.expired(now) {
-            return Err(DevCaError::RootExpired { path: path.to_owned() });
+            return Err(DevCaError::RootExpired {
+                path: path.to_owned(),
+            });
         }
         let roots = Roots::new(vec![root.clone().into_owned()])?;
         let issuer = rcgen::Issuer::new(root_params(trust_domain, validity)?, key);
-        Ok(Self { trust_domain: trust_domain.into(), issuer, roots, validity })
+        Ok(Self {
+            trust_domain: trust_domain.into(),
+            issuer,
+            roots,
+            validity,
+        })
     }
 }
 
 impl fmt::Debug for DevCa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DevCa").field("trust_domain", &self.trust_domain).finish_non_exhaustive()
+        f.debug_struct("DevCa")
+            .field("trust_domain", &self.trust_domain)
+            .finish_non_exhaustive()
     }
 }
 
@@ -185,7 +243,14 @@ fn new_root(trust_domain: &str, now: SystemTime) -> Result<String, DevCaError> {
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
     let not_before = now.checked_sub(BACK_DATED).ok_or(DevCaError::Time)?;
     let not_after = now.checked_add(ROOT_LIFETIME).ok_or(DevCaError::Time)?;
-    let root = root_params(trust_domain, Validity { not_before, not_after })?.self_signed(&key)?;
+    let root = root_params(
+        trust_domain,
+        Validity {
+            not_before,
+            not_after,
+        },
+    )?
+    .self_signed(&key)?;
     Ok(format!("{}{}", root.pem(), key.serialize_pem()))
 }
 
@@ -195,7 +260,9 @@ fn root_params(trust_domain: &str, validity: Validity) -> Result<CertificatePara
         .map_err(|_| DevCaError::BadName(trust_domain.to_owned()))?;
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
-    params.distinguished_name.push(DnType::CommonName, ROOT_NAME);
+    params
+        .distinguished_name
+        .push(DnType::CommonName, ROOT_NAME);
     params.subject_alt_names = vec![uri(&format!("spiffe://{trust_domain}"))?];
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
@@ -205,11 +272,17 @@ fn root_params(trust_domain: &str, validity: Validity) -> Result<CertificatePara
 }
 
 fn uri(name: &str) -> Result<SanType, DevCaError> {
-    Ok(SanType::URI(name.try_into().map_err(|_| DevCaError::BadName(name.to_owned()))?))
+    Ok(SanType::URI(
+        name.try_into()
+            .map_err(|_| DevCaError::BadName(name.to_owned()))?,
+    ))
 }
 
 fn calendar(time: SystemTime) -> Result<OffsetDateTime, DevCaError> {
-    let seconds = time.duration_since(UNIX_EPOCH).map_err(|_| DevCaError::Time)?.as_secs();
+    let seconds = time
+        .duration_since(UNIX_EPOCH)
+        .map_err(|_| DevCaError::Time)?
+        .as_secs();
     i64::try_from(seconds)
         .ok()
         .and_then(|seconds| OffsetDateTime::from_unix_timestamp(seconds).ok())

@@ -17,13 +17,21 @@ pub enum IssueError {
     #[error(transparent)]
     DevCa(#[from] DevCaError),
     #[error("the issuer's answer for {identity} is unusable: {error}")]
-    Malformed { identity: Identity, error: MalformedCertificate },
+    Malformed {
+        identity: Identity,
+        error: MalformedCertificate,
+    },
     #[error("the issuer answered the request for {asked} with a certificate for {got}")]
     WrongIdentity { asked: Identity, got: Identity },
-    #[error("the issuer answered the request for {identity} with a certificate that has already expired; compare the clocks")]
+    #[error(
+        "the issuer answered the request for {identity} with a certificate that has already expired; compare the clocks"
+    )]
     Expired { identity: Identity },
     #[error("the issuer did not answer the request for {identity} within {deadline:?}")]
-    Deadline { identity: Identity, deadline: Duration },
+    Deadline {
+        identity: Identity,
+        deadline: Duration,
+    },
     #[error("the issuer cannot be reached for {identity}: {reason}")]
     Unavailable { identity: Identity, reason: String },
     #[error("the issuer refuses {identity}: {reason}")]
@@ -31,7 +39,8 @@ pub enum IssueError {
 }
 
 /// The future of one request for a certificate.
-pub type Issuing<'a> = Pin<Box<dyn Future<Output = Result<WorkloadCertificate, IssueError>> + Send + 'a>>;
+pub type Issuing<'a> =
+    Pin<Box<dyn Future<Output = Result<WorkloadCertificate, IssueError>> + Send + 'a>>;
 
 /// A source of certificates.
 pub trait Issuer: Send + Sync + 'static {

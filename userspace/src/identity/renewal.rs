@@ -16,7 +16,10 @@ pub struct Now {
 
 impl Now {
     pub fn read() -> Self {
-        Self { wall: SystemTime::now(), monotonic: Instant::now() }
+        Self {
+            wall: SystemTime::now(),
+            monotonic: Instant::now(),
+        }
     }
 }
 
@@ -59,7 +62,9 @@ pub(super) struct Renewal {
 impl Renewal {
     /// The certificate, if it has not expired.
     pub(super) fn usable(&self, wall: SystemTime) -> Option<&Arc<WorkloadCertificate>> {
-        self.current.as_ref().filter(|certificate| !certificate.validity().expired(wall))
+        self.current
+            .as_ref()
+            .filter(|certificate| !certificate.validity().expired(wall))
     }
 
     /// The certificate, expired or not.
@@ -69,16 +74,27 @@ impl Renewal {
 
     /// Whether to ask the issuer now. If so the caller must report back with `succeeded` or `failed`.
     pub(super) fn begin(&mut self, now: Now) -> bool {
-        let due = self.current.as_ref().is_none_or(|certificate| certificate.validity().renewal_due(now.wall));
+        let due = self
+            .current
+            .as_ref()
+            .is_none_or(|certificate| certificate.validity().renewal_due(now.wall));
         let waiting = self.not_until.is_some_and(|until| now.monotonic < until);
         let begin = due && !waiting && !self.under_way;
         self.under_way |= begin;
         begin
     }
 
-    pub(super) fn succeeded(&mut self, certificate: Arc<WorkloadCertificate>, now: Now, settings: &RenewalSettings) {
+    pub(super) fn succeeded(
+        &mut self,
+        certificate: Arc<WorkloadCertificate>,
+        now: Now,
+        settings: &RenewalSettings,
+    ) {
         let still_due = certificate.validity().renewal_due(now.wall);
-        *self = Self { current: Some(certificate), ..Self::default() };
+        *self = Self {
+            current: Some(certificate),
+            ..Self::default()
+        };
         if still_due {
             // An issuer whose certificates are old at birth (or whose clock is off) must not be asked in a tight loop.
             self.not_until = now.monotonic.checked_add(settings.backoff_first);
@@ -96,7 +112,9 @@ impl Renewal {
 
 /// Between half and all of `first * 2^failures`, at most `most`.
 fn backoff(failures: u32, settings: &RenewalSettings, chance: u16) -> Duration {
-    let doubled = settings.backoff_first.saturating_mul(1_u32.checked_shl(failures).unwrap_or(u32::MAX));
+    let doubled = settings
+        .backoff_first
+        .saturating_mul(1_u32.checked_shl(failures).unwrap_or(u32::MAX));
     let half = doubled.min(settings.backoff_most) / 2;
     let part = half.saturating_mul(u32::from(chance)) / u32::from(u16::MAX);
     half.saturating_add(part)
@@ -120,18 +138,31 @@ mod tests {
         fn new() -> Self {
             let directory = tempfile::tempdir().unwrap();
             let ca = DevCa::open(directory.path(), "cluster.local").unwrap();
-            Self { renewal: Renewal::default(), settings: RenewalSettings::default(), start: Now::read(), ca, _directory: directory }
+            Self {
+                renewal: Renewal::default(),
+                settings: RenewalSettings::default(),
+                start: Now::read(),
+                ca,
+                _directory: directory,
+            }
         }
 
         fn after(&self, seconds: u64) -> Now {
             let passed = Duration::from_secs(seconds);
-            Now { wall: self.start.wall + passed, monotonic: self.start.monotonic + passed }
+            Now {
+                wall: self.start.wall + passed,
+                monotonic: self.start.monotonic + passed,
+            }
         }
 
         fn issue(&mut self, ttl: u64, now: Now) {
             let identity = Identity::parse("spiffe://cluster.local/ns/a/sa/b").unwrap();
-            let certificate = self.ca.issue(&identity, Duration::from_secs(ttl), now.wall).unwrap();
-            self.renewal.succeeded(Arc::new(certificate), now, &self.settings);
+            let certificate = self
+                .ca
+                .issue(&identity, Duration::from_secs(ttl), now.wall)
+                .unwrap();
+            self.renewal
+                .succeeded(Arc::new(certificate), now, &self.settings);
         }
     }
 
@@ -157,7 +188,10 @@ mod tests {
     fn a_clock_stepped_forward_renews_and_hides_the_expired() {
         let mut case = Case::new();
         case.issue(3600, case.start);
-        let stepped = Now { wall: case.start.wall + Duration::from_secs(7200), ..case.start };
+        let stepped = Now {
+            wall: case.start.wall + Duration::from_secs(7200),
+            ..case.start
+        };
         assert!(case.renewal.usable(stepped.wall).is_none());
         assert!(case.renewal.begin(stepped));
     }
@@ -166,7 +200,10 @@ mod tests {
     fn a_clock_stepped_back_renews() {
         let mut case = Case::new();
         case.issue(3600, case.start);
-        let stepped = Now { wall: case.start.wall - Duration::from_secs(7200), ..case.start };
+        let stepped = Now {
+            wall: case.start.wall - Duration::from_secs(7200),
+            ..case.start
+        };
         assert!(case.renewal.begin(stepped));
     }
 
@@ -199,7 +236,8 @@ mod tests {
     fn waits_double_and_lie_between_half_and_all() {
         let settings = RenewalSettings::default();
         for failures in 0..40 {
-            let full = Duration::from_millis(500 * (1 << failures.min(20))).min(settings.backoff_most);
+            let full =
+                Duration::from_millis(500 * (1 << failures.min(20))).min(settings.backoff_most);
             assert_eq!(backoff(failures, &settings, 0), full / 2);
             assert_eq!(backoff(failures, &settings, u16::MAX), full);
         }

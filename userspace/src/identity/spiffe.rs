@@ -33,10 +33,15 @@ pub fn identity_of(certificate: &CertificateDer<'_>) -> Result<Identity, SpiffeE
 }
 
 /// Reads one DER certificate and nothing after it.
-pub(crate) fn parse<'a>(certificate: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, SpiffeError> {
+pub(crate) fn parse<'a>(
+    certificate: &'a CertificateDer<'_>,
+) -> Result<X509Certificate<'a>, SpiffeError> {
     match X509Certificate::from_der(certificate) {
         Ok(([], parsed)) => Ok(parsed),
-        Ok((rest, _)) => Err(SpiffeError::NotX509(format!("{} bytes follow it", rest.len()))),
+        Ok((rest, _)) => Err(SpiffeError::NotX509(format!(
+            "{} bytes follow it",
+            rest.len()
+        ))),
         Err(error) => Err(SpiffeError::NotX509(error.to_string())),
     }
 }
@@ -57,9 +62,16 @@ pub(crate) fn only_uri<'a>(certificate: &'a X509Certificate<'_>) -> Result<&'a s
     let names = certificate
         .subject_alternative_name()
         .map_err(|error| SpiffeError::MalformedNames(error.to_string()))?;
-    let names = names.map(|extension| extension.value.general_names.as_slice()).unwrap_or_default();
-    if names.iter().any(|name| matches!(name, GeneralName::Invalid(..))) {
-        return Err(SpiffeError::MalformedNames("a name cannot be decoded".into()));
+    let names = names
+        .map(|extension| extension.value.general_names.as_slice())
+        .unwrap_or_default();
+    if names
+        .iter()
+        .any(|name| matches!(name, GeneralName::Invalid(..)))
+    {
+        return Err(SpiffeError::MalformedNames(
+            "a name cannot be decoded".into(),
+        ));
     }
     let mut uris = names.iter().filter_map(|name| match name {
         GeneralName::URI(uri) => Some(*uri),

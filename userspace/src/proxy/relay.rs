@@ -5,7 +5,7 @@
 
 use std::future::Future;
 use std::io;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
@@ -77,7 +77,11 @@ impl Side for HboneStream {
     }
 
     fn poll_failed(&mut self, cx: &mut Context<'_>, ended: bool) -> Poll<io::Error> {
-        if ended { self.poll_reset(cx) } else { self.poll_prefetch(cx) }
+        if ended {
+            self.poll_reset(cx)
+        } else {
+            self.poll_prefetch(cx)
+        }
     }
 
     fn reset(&mut self) {
@@ -146,7 +150,11 @@ pub async fn relay<C: IntoSide, U: IntoSide>(
         .await
     };
     pair.settle(&end);
-    RelayOutcome { sent: counters.sent(), received: counters.received(), end }
+    RelayOutcome {
+        sent: counters.sent(),
+        received: counters.received(),
+        end,
+    }
 }
 
 struct Pair<'a, C, U> {
@@ -159,7 +167,13 @@ struct Pair<'a, C, U> {
 
 impl<C: Side, U: Side> Pair<'_, C, U> {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<RelayEnd> {
-        let Self { client, upstream, outward, inward, counters } = self;
+        let Self {
+            client,
+            upstream,
+            outward,
+            inward,
+            counters,
+        } = self;
         // An error must end the poll at once: the kernel tells a socket's reset to one call only, the next read would see an end.
         let outward_done = match outward.poll(cx, client, upstream, &counters.sent) {
             Poll::Ready(Err(failed)) => return Poll::Ready(failed.end(true)),
@@ -228,8 +242,12 @@ enum Failed {
 impl Failed {
     fn end(self, source_is_client: bool) -> RelayEnd {
         match (self, source_is_client) {
-            (Self::Source(error), true) | (Self::Sink(error), false) => RelayEnd::ClientReset(error),
-            (Self::Source(error), false) | (Self::Sink(error), true) => RelayEnd::UpstreamReset(error),
+            (Self::Source(error), true) | (Self::Sink(error), false) => {
+                RelayEnd::ClientReset(error)
+            }
+            (Self::Source(error), false) | (Self::Sink(error), true) => {
+                RelayEnd::UpstreamReset(error)
+            }
         }
     }
 }
@@ -275,6 +293,3 @@ impl Direction {
         }
     }
 }
-
-/// The boxed future of [`TcpSide`]'s watch for errors.
-type Watch = Pin<Box<dyn Future<Output = ()> + Send>>;

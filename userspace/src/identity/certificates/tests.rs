@@ -8,7 +8,10 @@ use super::super::issuer::{DevCaIssuer, Issuing};
 use super::*;
 
 fn identity(service_account: &str) -> Identity {
-    Identity::parse(&format!("spiffe://cluster.local/ns/shop/sa/{service_account}")).unwrap()
+    Identity::parse(&format!(
+        "spiffe://cluster.local/ns/shop/sa/{service_account}"
+    ))
+    .unwrap()
 }
 
 fn ca() -> (tempfile::TempDir, Arc<DevCa>) {
@@ -41,7 +44,11 @@ impl Running {
             let (store, shutdown) = (store.clone(), shutdown.clone());
             async move { store.run(shutdown).await }
         });
-        Self { store, shutdown, task }
+        Self {
+            store,
+            shutdown,
+            task,
+        }
     }
 
     async fn stop(self) {
@@ -61,7 +68,13 @@ struct Scripted {
 
 impl Scripted {
     fn new(ca: Arc<DevCa>) -> Self {
-        Self { ca, asked: AtomicUsize::new(0), failing: 0, answer: None, hang: false }
+        Self {
+            ca,
+            asked: AtomicUsize::new(0),
+            failing: 0,
+            answer: None,
+            hang: false,
+        }
     }
 }
 
@@ -73,7 +86,10 @@ impl Issuer for Scripted {
                 std::future::pending::<()>().await;
             }
             if asked < self.failing {
-                return Err(IssueError::Unavailable { identity: identity.clone(), reason: "scripted".into() });
+                return Err(IssueError::Unavailable {
+                    identity: identity.clone(),
+                    reason: "scripted".into(),
+                });
             }
             let identity = self.answer.as_ref().unwrap_or(identity);
             Ok(self.ca.issue(identity, Duration::from_secs(3600), now)?)
@@ -97,9 +113,15 @@ async fn two_pods_of_one_identity_share_a_certificate_until_the_last_leaves() {
     let first = store.ready(&who).await.unwrap();
     assert_eq!(first.identity(), &who);
     assert!(!store.release(&who));
-    assert!(Arc::ptr_eq(&first, &store.current(&who, SystemTime::now()).unwrap()));
+    assert!(Arc::ptr_eq(
+        &first,
+        &store.current(&who, SystemTime::now()).unwrap()
+    ));
     assert!(store.release(&who));
-    assert_eq!(store.current(&who, SystemTime::now()).unwrap_err(), CertificateError::NotHeld(who.clone()));
+    assert_eq!(
+        store.current(&who, SystemTime::now()).unwrap_err(),
+        CertificateError::NotHeld(who.clone())
+    );
     assert!(store.held().is_empty());
     assert_eq!(issuer.asked.load(Ordering::SeqCst), 1);
     running.stop().await;
@@ -114,7 +136,12 @@ async fn only_identities_of_pods_are_held() {
     running.store.ready(&identity("a")).await.unwrap();
     running.store.ready(&identity("b")).await.unwrap();
     running.store.release(&identity("a"));
-    let held: Vec<_> = running.store.held().into_iter().map(|(identity, _)| identity).collect();
+    let held: Vec<_> = running
+        .store
+        .held()
+        .into_iter()
+        .map(|(identity, _)| identity)
+        .collect();
     assert_eq!(held, [identity("b")]);
     assert!(!running.store.release(&identity("stranger")));
     running.stop().await;
@@ -128,20 +155,34 @@ async fn an_expired_certificate_is_never_handed_out() {
     running.store.acquire(&who);
     let certificate = running.store.ready(&who).await.unwrap();
     let end = certificate.validity().not_after;
-    assert!(running.store.current(&who, end - Duration::from_secs(1)).is_ok());
-    assert_eq!(running.store.current(&who, end).unwrap_err(), CertificateError::Expired(who.clone()));
+    assert!(
+        running
+            .store
+            .current(&who, end - Duration::from_secs(1))
+            .is_ok()
+    );
+    assert_eq!(
+        running.store.current(&who, end).unwrap_err(),
+        CertificateError::Expired(who.clone())
+    );
     running.stop().await;
 }
 
 #[tokio::test]
 async fn a_failing_issuer_is_asked_again_and_its_failure_named() {
     let (_directory, ca) = ca();
-    let issuer = Arc::new(Scripted { failing: 3, ..Scripted::new(ca) });
+    let issuer = Arc::new(Scripted {
+        failing: 3,
+        ..Scripted::new(ca)
+    });
     let running = Running::start(issuer.clone());
     let who = identity("a");
     running.store.acquire(&who);
     let error = running.store.ready(&who).await.unwrap_err();
-    assert!(matches!(&error, CertificateError::Failed { reason, .. } if reason.contains("scripted")), "{error}");
+    assert!(
+        matches!(&error, CertificateError::Failed { reason, .. } if reason.contains("scripted")),
+        "{error}"
+    );
     let deadline = std::time::Instant::now() + Duration::from_secs(5);
     while running.store.current(&who, SystemTime::now()).is_err() {
         assert!(std::time::Instant::now() < deadline, "never issued");
@@ -154,7 +195,10 @@ async fn a_failing_issuer_is_asked_again_and_its_failure_named() {
 #[tokio::test]
 async fn a_certificate_for_somebody_else_is_refused() {
     let (_directory, ca) = ca();
-    let running = Running::start(Arc::new(Scripted { answer: Some(identity("other")), ..Scripted::new(ca) }));
+    let running = Running::start(Arc::new(Scripted {
+        answer: Some(identity("other")),
+        ..Scripted::new(ca)
+    }));
     let who = identity("a");
     running.store.acquire(&who);
     let error = running.store.ready(&who).await.unwrap_err();
@@ -165,10 +209,16 @@ async fn a_certificate_for_somebody_else_is_refused() {
 #[tokio::test]
 async fn an_issuer_that_hangs_runs_into_the_deadline_and_does_not_hold_up_shutdown() {
     let (_directory, ca) = ca();
-    let running = Running::start(Arc::new(Scripted { hang: true, ..Scripted::new(ca) }));
+    let running = Running::start(Arc::new(Scripted {
+        hang: true,
+        ..Scripted::new(ca)
+    }));
     let who = identity("a");
     running.store.acquire(&who);
-    assert_eq!(running.store.current(&who, SystemTime::now()).unwrap_err(), CertificateError::Pending(who.clone()));
+    assert_eq!(
+        running.store.current(&who, SystemTime::now()).unwrap_err(),
+        CertificateError::Pending(who.clone())
+    );
     let error = running.store.ready(&who).await.unwrap_err();
     assert!(error.to_string().contains("did not answer"), "{error}");
     running.stop().await;
@@ -191,7 +241,10 @@ async fn a_certificate_is_replaced_before_it_expires() {
 #[tokio::test]
 async fn waiting_for_an_identity_that_leaves_ends() {
     let (_directory, ca) = ca();
-    let running = Running::start(Arc::new(Scripted { hang: true, ..Scripted::new(ca) }));
+    let running = Running::start(Arc::new(Scripted {
+        hang: true,
+        ..Scripted::new(ca)
+    }));
     let who = identity("a");
     running.store.acquire(&who);
     let waiting = tokio::spawn({
@@ -200,6 +253,9 @@ async fn waiting_for_an_identity_that_leaves_ends() {
     });
     tokio::task::yield_now().await;
     running.store.release(&who);
-    assert_eq!(waiting.await.unwrap().unwrap_err(), CertificateError::NotHeld(who));
+    assert_eq!(
+        waiting.await.unwrap().unwrap_err(),
+        CertificateError::NotHeld(who)
+    );
     running.stop().await;
 }

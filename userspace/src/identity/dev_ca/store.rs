@@ -29,7 +29,10 @@ pub(super) struct Store {
 
 impl Store {
     pub(super) fn open(directory: &Path) -> Result<Self, DevCaError> {
-        let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
+        let made = DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory);
         made.map_err(io_error("create the directory", directory))?;
         let metadata = fs::metadata(directory).map_err(io_error("look at", directory))?;
         // Who may write here may replace the root.
@@ -40,7 +43,10 @@ impl Store {
                 want: 0o700,
             });
         }
-        Ok(Self { directory: directory.to_owned(), file: directory.join(FILE) })
+        Ok(Self {
+            directory: directory.to_owned(),
+            file: directory.join(FILE),
+        })
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -66,7 +72,9 @@ impl Store {
 
     fn read(&self) -> Result<Option<String>, DevCaError> {
         let mut options = OpenOptions::new();
-        options.read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+        options
+            .read(true)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
         let file = match options.open(&self.file) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -89,13 +97,20 @@ impl Store {
         if u64::try_from(length).is_ok_and(|length| length > MAX_FILE_BYTES) {
             return Err(self.malformed("it is too large"));
         }
-        String::from_utf8(bytes).map(Some).map_err(|_| self.malformed("it is not text"))
+        String::from_utf8(bytes)
+            .map(Some)
+            .map_err(|_| self.malformed("it is not text"))
     }
 
     fn lock(&self) -> Result<Flock<File>, DevCaError> {
         let path = self.directory.join(LOCK);
         let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+        options
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW);
         let mut file = options.open(&path).map_err(io_error("open", &path))?;
         let started = Instant::now();
         loop {
@@ -105,7 +120,10 @@ impl Store {
                 Err((_, error)) => return Err(io_error("lock", &path)(error.into())),
             };
             if started.elapsed() >= LOCK_DEADLINE {
-                return Err(DevCaError::Locked { path, waited: LOCK_DEADLINE });
+                return Err(DevCaError::Locked {
+                    path,
+                    waited: LOCK_DEADLINE,
+                });
             }
             thread::sleep(LOCK_RETRY);
         }
@@ -115,11 +133,17 @@ impl Store {
     fn publish(&self, pem: &str) -> Result<(), DevCaError> {
         let new = self.directory.join(NEW);
         match fs::remove_file(&new) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io_error("remove", &new)(error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(io_error("remove", &new)(error));
+            }
             _ => {}
         }
         let written = || -> io::Result<()> {
-            let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
+            let mut file = OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&new)?;
             file.write_all(pem.as_bytes())?;
             file.sync_all()?;
             fs::rename(&new, &self.file)?;
@@ -129,11 +153,18 @@ impl Store {
     }
 
     fn malformed(&self, reason: &str) -> DevCaError {
-        DevCaError::Malformed { path: self.file.clone(), reason: reason.to_owned() }
+        DevCaError::Malformed {
+            path: self.file.clone(),
+            reason: reason.to_owned(),
+        }
     }
 }
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DevCaError {
     let path = path.to_owned();
-    move |error| DevCaError::Io { action, path, error }
+    move |error| DevCaError::Io {
+        action,
+        path,
+        error,
+    }
 }

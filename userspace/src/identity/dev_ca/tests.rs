@@ -37,9 +37,18 @@ fn the_root_is_made_once_and_private() {
 fn agents_that_start_at_once_share_one_root() {
     let directory = tempfile::tempdir().unwrap();
     let roots: Vec<_> = std::thread::scope(|scope| {
-        let open = || DevCa::open(directory.path(), "cluster.local").unwrap().roots().certificates().to_vec();
+        let open = || {
+            DevCa::open(directory.path(), "cluster.local")
+                .unwrap()
+                .roots()
+                .certificates()
+                .to_vec()
+        };
         let threads: Vec<_> = (0..16).map(|_| scope.spawn(open)).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect()
     });
     assert!(roots.windows(2).all(|pair| pair[0] == pair[1]));
 }
@@ -80,14 +89,19 @@ fn an_identity_of_another_trust_domain_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let ca = DevCa::open(directory.path(), "other.example").unwrap();
     let error = ca.issue(&identity(), DAY, SystemTime::now()).unwrap_err();
-    assert!(matches!(error, DevCaError::ForeignIdentity { .. }), "{error}");
+    assert!(
+        matches!(error, DevCaError::ForeignIdentity { .. }),
+        "{error}"
+    );
 }
 
 #[test]
 fn times_that_no_certificate_can_carry_are_refused() {
     let directory = tempfile::tempdir().unwrap();
     let ca = DevCa::open(directory.path(), "cluster.local").unwrap();
-    let error = ca.issue(&identity(), Duration::MAX, SystemTime::now()).unwrap_err();
+    let error = ca
+        .issue(&identity(), Duration::MAX, SystemTime::now())
+        .unwrap_err();
     assert!(matches!(error, DevCaError::Time), "{error}");
     assert!(ca.issue(&identity(), DAY, UNIX_EPOCH).is_err());
 }
@@ -106,7 +120,10 @@ fn a_file_of_another_trust_domain_is_named() {
     let directory = tempfile::tempdir().unwrap();
     DevCa::open(directory.path(), "cluster.local").unwrap();
     let error = DevCa::open(directory.path(), "other.example").unwrap_err();
-    assert!(matches!(&error, DevCaError::TrustDomain { found, .. } if found == "cluster.local"), "{error}");
+    assert!(
+        matches!(&error, DevCaError::TrustDomain { found, .. } if found == "cluster.local"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -131,8 +148,14 @@ fn malformed_files_are_refused_with_what_is_wrong_and_left_as_they_are() {
         (String::new(), "no certificate"),
         (good[split..].to_owned(), "no certificate"),
         (good[..split].to_owned(), "private key cannot be read"),
-        (format!("{}{}", &good[..split], &other[other_split..]), "not the certificate's"),
-        (format!("{good}{}", &other[..other_split]), "more than one certificate"),
+        (
+            format!("{}{}", &good[..split], &other[other_split..]),
+            "not the certificate's",
+        ),
+        (
+            format!("{good}{}", &other[..other_split]),
+            "more than one certificate",
+        ),
         (good[..split / 2].to_owned(), "certificate cannot be read"),
         (flipped, "DER"),
         ("x".repeat(70_000), "too large"),
@@ -140,7 +163,10 @@ fn malformed_files_are_refused_with_what_is_wrong_and_left_as_they_are() {
     for (text, expected) in cases {
         write(here.path(), &text);
         let error = DevCa::open(here.path(), "cluster.local").unwrap_err();
-        assert!(matches!(error, DevCaError::Malformed { .. }), "{expected}: {error}");
+        assert!(
+            matches!(error, DevCaError::Malformed { .. }),
+            "{expected}: {error}"
+        );
         assert!(error.to_string().contains(expected), "{expected}: {error}");
         assert_eq!(read(here.path()), text);
     }
@@ -150,7 +176,11 @@ fn malformed_files_are_refused_with_what_is_wrong_and_left_as_they_are() {
 fn a_key_that_others_may_read_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     DevCa::open(directory.path(), "cluster.local").unwrap();
-    fs::set_permissions(directory.path().join("dev-ca.pem"), fs::Permissions::from_mode(0o640)).unwrap();
+    fs::set_permissions(
+        directory.path().join("dev-ca.pem"),
+        fs::Permissions::from_mode(0o640),
+    )
+    .unwrap();
     let error = DevCa::open(directory.path(), "cluster.local").unwrap_err();
     assert!(error.to_string().contains("chmod 600"), "{error}");
 }
@@ -167,7 +197,11 @@ fn a_directory_that_others_may_write_is_refused() {
 fn a_symlink_is_not_followed() {
     let (here, there) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     DevCa::open(there.path(), "cluster.local").unwrap();
-    std::os::unix::fs::symlink(there.path().join("dev-ca.pem"), here.path().join("dev-ca.pem")).unwrap();
+    std::os::unix::fs::symlink(
+        there.path().join("dev-ca.pem"),
+        here.path().join("dev-ca.pem"),
+    )
+    .unwrap();
     let error = DevCa::open(here.path(), "cluster.local").unwrap_err();
     assert!(matches!(error, DevCaError::Io { .. }), "{error}");
 }
@@ -193,7 +227,10 @@ fn names_that_prove_nothing_are_told_apart() {
     let directory = tempfile::tempdir().unwrap();
     let ca = DevCa::open(directory.path(), "cluster.local").unwrap();
     let now = SystemTime::now();
-    let validity = Validity { not_before: now, not_after: now + DAY };
+    let validity = Validity {
+        not_before: now,
+        not_after: now + DAY,
+    };
     let uri = |text: &str| SanType::URI(text.try_into().unwrap());
     let dns = SanType::DnsName("a.example".try_into().unwrap());
     let read = |names| spiffe::identity_of(&ca.issue_names(names, validity).unwrap().0);
@@ -202,12 +239,28 @@ fn names_that_prove_nothing_are_told_apart() {
     assert_eq!(read(vec![dns.clone(), uri(good)]), Ok(identity()));
     assert_eq!(read(vec![]), Err(spiffe::SpiffeError::UriCount(0)));
     assert_eq!(read(vec![dns]), Err(spiffe::SpiffeError::UriCount(0)));
-    assert_eq!(read(vec![uri(good), uri(good)]), Err(spiffe::SpiffeError::UriCount(2)));
-    for bad in ["https://a.example/", "spiffe://cluster.local", "spiffe://cluster.local/ns/shop/sa/cart/"] {
+    assert_eq!(
+        read(vec![uri(good), uri(good)]),
+        Err(spiffe::SpiffeError::UriCount(2))
+    );
+    for bad in [
+        "https://a.example/",
+        "spiffe://cluster.local",
+        "spiffe://cluster.local/ns/shop/sa/cart/",
+    ] {
         let result = read(vec![uri(bad)]);
-        assert!(matches!(result, Err(spiffe::SpiffeError::NotAnIdentity { .. })), "{bad}: {result:?}");
+        assert!(
+            matches!(result, Err(spiffe::SpiffeError::NotAnIdentity { .. })),
+            "{bad}: {result:?}"
+        );
     }
     let long = format!("spiffe://cluster.local/ns/shop/sa/{}", "a".repeat(3000));
-    assert_eq!(read(vec![uri(&long)]), Err(spiffe::SpiffeError::TooLong(long.len())));
-    assert!(matches!(spiffe::identity_of(&CertificateDer::from(vec![0x30, 0x84])), Err(spiffe::SpiffeError::NotX509(_))));
+    assert_eq!(
+        read(vec![uri(&long)]),
+        Err(spiffe::SpiffeError::TooLong(long.len()))
+    );
+    assert!(matches!(
+        spiffe::identity_of(&CertificateDer::from(vec![0x30, 0x84])),
+        Err(spiffe::SpiffeError::NotX509(_))
+    ));
 }

@@ -19,7 +19,10 @@ use crate::proxy::tls::{self, ExpectedServer, TestKnobs};
 pub(crate) const DAY: Duration = Duration::from_secs(24 * 3600);
 
 pub(crate) fn identity(service_account: &str) -> Identity {
-    Identity::parse(&format!("spiffe://cluster.local/ns/shop/sa/{service_account}")).unwrap()
+    Identity::parse(&format!(
+        "spiffe://cluster.local/ns/shop/sa/{service_account}"
+    ))
+    .unwrap()
 }
 
 pub(crate) struct Ca {
@@ -30,11 +33,18 @@ pub(crate) struct Ca {
 impl Ca {
     pub(crate) fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        Self { ca: DevCa::open(directory.path(), "cluster.local").unwrap(), _directory: directory }
+        Self {
+            ca: DevCa::open(directory.path(), "cluster.local").unwrap(),
+            _directory: directory,
+        }
     }
 
     pub(crate) fn issue(&self, service_account: &str) -> Arc<WorkloadCertificate> {
-        Arc::new(self.ca.issue(&identity(service_account), DAY, SystemTime::now()).unwrap())
+        Arc::new(
+            self.ca
+                .issue(&identity(service_account), DAY, SystemTime::now())
+                .unwrap(),
+        )
     }
 }
 
@@ -68,11 +78,15 @@ impl Server {
                 loop {
                     let (tcp, _) = listener.accept().await.unwrap();
                     tcp.set_nodelay(true).unwrap();
-                    let (certificate, handler, stop) = (certificate.clone(), handler.clone(), stop.clone());
+                    let (certificate, handler, stop) =
+                        (certificate.clone(), handler.clone(), stop.clone());
                     let (handshakes, told) = (handshakes.clone(), told.clone());
                     tunnels.spawn(async move {
-                        let config = tls::server_config(&certificate, TestKnobs::default()).unwrap();
-                        let accepted = tls::accept(tcp, config, Duration::from_secs(5), TestKnobs::default()).await;
+                        let config =
+                            tls::server_config(&certificate, TestKnobs::default()).unwrap();
+                        let accepted =
+                            tls::accept(tcp, config, Duration::from_secs(5), TestKnobs::default())
+                                .await;
                         let Ok(accepted) = accepted else { return };
                         handshakes.fetch_add(1, Ordering::SeqCst);
                         let end = serve(accepted.stream, settings, stop, handler).await;
@@ -81,7 +95,14 @@ impl Server {
                 }
             }
         });
-        Self { ca, address, stop, handshakes, ends, _tasks: tasks }
+        Self {
+            ca,
+            address,
+            stop,
+            handshakes,
+            ends,
+            _tasks: tasks,
+        }
     }
 
     /// Sends back whatever comes, half-close included.
@@ -113,7 +134,10 @@ pub(crate) async fn echo(incoming: Incoming) {
             match std::future::poll_fn(|cx| stream.poll_chunk(cx)).await {
                 Ok(Some(mut chunk)) => {
                     while !chunk.is_empty() {
-                        if std::future::poll_fn(|cx| stream.poll_send(cx, &mut chunk)).await.is_err() {
+                        if std::future::poll_fn(|cx| stream.poll_send(cx, &mut chunk))
+                            .await
+                            .is_err()
+                        {
                             return;
                         }
                     }
@@ -137,9 +161,16 @@ impl Client {
     }
 
     pub(crate) async fn connect_to(&self, authority: &str) -> Result<HboneStream, HboneError> {
-        let request = ConnectRequest { authority: authority.into(), ..ConnectRequest::default() };
+        let request = ConnectRequest {
+            authority: authority.into(),
+            ..ConnectRequest::default()
+        };
         let address = self.key.destination;
-        self.pool.connect(&self.key, &self.certificate, &request, move || dial(address)).await
+        self.pool
+            .connect(&self.key, &self.certificate, &request, move || {
+                dial(address)
+            })
+            .await
     }
 }
 

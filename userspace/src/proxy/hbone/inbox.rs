@@ -56,7 +56,10 @@ mod tests {
     fn bytes_come_out_in_the_order_they_went_in() {
         let mut inbox = Inbox::default();
         let mut expected = Vec::new();
-        for (index, size) in [1, 2, 5000, 3, 0, 1024, 1023, 20_000, 1].into_iter().enumerate() {
+        for (index, size) in [1, 2, 5000, 3, 0, 1024, 1023, 20_000, 1]
+            .into_iter()
+            .enumerate()
+        {
             let frame = vec![u8::try_from(index).unwrap(); size];
             expected.extend_from_slice(&frame);
             inbox.push(frame.into());

@@ -38,13 +38,20 @@ impl Opening {
     }
 
     /// Joins those who wait, unless they will fill the tunnel already.
-    pub(super) fn join(self: &Arc<Self>, certificate: &Arc<WorkloadCertificate>, most: usize) -> Option<Waiting> {
+    pub(super) fn join(
+        self: &Arc<Self>,
+        certificate: &Arc<WorkloadCertificate>,
+        most: usize,
+    ) -> Option<Waiting> {
         let same = Arc::ptr_eq(&self.certificate, certificate) && !self.cancel.is_cancelled();
         if !same || self.waiting.load(Ordering::Relaxed) >= most {
             return None;
         }
         self.waiting.fetch_add(1, Ordering::Relaxed);
-        Some(Waiting { opening: Arc::clone(self), outcome: self.outcome.subscribe() })
+        Some(Waiting {
+            opening: Arc::clone(self),
+            outcome: self.outcome.subscribe(),
+        })
     }
 
     pub(super) fn finish(&self, outcome: Outcome) {

@@ -74,7 +74,14 @@ enum Found {
 impl Pool {
     pub fn new(settings: PoolSettings, knobs: TestKnobs) -> Self {
         let (state, tasks) = (Mutex::default(), TaskTracker::new());
-        Self { inner: Arc::new(Inner { settings, knobs, state, tasks }) }
+        Self {
+            inner: Arc::new(Inner {
+                settings,
+                knobs,
+                state,
+                tasks,
+            }),
+        }
     }
 
     /// A stream to `request.authority` through a tunnel of `key`, opened over `dial` if none has room. `certificate` is the current one
@@ -138,21 +145,31 @@ impl Pool {
                     Found::Slot(slot) => return Ok((slot, !waited)),
                     Found::Wait(waiting) => waiting,
                     Found::Open(opening, waiting) => {
-                        let task = Arc::clone(&self.inner).open(key.clone(), Arc::clone(certificate), opening, dial());
+                        let task = Arc::clone(&self.inner).open(
+                            key.clone(),
+                            Arc::clone(certificate),
+                            opening,
+                            dial(),
+                        );
                         self.inner.tasks.spawn(task);
                         waiting
                     }
                 };
                 waited = true;
-                waiting.outcome().await.unwrap_or(Err(HboneError::Closed(key.destination)))?;
+                waiting
+                    .outcome()
+                    .await
+                    .unwrap_or(Err(HboneError::Closed(key.destination)))?;
             }
         };
         // Others may take the places of a tunnel that was waited for, and again: the handshake's own deadline is not enough.
-        timeout(deadline.saturating_mul(2), search).await.unwrap_or(Err(HboneError::Deadline {
-            destination: key.destination,
-            waited_for: "a place in a tunnel",
-            deadline: deadline.saturating_mul(2),
-        }))
+        timeout(deadline.saturating_mul(2), search)
+            .await
+            .unwrap_or(Err(HboneError::Deadline {
+                destination: key.destination,
+                waited_for: "a place in a tunnel",
+                deadline: deadline.saturating_mul(2),
+            }))
     }
 
     /// Ends tunnels and their streams at once: their pod or identity has gone.
@@ -173,8 +190,11 @@ impl Pool {
             state.closed = true;
             state.entries.drain().map(|(_, entry)| entry).collect()
         };
-        let closings: Vec<_> =
-            entries.iter().flat_map(Entry::all).map(|tunnel| tunnel.closing().clone()).collect();
+        let closings: Vec<_> = entries
+            .iter()
+            .flat_map(Entry::all)
+            .map(|tunnel| tunnel.closing().clone())
+            .collect();
         for opening in entries.iter().flat_map(|entry| &entry.openings) {
             opening.cancel.cancel();
         }
@@ -189,7 +209,12 @@ impl Pool {
 
     /// Tunnels that may take new streams, for tests and metrics.
     pub fn tunnels(&self) -> usize {
-        self.inner.state().entries.values().map(|entry| entry.tunnels.len()).sum()
+        self.inner
+            .state()
+            .entries
+            .values()
+            .map(|entry| entry.tunnels.len())
+            .sum()
     }
 
     /// Keys with a tunnel, open or on its way.
@@ -216,12 +241,17 @@ impl Entry {
     }
 
     fn all(&self) -> impl Iterator<Item = Arc<Tunnel>> {
-        self.tunnels.iter().cloned().chain(self.draining.iter().filter_map(Weak::upgrade))
+        self.tunnels
+            .iter()
+            .cloned()
+            .chain(self.draining.iter().filter_map(Weak::upgrade))
     }
 
     fn close(&self) {
         self.all().for_each(|tunnel| tunnel.close());
-        self.openings.iter().for_each(|opening| opening.cancel.cancel());
+        self.openings
+            .iter()
+            .for_each(|opening| opening.cancel.cancel());
     }
 }
 
@@ -231,25 +261,41 @@ impl Inner {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn find(&self, key: &PoolKey, certificate: &Arc<WorkloadCertificate>) -> Result<Found, HboneError> {
+    fn find(
+        &self,
+        key: &PoolKey,
+        certificate: &Arc<WorkloadCertificate>,
+    ) -> Result<Found, HboneError> {
         let now = SystemTime::now();
-        let most = usize::try_from(self.settings.max_streams_per_connection).unwrap_or(usize::MAX).max(1);
+        let most = usize::try_from(self.settings.max_streams_per_connection)
+            .unwrap_or(usize::MAX)
+            .max(1);
         let mut state = self.state();
         if state.closed {
             return Err(HboneError::Closed(key.destination));
         }
         let entry = state.entries.entry(key.clone()).or_default();
         // One that is no longer usable ends with its last stream.
-        let drained = entry.tunnels.extract_if(.., |tunnel| !tunnel.usable(certificate, now));
-        entry.draining.extend(drained.map(|tunnel| Arc::downgrade(&tunnel)));
+        let drained = entry
+            .tunnels
+            .extract_if(.., |tunnel| !tunnel.usable(certificate, now));
+        entry
+            .draining
+            .extend(drained.map(|tunnel| Arc::downgrade(&tunnel)));
         if let Some(slot) = entry.tunnels.iter().find_map(Tunnel::slot) {
             return Ok(Found::Slot(slot));
         }
-        if let Some(waiting) = entry.openings.iter().find_map(|opening| opening.join(certificate, most)) {
+        if let Some(waiting) = entry
+            .openings
+            .iter()
+            .find_map(|opening| opening.join(certificate, most))
+        {
             return Ok(Found::Wait(waiting));
         }
         let opening = Opening::new(Arc::clone(certificate));
-        let waiting = opening.join(certificate, most).ok_or(HboneError::Closed(key.destination))?;
+        let waiting = opening
+            .join(certificate, most)
+            .ok_or(HboneError::Closed(key.destination))?;
         entry.openings.push(Arc::clone(&opening));
         Ok(Found::Open(opening, waiting))
     }
@@ -267,8 +313,19 @@ impl Inner {
     {
         let (destination, deadline) = (key.destination, self.settings.handshake_deadline);
         let handshake = async {
-            let io = dial.await.map_err(|error| HboneError::Dial { destination, error: Arc::new(error) })?;
-            Tunnel::open(io, destination, certificate, &key.expected, &self.settings, self.knobs).await
+            let io = dial.await.map_err(|error| HboneError::Dial {
+                destination,
+                error: Arc::new(error),
+            })?;
+            Tunnel::open(
+                io,
+                destination,
+                certificate,
+                &key.expected,
+                &self.settings,
+                self.knobs,
+            )
+            .await
         };
         let opened = tokio::select! {
             opened = timeout(deadline, handshake) => opened.unwrap_or(Err(HboneError::Deadline {
@@ -311,7 +368,9 @@ impl Inner {
     fn remove(&self, key: &PoolKey, gone: &Weak<Tunnel>) {
         let mut state = self.state();
         if let Some(entry) = state.entries.get_mut(key) {
-            entry.tunnels.retain(|tunnel| !std::ptr::eq(Arc::as_ptr(tunnel), gone.as_ptr()));
+            entry
+                .tunnels
+                .retain(|tunnel| !std::ptr::eq(Arc::as_ptr(tunnel), gone.as_ptr()));
             entry.draining.retain(|tunnel| !tunnel.ptr_eq(gone));
         }
         state.tidy(key);
@@ -321,11 +380,15 @@ impl Inner {
     fn expire(&self, key: &PoolKey, tunnel: &Weak<Tunnel>, idle: Duration) -> Duration {
         // Under the lock, so that nobody takes a place meanwhile.
         let mut state = self.state();
-        let Some(since) = tunnel.upgrade().and_then(|tunnel| tunnel.idle_since()) else { return idle };
+        let Some(since) = tunnel.upgrade().and_then(|tunnel| tunnel.idle_since()) else {
+            return idle;
+        };
         let left = idle.saturating_sub(Instant::now().saturating_duration_since(since));
         if left.is_zero() {
             if let Some(entry) = state.entries.get_mut(key) {
-                entry.tunnels.retain(|other| !std::ptr::eq(Arc::as_ptr(other), tunnel.as_ptr()));
+                entry
+                    .tunnels
+                    .retain(|other| !std::ptr::eq(Arc::as_ptr(other), tunnel.as_ptr()));
             }
             state.tidy(key);
             return idle;

@@ -6,7 +6,9 @@ use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
 use http::uri::{Authority, Parts};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header,
+};
 
 use super::stream::HboneStream;
 
@@ -38,7 +40,9 @@ impl ConnectRequest {
         ];
         for (name, value) in headers {
             if let Some(value) = value {
-                request.headers_mut().insert(name, HeaderValue::from_str(value)?);
+                request
+                    .headers_mut()
+                    .insert(name, HeaderValue::from_str(value)?);
             }
         }
         Ok(request)
@@ -80,7 +84,10 @@ fn target(authority: &str) -> Option<SocketAddr> {
     }
     match authority.parse().ok()? {
         SocketAddr::V6(address) if address.scope_id() != 0 => None,
-        address => Some(SocketAddr::new(IpAddr::to_canonical(&address.ip()), address.port())),
+        address => Some(SocketAddr::new(
+            IpAddr::to_canonical(&address.ip()),
+            address.port(),
+        )),
     }
 }
 
@@ -117,8 +124,15 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    pub(super) fn new(connect: IncomingConnect, respond: SendResponse<Bytes>, body: RecvStream) -> Self {
-        Self { connect, waiting: Some((respond, body)) }
+    pub(super) fn new(
+        connect: IncomingConnect,
+        respond: SendResponse<Bytes>,
+        body: RecvStream,
+    ) -> Self {
+        Self {
+            connect,
+            waiting: Some((respond, body)),
+        }
     }
 
     pub fn connect(&self) -> &IncomingConnect {
@@ -167,12 +181,33 @@ mod tests {
             ("[2001:db8::1]:8080", "[2001:db8::1]:8080"),
             ("[::ffff:10.0.0.1]:80", "10.0.0.1:80"),
         ] {
-            assert_eq!(target(authority), Some(expected.parse().unwrap()), "{authority}");
+            assert_eq!(
+                target(authority),
+                Some(expected.parse().unwrap()),
+                "{authority}"
+            );
         }
         for authority in [
-            "", ":80", "10.0.0.1", "10.0.0.1:", "10.0.0.1:0", "10.0.0.1:080", "10.0.0.1:65536", "10.0.0.1:-1", "10.0.0.1:+80",
-            "010.0.0.1:80", "10.1:80", "2001:db8::1", "2001:db8::1:80", "[2001:db8::1%1]:80", "[fe80::1%eth0]:80", "localhost:80",
-            "server.shop.svc:80", "user@10.0.0.1:80", "10.0.0.1:80 ", "10.0.0.1:80:80",
+            "",
+            ":80",
+            "10.0.0.1",
+            "10.0.0.1:",
+            "10.0.0.1:0",
+            "10.0.0.1:080",
+            "10.0.0.1:65536",
+            "10.0.0.1:-1",
+            "10.0.0.1:+80",
+            "010.0.0.1:80",
+            "10.1:80",
+            "2001:db8::1",
+            "2001:db8::1:80",
+            "[2001:db8::1%1]:80",
+            "[fe80::1%eth0]:80",
+            "localhost:80",
+            "server.shop.svc:80",
+            "user@10.0.0.1:80",
+            "10.0.0.1:80 ",
+            "10.0.0.1:80:80",
         ] {
             assert_eq!(target(authority), None, "{authority}");
         }
@@ -188,7 +223,10 @@ mod tests {
         };
         let connect = IncomingConnect::parse(&request.to_http().unwrap()).unwrap();
         assert_eq!(connect.target, "10.0.0.1:80".parse().unwrap());
-        assert_eq!((connect.forwarded, connect.baggage, connect.traceparent), (request.forwarded, request.baggage, None));
+        assert_eq!(
+            (connect.forwarded, connect.baggage, connect.traceparent),
+            (request.forwarded, request.baggage, None)
+        );
     }
 
     #[test]

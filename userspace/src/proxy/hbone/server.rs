@@ -52,7 +52,10 @@ where
     H: Fn(Incoming) -> F,
     F: Future<Output = ()> + Send + 'static,
 {
-    let handshake = timeout(settings.handshake_deadline, settings.limits.server().handshake::<_, Bytes>(io));
+    let handshake = timeout(
+        settings.handshake_deadline,
+        settings.limits.server().handshake::<_, Bytes>(io),
+    );
     let connection = tokio::select! {
         result = handshake => match result {
             Ok(Ok(connection)) => connection,
@@ -62,9 +65,18 @@ where
         () = stop.close.cancelled() => return ServeEnd::Stopped,
         () = stop.drain.cancelled() => return ServeEnd::Drained,
     };
-    let mut tunnel = Tunnel { connection, settings, handlers: JoinSet::new(), handler };
+    let mut tunnel = Tunnel {
+        connection,
+        settings,
+        handlers: JoinSet::new(),
+        handler,
+    };
     let end = tunnel.run(&stop).await;
-    let Tunnel { connection, mut handlers, .. } = tunnel;
+    let Tunnel {
+        connection,
+        mut handlers,
+        ..
+    } = tunnel;
     // With the connection every stream fails; the handlers see that, deliver what they hold and end.
     drop(connection);
     let finishing = async { while handlers.join_next().await.is_some() {} };
@@ -142,7 +154,9 @@ where
             return answer(&mut respond, Refusal::BadRequest);
         };
         // A client that opens and resets streams faster than handlers can end must not make more of them.
-        let most = usize::try_from(self.settings.limits.max_streams).unwrap_or(usize::MAX).saturating_mul(2);
+        let most = usize::try_from(self.settings.limits.max_streams)
+            .unwrap_or(usize::MAX)
+            .saturating_mul(2);
         if self.handlers.len() >= most {
             return respond.send_reset(Reason::REFUSED_STREAM);
         }

@@ -40,7 +40,15 @@ enum Receiving {
 impl HboneStream {
     pub(super) fn new(send: SendStream<Bytes>, recv: RecvStream, slot: Option<Slot>) -> Self {
         let (inbox, receiving) = (Inbox::default(), Receiving::Open);
-        Self { send, recv, inbox, receiving, finished: false, aborted: false, _slot: slot }
+        Self {
+            send,
+            recv,
+            inbox,
+            receiving,
+            finished: false,
+            aborted: false,
+            _slot: slot,
+        }
     }
 
     /// Resets the stream; what is queued in either direction is dropped.
@@ -166,7 +174,11 @@ impl Drop for HboneStream {
 }
 
 impl AsyncRead for HboneStream {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         if buf.remaining() == 0 {
             return Poll::Ready(Ok(()));
         }
@@ -180,12 +192,21 @@ impl AsyncRead for HboneStream {
         let part = chunk.split_to(chunk.len().min(buf.remaining()));
         buf.put_slice(&part);
         self.inbox.unread(chunk);
-        Poll::Ready(self.recv.flow_control().release_capacity(part.len()).map_err(to_io))
+        Poll::Ready(
+            self.recv
+                .flow_control()
+                .release_capacity(part.len())
+                .map_err(to_io),
+        )
     }
 }
 
 impl AsyncWrite for HboneStream {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         if buf.is_empty() {
             return Poll::Ready(Ok(0));
         }
@@ -206,11 +227,18 @@ impl AsyncWrite for HboneStream {
 }
 
 fn reset_by(reason: Reason) -> io::Error {
-    io::Error::new(io::ErrorKind::ConnectionReset, format!("the peer reset the stream: {reason}"))
+    io::Error::new(
+        io::ErrorKind::ConnectionReset,
+        format!("the peer reset the stream: {reason}"),
+    )
 }
 
 /// A reset of the stream is told from the end of the whole tunnel.
 fn to_io(error: h2::Error) -> io::Error {
-    let kind = if error.is_reset() { io::ErrorKind::ConnectionReset } else { io::ErrorKind::ConnectionAborted };
+    let kind = if error.is_reset() {
+        io::ErrorKind::ConnectionReset
+    } else {
+        io::ErrorKind::ConnectionAborted
+    };
     io::Error::new(kind, error)
 }

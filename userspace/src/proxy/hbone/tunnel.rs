@@ -74,9 +74,15 @@ impl Tunnel {
             .map_err(|error| HboneError::Config(Arc::new(error)))?;
         let connected = tls::connect(io, config, destination.ip(), settings.handshake_deadline)
             .await
-            .map_err(|error| HboneError::Tls { destination, error: Arc::new(error) })?;
+            .map_err(|error| HboneError::Tls {
+                destination,
+                error: Arc::new(error),
+            })?;
         let failure = Failure::default();
-        let io = Watched { inner: connected.stream, failure: Arc::clone(&failure) };
+        let io = Watched {
+            inner: connected.stream,
+            failure: Arc::clone(&failure),
+        };
         let builder = settings.limits.client(settings.max_streams_per_connection);
         let (sender, session) = builder
             .handshake(io)
@@ -86,7 +92,9 @@ impl Tunnel {
             destination,
             certificate,
             sender,
-            max_streams: usize::try_from(settings.max_streams_per_connection).unwrap_or(usize::MAX).max(1),
+            max_streams: usize::try_from(settings.max_streams_per_connection)
+                .unwrap_or(usize::MAX)
+                .max(1),
             streams: AtomicUsize::new(0),
             idle_since: Mutex::new(Instant::now()),
             retired: AtomicBool::new(false),
@@ -129,7 +137,12 @@ impl Tunnel {
     /// Since when it has no streams, if it has none.
     pub(super) fn idle_since(&self) -> Option<Instant> {
         let idle = self.streams.load(Ordering::Relaxed) == 0;
-        idle.then(|| *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner))
+        idle.then(|| {
+            *self
+                .idle_since
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+        })
     }
 }
 
@@ -139,17 +152,24 @@ impl Slot {
     }
 
     /// Sends CONNECT and waits for 200.
-    pub(super) async fn connect(self, request: &ConnectRequest, settings: &PoolSettings) -> Result<HboneStream, Unopened> {
+    pub(super) async fn connect(
+        self,
+        request: &ConnectRequest,
+        settings: &PoolSettings,
+    ) -> Result<HboneStream, Unopened> {
         let tunnel = &self.0;
         let destination = tunnel.destination;
         let not_sent = |error| Unopened::NotProcessed(failed(destination, &tunnel.failure, error));
-        let request = request.to_http().map_err(|error| Unopened::Final(HboneError::Request(Arc::new(error))))?;
+        let request = request
+            .to_http()
+            .map_err(|error| Unopened::Final(HboneError::Request(Arc::new(error))))?;
         let exchange = async {
             let mut sender = tunnel.sender.clone().ready().await.map_err(not_sent)?;
             let (answer, send) = sender.send_request(request, false).map_err(not_sent)?;
             let answer = answer.await.map_err(|error| {
                 // A stream that fails with GOAWAY is one of those the peer said it will not look at.
-                let refused = error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM);
+                let refused =
+                    error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM);
                 let unprocessed = error.is_remote() && (error.is_go_away() || refused);
                 let (io, error) = (error.is_io(), failed(destination, &tunnel.failure, error));
                 match (unprocessed, io) {
@@ -168,10 +188,17 @@ impl Slot {
             // A tunnel that does not answer may be dead without knowing.
             tunnel.retire();
             let (waited_for, deadline) = ("the answer to CONNECT", settings.answer_deadline);
-            Unopened::Final(HboneError::Deadline { destination, waited_for, deadline })
+            Unopened::Final(HboneError::Deadline {
+                destination,
+                waited_for,
+                deadline,
+            })
         })??;
         if answer.status() != StatusCode::OK {
-            return Err(Unopened::Final(HboneError::Refused { destination, status: answer.status() }));
+            return Err(Unopened::Final(HboneError::Refused {
+                destination,
+                status: answer.status(),
+            }));
         }
         Ok(HboneStream::new(send, answer.into_body(), Some(self)))
     }
@@ -180,15 +207,25 @@ impl Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         // The time first: whoever sees no streams must also see since when.
-        *self.0.idle_since.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        *self
+            .0
+            .idle_since
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Instant::now();
         self.0.streams.fetch_sub(1, Ordering::Release);
     }
 }
 
 fn failed(destination: SocketAddr, failure: &Failure, error: h2::Error) -> HboneError {
     match failure.get() {
-        Some(tls) if error.is_io() => HboneError::Tls { destination, error: Arc::clone(tls) },
-        _ => HboneError::Http2 { destination, error: Arc::new(error) },
+        Some(tls) if error.is_io() => HboneError::Tls {
+            destination,
+            error: Arc::clone(tls),
+        },
+        _ => HboneError::Http2 {
+            destination,
+            error: Arc::new(error),
+        },
     }
 }
 
@@ -200,7 +237,10 @@ pub(super) struct Watched<S> {
 
 impl<S> Watched<S> {
     fn note(&self, error: io::Error) -> io::Error {
-        let Some(tls) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) else {
+        let Some(tls) = error
+            .get_ref()
+            .and_then(|inner| inner.downcast_ref::<rustls::Error>())
+        else {
             return error;
         };
         let copy = io::Error::new(error.kind(), tls.clone());
@@ -210,13 +250,23 @@ impl<S> Watched<S> {
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_read(cx, buf).map_err(|error| self.note(error))
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner)
+            .poll_read(cx, buf)
+            .map_err(|error| self.note(error))
     }
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.inner).poll_write(cx, buf)
     }
 

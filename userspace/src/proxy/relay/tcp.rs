@@ -13,13 +13,16 @@ use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWrite, Interest};
 use tokio::net::TcpStream;
 
-use super::{Side, Watch};
+use super::Side;
 
 /// First, and while idle largest, read buffer.
 const SMALLEST: usize = 4 * 1024;
 const LARGEST: usize = 64 * 1024;
 /// A read into less room than this is not worth a system call.
 const ROOM: usize = 1024;
+
+/// Ends when the socket has an error to tell.
+type Watch = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 pub struct TcpSide {
     stream: TcpStream,
@@ -30,7 +33,12 @@ pub struct TcpSide {
 
 impl TcpSide {
     pub fn new(stream: TcpStream) -> Self {
-        Self { stream, buffer: BytesMut::new(), size: SMALLEST, watch: None }
+        Self {
+            stream,
+            buffer: BytesMut::new(),
+            size: SMALLEST,
+            watch: None,
+        }
     }
 
     fn failure(&self) -> io::Error {
@@ -87,7 +95,11 @@ impl Side for TcpSide {
             // A registration of its own: the stream's wakes its task for reads and writes only while those are polled.
             let copy = self.stream.as_fd().try_clone_to_owned();
             match copy.and_then(|copy| TcpStream::from_std(copy.into())) {
-                Ok(copy) => self.watch = Some(Box::pin(async move { drop(copy.ready(Interest::ERROR).await) })),
+                Ok(copy) => {
+                    self.watch = Some(Box::pin(
+                        async move { drop(copy.ready(Interest::ERROR).await) },
+                    ))
+                }
                 Err(error) => return Poll::Ready(error),
             }
         }

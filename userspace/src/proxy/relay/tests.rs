@@ -35,7 +35,14 @@ async fn listen() -> (TcpListener, SocketAddr) {
     (listener, address)
 }
 
-fn spawn<U>(near: TcpStream, upstream: U) -> (JoinHandle<RelayOutcome>, Arc<RelayCounters>, CancellationToken)
+fn spawn<U>(
+    near: TcpStream,
+    upstream: U,
+) -> (
+    JoinHandle<RelayOutcome>,
+    Arc<RelayCounters>,
+    CancellationToken,
+)
 where
     U: IntoSide + Send + 'static,
     U::Side: Send,
@@ -55,33 +62,60 @@ async fn plain() -> Path {
     let far = dial(back_address).await.unwrap();
     let (server, _) = back.accept().await.unwrap();
     let (relay, counters, cancel) = spawn(near, far);
-    Path { client, server, relay, counters, cancel, _tunnel: None }
+    Path {
+        client,
+        server,
+        relay,
+        counters,
+        cancel,
+        _tunnel: None,
+    }
 }
 
-async fn tunnelled(limits: Limits) -> Path {
-    let ((front, front_address), (back, back_address)) = (listen().await, listen().await);
-    let settings = ServerSettings { limits, ..ServerSettings::default() };
-    let tunnel = Server::start(settings, move |incoming: Incoming| async move {
+/// A server whose streams are relayed to `app`, and a client of it.
+async fn tunnel_to(app: SocketAddr, limits: Limits) -> (Server, Client) {
+    let settings = ServerSettings {
+        limits,
+        ..ServerSettings::default()
+    };
+    let server = Server::start(settings, move |incoming: Incoming| async move {
         let socket = TcpSocket::new_v4().unwrap();
-        // Small, so that a server that does not read is felt soon.
+        // Small, so that an application that does not read is felt soon.
         socket.set_send_buffer_size(16 * 1024).unwrap();
-        let app = socket.connect(back_address).await.unwrap();
+        let app = socket.connect(app).await.unwrap();
         app.set_nodelay(true).unwrap();
         let stream = incoming.accept().unwrap();
         relay(stream, app, &Arc::default(), &CancellationToken::new()).await;
     })
     .await;
-    let pool = tunnel.client(PoolSettings::default());
+    let client = server.client(PoolSettings::default());
+    (server, client)
+}
+
+async fn tunnelled() -> Path {
+    let ((front, front_address), (back, back_address)) = (listen().await, listen().await);
+    let (tunnel, pool) = tunnel_to(back_address, Limits::default()).await;
     let client = dial(front_address).await.unwrap();
     let (near, _) = front.accept().await.unwrap();
     let far = pool.connect().await.unwrap();
     let (server, _) = back.accept().await.unwrap();
     let (relay, counters, cancel) = spawn(near, far);
-    Path { client, server, relay, counters, cancel, _tunnel: Some((tunnel, pool)) }
+    Path {
+        client,
+        server,
+        relay,
+        counters,
+        cancel,
+        _tunnel: Some((tunnel, pool)),
+    }
 }
 
 async fn path(through_tunnel: bool) -> Path {
-    if through_tunnel { tunnelled(Limits::default()).await } else { plain().await }
+    if through_tunnel {
+        tunnelled().await
+    } else {
+        plain().await
+    }
 }
 
 #[tokio::test]
@@ -93,7 +127,10 @@ async fn one_byte_goes_there_and_back_and_is_counted_while_open() {
             assert_eq!(soon(path.server.read_u8()).await.unwrap(), 7);
             path.server.write_u16(9).await.unwrap();
             assert_eq!(soon(path.client.read_u16()).await.unwrap(), 9);
-            assert_eq!((path.counters.sent(), path.counters.received()), (round, 2 * round));
+            assert_eq!(
+                (path.counters.sent(), path.counters.received()),
+                (round, 2 * round)
+            );
         }
         drop((path.client, path.server));
         let outcome = soon(path.relay).await.unwrap();
@@ -125,17 +162,26 @@ async fn a_half_close_leaves_the_other_direction_open() {
 
 #[tokio::test]
 async fn a_reset_of_one_end_is_a_reset_of_the_other() {
-    for (through_tunnel, by_client) in [(false, false), (false, true), (true, false), (true, true)] {
+    for (through_tunnel, by_client) in [(false, false), (false, true), (true, false), (true, true)]
+    {
         let mut path = path(through_tunnel).await;
         path.client.write_u8(1).await.unwrap();
         path.server.read_u8().await.unwrap();
         path.server.write_u8(1).await.unwrap();
         path.client.read_u8().await.unwrap();
-        let (gone, mut left) = if by_client { (path.client, path.server) } else { (path.server, path.client) };
+        let (gone, mut left) = if by_client {
+            (path.client, path.server)
+        } else {
+            (path.server, path.client)
+        };
         gone.set_zero_linger().unwrap();
         drop(gone);
         let error = soon(left.read_u8()).await.unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{through_tunnel} {by_client}");
+        assert_eq!(
+            error.kind(),
+            io::ErrorKind::ConnectionReset,
+            "{through_tunnel} {by_client}"
+        );
         let outcome = soon(path.relay).await.unwrap();
         match (by_client, &outcome.end) {
             (true, RelayEnd::ClientReset(_)) | (false, RelayEnd::UpstreamReset(_)) => {}
@@ -146,10 +192,14 @@ async fn a_reset_of_one_end_is_a_reset_of_the_other() {
 
 #[tokio::test]
 async fn a_reset_after_a_half_close_is_noticed_without_traffic() {
-    for (through_tunnel, by_client) in [(false, false), (false, true), (true, false), (true, true)] {
+    for (through_tunnel, by_client) in [(false, false), (false, true), (true, false), (true, true)]
+    {
         let mut path = path(through_tunnel).await;
-        let (gone, left) =
-            if by_client { (&mut path.client, &mut path.server) } else { (&mut path.server, &mut path.client) };
+        let (gone, left) = if by_client {
+            (&mut path.client, &mut path.server)
+        } else {
+            (&mut path.server, &mut path.client)
+        };
         gone.shutdown().await.unwrap();
         assert_eq!(soon(left.read(&mut [0; 1])).await.unwrap(), 0);
         gone.set_zero_linger().unwrap();
@@ -189,7 +239,10 @@ async fn a_cancelled_relay_resets_both_ends() {
         path.server.read_u8().await.unwrap();
         path.cancel.cancel();
         for end in [&mut path.client, &mut path.server] {
-            assert_eq!(soon(end.read_u8()).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+            assert_eq!(
+                soon(end.read_u8()).await.unwrap_err().kind(),
+                io::ErrorKind::ConnectionReset
+            );
         }
         let outcome = soon(path.relay).await.unwrap();
         assert!(matches!(outcome.end, RelayEnd::Cancelled), "{outcome:?}");
@@ -203,7 +256,8 @@ async fn a_server_that_does_not_read_stops_the_client_and_gets_everything_later(
         let mut path = path(through_tunnel).await;
         let chunk = vec![7; 64 * 1024];
         let mut written = 0;
-        while let Ok(result) = timeout(Duration::from_millis(300), path.client.write(&chunk)).await {
+        while let Ok(result) = timeout(Duration::from_millis(300), path.client.write(&chunk)).await
+        {
             written += result.unwrap();
             assert!(written < 64 << 20, "not bounded");
         }
@@ -216,31 +270,30 @@ async fn a_server_that_does_not_read_stops_the_client_and_gets_everything_later(
 
 #[tokio::test]
 async fn small_frames_for_a_server_that_does_not_read_do_not_kill_the_tunnel() {
-    // A budget that without prefetching would be spent after 4,000 unread frames.
-    let mut path = tunnelled(Limits { small_frame_budget: 1 << 20, ..Limits::default() }).await;
-    let filler = vec![1; 16 << 20];
-    let (mut filled, mut small) = (0, 0);
-    while let Ok(written) = timeout(Duration::from_millis(200), path.client.write(&filler)).await {
-        filled += written.unwrap();
-        if filled > 3 << 20 {
-            break;
-        }
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(16 * 1024).unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let back = socket.listen(1).unwrap();
+    // A budget that without prefetching would be spent after some 4,000 unread frames.
+    let limits = Limits {
+        small_frame_budget: 1 << 20,
+        ..Limits::default()
+    };
+    let (tunnel, pool) = tunnel_to(back.local_addr().unwrap(), limits).await;
+    let mut stream = pool.connect().await.unwrap();
+    let (mut server, _) = back.accept().await.unwrap();
+    // More than the sockets take, less than the stream's window: from here on the relay cannot write.
+    soon(stream.write_all(&vec![1; 1 << 20])).await.unwrap();
+    for _ in 0..20_000 {
+        soon(stream.write_u8(2)).await.unwrap();
+        tokio::task::yield_now().await;
     }
-    while small < 20_000 {
-        match timeout(Duration::from_millis(300), path.client.write_u8(2)).await {
-            Ok(written) => written.unwrap(),
-            Err(_) => break,
-        }
-        small += 1;
-        if small % 4 == 0 {
-            tokio::task::yield_now().await;
-        }
-    }
-    path.client.shutdown().await.unwrap();
+    soon(stream.shutdown()).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
     let mut got = Vec::new();
-    soon(path.server.read_to_end(&mut got)).await.unwrap();
-    assert_eq!(got.len(), filled + small);
-    assert!(small >= 20_000, "{small}");
+    soon(server.read_to_end(&mut got)).await.unwrap();
+    assert_eq!(got.len(), (1 << 20) + 20_000);
+    assert_eq!(tunnel.handshakes(), 1);
 }
 
 #[tokio::test]
@@ -248,13 +301,17 @@ async fn a_client_that_dies_while_the_server_does_not_read_is_noticed() {
     for through_tunnel in [false, true] {
         let mut path = path(through_tunnel).await;
         let chunk = vec![7; 64 * 1024];
-        while let Ok(written) = timeout(Duration::from_millis(300), path.client.write(&chunk)).await {
+        while let Ok(written) = timeout(Duration::from_millis(300), path.client.write(&chunk)).await
+        {
             written.unwrap();
         }
         path.client.set_zero_linger().unwrap();
         drop(path.client);
         let outcome = soon(path.relay).await.unwrap();
-        assert!(matches!(outcome.end, RelayEnd::ClientReset(_)), "{outcome:?}");
+        assert!(
+            matches!(outcome.end, RelayEnd::ClientReset(_)),
+            "{outcome:?}"
+        );
     }
 }
 
@@ -262,11 +319,25 @@ async fn a_client_that_dies_while_the_server_does_not_read_is_noticed() {
 async fn a_reset_that_meets_a_write_is_not_taken_for_an_end() {
     for _ in 0..100 {
         let path = plain().await;
-        let (of_client, of_server) =
-            (Script { chunks: vec![1, 1], reset: false }, Script { chunks: vec![1], reset: true });
-        let (client, _) = tokio::join!(play(path.client, of_client, 0), play(path.server, of_server, 1));
+        let (of_client, of_server) = (
+            Script {
+                chunks: vec![1, 1],
+                reset: false,
+            },
+            Script {
+                chunks: vec![1],
+                reset: true,
+            },
+        );
+        let (client, _) = tokio::join!(
+            play(path.client, of_client, 0),
+            play(path.server, of_server, 1)
+        );
         assert!(!(client.wrote_all && client.ended == Some(true)));
-        assert!(matches!(soon(path.relay).await.unwrap().end, RelayEnd::UpstreamReset(_)));
+        assert!(matches!(
+            soon(path.relay).await.unwrap().end,
+            RelayEnd::UpstreamReset(_)
+        ));
     }
 }
 
@@ -302,10 +373,19 @@ async fn play(mut stream: TcpStream, script: Script, seed: u8) -> Seen {
     if script.reset {
         stream.set_zero_linger().unwrap();
     }
-    Seen { bytes, ended, wrote_all }
+    Seen {
+        bytes,
+        ended,
+        wrote_all,
+    }
 }
 
-async fn exchange(stream: &mut TcpStream, script: &Script, outgoing: &[u8], got: &mut Vec<u8>) -> (bool, Option<bool>) {
+async fn exchange(
+    stream: &mut TcpStream,
+    script: &Script,
+    outgoing: &[u8],
+    got: &mut Vec<u8>,
+) -> (bool, Option<bool>) {
     let (mut reader, mut writer) = stream.split();
     let mut writing = pin!(async {
         let mut rest = outgoing;

@@ -59,7 +59,11 @@ impl fmt::Display for ExpectedServer {
             let separator = if position == 0 { "" } else { " or " };
             write!(f, "{separator}{identity}")?;
         }
-        if self.0.is_empty() { f.write_str("nobody") } else { Ok(()) }
+        if self.0.is_empty() {
+            f.write_str("nobody")
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -70,7 +74,10 @@ pub fn server_config(
 ) -> Result<Arc<ServerConfig>, ConfigError> {
     let own = OwnCertificate::new(certificate)?;
     let verifier = ClientVerifier {
-        chain: Chain { roots: Arc::clone(certificate.roots().store()), knobs },
+        chain: Chain {
+            roots: Arc::clone(certificate.roots().store()),
+            knobs,
+        },
         trust_domain: certificate.identity().trust_domain().to_owned(),
     };
     let mut config = ServerConfig::builder_with_provider(Arc::clone(&PROVIDER))
@@ -93,7 +100,10 @@ pub fn client_config(
 ) -> Result<Arc<ClientConfig>, ConfigError> {
     let own = OwnCertificate::new(certificate)?;
     let verifier = ServerVerifier {
-        chain: Chain { roots: Arc::clone(certificate.roots().store()), knobs },
+        chain: Chain {
+            roots: Arc::clone(certificate.roots().store()),
+            knobs,
+        },
         expected: expected.clone(),
     };
     let mut config = ClientConfig::builder_with_provider(Arc::clone(&PROVIDER))

@@ -52,7 +52,10 @@ pub enum HandshakeError {
 impl HandshakeError {
     /// What the peer did, recovered from an error of a TLS stream.
     pub fn from_io(error: io::Error) -> Self {
-        match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+        match error
+            .get_ref()
+            .and_then(|inner| inner.downcast_ref::<rustls::Error>())
+        {
             Some(tls) => Self::from_tls(tls),
             None => Self::Io(error),
         }
@@ -60,7 +63,9 @@ impl HandshakeError {
 
     fn from_tls(error: &rustls::Error) -> Self {
         match error {
-            rustls::Error::InvalidCertificate(error) => Self::Peer(PeerRejection::from_certificate_error(error)),
+            rustls::Error::InvalidCertificate(error) => {
+                Self::Peer(PeerRejection::from_certificate_error(error))
+            }
             rustls::Error::NoCertificatesPresented => Self::NoCertificate,
             rustls::Error::AlertReceived(alert) => Self::Refused(*alert),
             rustls::Error::NoApplicationProtocol => Self::NoHttp2,
@@ -85,7 +90,9 @@ impl PeerRejection {
         match error {
             webpki::Error::CertExpired { .. } => Self::Expired,
             webpki::Error::CertNotValidYet { .. } => Self::NotYetValid,
-            webpki::Error::UnknownIssuer | webpki::Error::InvalidSignatureForPublicKey => Self::UnknownIssuer,
+            webpki::Error::UnknownIssuer | webpki::Error::InvalidSignatureForPublicKey => {
+                Self::UnknownIssuer
+            }
             other => Self::Chain(format!("{other:?}")),
         }
     }
@@ -93,7 +100,9 @@ impl PeerRejection {
     fn from_certificate_error(error: &CertificateError) -> Self {
         match error {
             CertificateError::Expired | CertificateError::ExpiredContext { .. } => Self::Expired,
-            CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => Self::NotYetValid,
+            CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
+                Self::NotYetValid
+            }
             CertificateError::UnknownIssuer => Self::UnknownIssuer,
             CertificateError::Other(OtherError(inner)) => match inner.downcast_ref::<Self>() {
                 Some(rejection) => rejection.clone(),

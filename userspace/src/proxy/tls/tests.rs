@@ -1,6 +1,7 @@
 //! Each check of the verifiers over a real handshake, with a peer that breaks just that one; twins with the check switched off follow.
 
 use std::net::Ipv4Addr;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use rcgen::SanType;
@@ -12,7 +13,6 @@ use super::*;
 use crate::identity::certificate::PROVIDER;
 use crate::identity::{DevCa, Validity, WorkloadCertificate};
 use crate::policy::Identity;
-use std::sync::Arc;
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -25,7 +25,10 @@ struct Ca {
 impl Ca {
     fn new(trust_domain: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        Self { ca: DevCa::open(directory.path(), trust_domain).unwrap(), _directory: directory }
+        Self {
+            ca: DevCa::open(directory.path(), trust_domain).unwrap(),
+            _directory: directory,
+        }
     }
 
     fn issue(&self, service_account: &str) -> Arc<WorkloadCertificate> {
@@ -33,18 +36,33 @@ impl Ca {
     }
 
     fn issue_at(&self, service_account: &str, now: SystemTime) -> Arc<WorkloadCertificate> {
-        let who = Identity::parse(&format!("spiffe://{}/ns/shop/sa/{service_account}", self.ca.trust_domain())).unwrap();
+        let who = Identity::parse(&format!(
+            "spiffe://{}/ns/shop/sa/{service_account}",
+            self.ca.trust_domain()
+        ))
+        .unwrap();
         Arc::new(self.ca.issue(&who, DAY, now).unwrap())
     }
 
     fn names(&self, names: &[SanType]) -> (CertificateDer<'static>, PrivateKeyDer<'static>) {
         let now = SystemTime::now();
-        self.ca.issue_names(names.to_vec(), Validity { not_before: now, not_after: now + DAY }).unwrap()
+        self.ca
+            .issue_names(
+                names.to_vec(),
+                Validity {
+                    not_before: now,
+                    not_after: now + DAY,
+                },
+            )
+            .unwrap()
     }
 }
 
 fn identity(service_account: &str) -> Identity {
-    Identity::parse(&format!("spiffe://cluster.local/ns/shop/sa/{service_account}")).unwrap()
+    Identity::parse(&format!(
+        "spiffe://cluster.local/ns/shop/sa/{service_account}"
+    ))
+    .unwrap()
 }
 
 fn uri(text: &str) -> SanType {
@@ -83,7 +101,9 @@ impl rustls::client::danger::ServerCertVerifier for Gullible {
         Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
     }
     fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
-        PROVIDER.signature_verification_algorithms.supported_schemes()
+        PROVIDER
+            .signature_verification_algorithms
+            .supported_schemes()
     }
 }
 
@@ -119,7 +139,11 @@ type Outcome = (
     Result<Connected<DuplexStream>, HandshakeError>,
 );
 
-async fn handshake(server: Arc<ServerConfig>, client: Arc<ClientConfig>, knobs: TestKnobs) -> Outcome {
+async fn handshake(
+    server: Arc<ServerConfig>,
+    client: Arc<ClientConfig>,
+    knobs: TestKnobs,
+) -> Outcome {
     let (near, far) = tokio::io::duplex(64 * 1024);
     tokio::join!(
         accept(near, server, DEADLINE, knobs),
@@ -128,15 +152,34 @@ async fn handshake(server: Arc<ServerConfig>, client: Arc<ClientConfig>, knobs: 
 }
 
 /// What our server says to a client.
-async fn judged_by_server(ca: &Ca, client: Arc<ClientConfig>, knobs: TestKnobs) -> Result<Option<Identity>, HandshakeError> {
+async fn judged_by_server(
+    ca: &Ca,
+    client: Arc<ClientConfig>,
+    knobs: TestKnobs,
+) -> Result<Option<Identity>, HandshakeError> {
     let server = server_config(&ca.issue("server"), knobs).unwrap();
-    handshake(server, client, knobs).await.0.map(|accepted| accepted.peer)
+    handshake(server, client, knobs)
+        .await
+        .0
+        .map(|accepted| accepted.peer)
 }
 
 /// What our client, which expects `server`, says to a server.
-async fn judged_by_client(ca: &Ca, server: Arc<ServerConfig>, knobs: TestKnobs) -> Result<Identity, HandshakeError> {
-    let client = client_config(&ca.issue("client"), &ExpectedServer::one(identity("server")), knobs).unwrap();
-    handshake(server, client, knobs).await.1.map(|connected| connected.peer)
+async fn judged_by_client(
+    ca: &Ca,
+    server: Arc<ServerConfig>,
+    knobs: TestKnobs,
+) -> Result<Identity, HandshakeError> {
+    let client = client_config(
+        &ca.issue("client"),
+        &ExpectedServer::one(identity("server")),
+        knobs,
+    )
+    .unwrap();
+    handshake(server, client, knobs)
+        .await
+        .1
+        .map(|connected| connected.peer)
 }
 
 #[track_caller]
@@ -148,20 +191,34 @@ fn rejected<T: std::fmt::Debug>(result: Result<T, HandshakeError>) -> PeerReject
 }
 
 fn client_of(certificate: &Arc<WorkloadCertificate>) -> Arc<ClientConfig> {
-    client_config(certificate, &ExpectedServer::one(identity("server")), TestKnobs::default()).unwrap()
+    client_config(
+        certificate,
+        &ExpectedServer::one(identity("server")),
+        TestKnobs::default(),
+    )
+    .unwrap()
 }
 
 /// The pair of a certificate whose key the hostile builders can use, valid around `now`.
 fn dated(ca: &Ca, service_account: &str, not_before: SystemTime) -> Pair {
     let name = uri(&identity(service_account).to_string());
-    ca.ca.issue_names(vec![name], Validity { not_before, not_after: not_before + DAY }).unwrap()
+    ca.ca
+        .issue_names(
+            vec![name],
+            Validity {
+                not_before,
+                not_after: not_before + DAY,
+            },
+        )
+        .unwrap()
 }
 
 #[tokio::test]
 async fn both_sides_learn_each_others_identity() {
     let ca = Ca::new("cluster.local");
     let server = server_config(&ca.issue("server"), TestKnobs::default()).unwrap();
-    let (accepted, connected) = handshake(server, client_of(&ca.issue("client")), TestKnobs::default()).await;
+    let (accepted, connected) =
+        handshake(server, client_of(&ca.issue("client")), TestKnobs::default()).await;
     let (mut accepted, mut connected) = (accepted.unwrap(), connected.unwrap());
     assert_eq!(accepted.peer, Some(identity("client")));
     assert_eq!(connected.peer, identity("server"));
@@ -172,7 +229,12 @@ async fn both_sides_learn_each_others_identity() {
     assert_eq!(&got, b"hello");
     let state = connected.stream.get_ref().1;
     assert_eq!(state.protocol_version(), Some(ProtocolVersion::TLSv1_3));
-    assert_eq!(state.negotiated_key_exchange_group().map(|group| group.name()), Some(NamedGroup::X25519MLKEM768));
+    assert_eq!(
+        state
+            .negotiated_key_exchange_group()
+            .map(|group| group.name()),
+        Some(NamedGroup::X25519MLKEM768)
+    );
     assert_eq!(state.alpn_protocol(), Some(b"h2".as_slice()));
     // No tickets, so nothing that a later connection could resume.
     assert_eq!(state.tls13_tickets_received(), 0);
@@ -182,7 +244,9 @@ async fn both_sides_learn_each_others_identity() {
 #[tokio::test]
 async fn a_client_without_certificate_is_refused() {
     let ca = Ca::new("cluster.local");
-    let error = judged_by_server(&ca, hostile_client(None), TestKnobs::default()).await.unwrap_err();
+    let error = judged_by_server(&ca, hostile_client(None), TestKnobs::default())
+        .await
+        .unwrap_err();
     assert!(matches!(error, HandshakeError::NoCertificate), "{error}");
 }
 
@@ -191,27 +255,39 @@ async fn a_client_of_a_foreign_root_is_refused() {
     let (ours, theirs) = (Ca::new("cluster.local"), Ca::new("cluster.local"));
     // One that does not check us: its own check would end the handshake first.
     let client = hostile_client(Some(theirs.names(&[uri(&identity("client").to_string())])));
-    assert_eq!(rejected(judged_by_server(&ours, client, TestKnobs::default()).await), PeerRejection::UnknownIssuer);
+    assert_eq!(
+        rejected(judged_by_server(&ours, client, TestKnobs::default()).await),
+        PeerRejection::UnknownIssuer
+    );
 }
 
 #[tokio::test]
 async fn an_expired_client_is_refused() {
     let ca = Ca::new("cluster.local");
     let client = hostile_client(Some(dated(&ca, "client", SystemTime::now() - 2 * DAY)));
-    assert_eq!(rejected(judged_by_server(&ca, client, TestKnobs::default()).await), PeerRejection::Expired);
+    assert_eq!(
+        rejected(judged_by_server(&ca, client, TestKnobs::default()).await),
+        PeerRejection::Expired
+    );
 }
 
 #[tokio::test]
 async fn a_client_from_the_future_is_refused() {
     let ca = Ca::new("cluster.local");
     let client = hostile_client(Some(dated(&ca, "client", SystemTime::now() + DAY)));
-    assert_eq!(rejected(judged_by_server(&ca, client, TestKnobs::default()).await), PeerRejection::NotYetValid);
+    assert_eq!(
+        rejected(judged_by_server(&ca, client, TestKnobs::default()).await),
+        PeerRejection::NotYetValid
+    );
 }
 
 #[tokio::test]
 async fn a_client_with_two_uri_names_is_refused() {
     let ca = Ca::new("cluster.local");
-    let names = [uri(&identity("client").to_string()), uri(&identity("admin").to_string())];
+    let names = [
+        uri(&identity("client").to_string()),
+        uri(&identity("admin").to_string()),
+    ];
     let client = hostile_client(Some(ca.names(&names)));
     let rejection = rejected(judged_by_server(&ca, client, TestKnobs::default()).await);
     assert!(rejection.to_string().contains("carries 2"), "{rejection}");
@@ -220,7 +296,9 @@ async fn a_client_with_two_uri_names_is_refused() {
 #[tokio::test]
 async fn a_client_with_only_a_dns_name_is_refused() {
     let ca = Ca::new("cluster.local");
-    let client = hostile_client(Some(ca.names(&[SanType::DnsName("client.shop".try_into().unwrap())])));
+    let client = hostile_client(Some(
+        ca.names(&[SanType::DnsName("client.shop".try_into().unwrap())]),
+    ));
     let rejection = rejected(judged_by_server(&ca, client, TestKnobs::default()).await);
     assert!(rejection.to_string().contains("carries 0"), "{rejection}");
 }
@@ -228,19 +306,30 @@ async fn a_client_with_only_a_dns_name_is_refused() {
 #[tokio::test]
 async fn a_client_whose_uri_is_no_spiffe_id_is_refused() {
     let ca = Ca::new("cluster.local");
-    for name in ["https://cluster.local/ns/shop/sa/client", "spiffe://cluster.local/shop/client"] {
+    for name in [
+        "https://cluster.local/ns/shop/sa/client",
+        "spiffe://cluster.local/shop/client",
+    ] {
         let client = hostile_client(Some(ca.names(&[uri(name)])));
         let rejection = rejected(judged_by_server(&ca, client, TestKnobs::default()).await);
-        assert!(matches!(rejection, PeerRejection::Identity(_)), "{rejection}");
+        assert!(
+            matches!(rejection, PeerRejection::Identity(_)),
+            "{rejection}"
+        );
     }
 }
 
 #[tokio::test]
 async fn a_client_of_another_trust_domain_is_refused() {
     let ca = Ca::new("cluster.local");
-    let client = hostile_client(Some(ca.names(&[uri("spiffe://other.example/ns/shop/sa/client")])));
+    let client = hostile_client(Some(
+        ca.names(&[uri("spiffe://other.example/ns/shop/sa/client")]),
+    ));
     let rejection = rejected(judged_by_server(&ca, client, TestKnobs::default()).await);
-    assert!(matches!(rejection, PeerRejection::TrustDomain { .. }), "{rejection}");
+    assert!(
+        matches!(rejection, PeerRejection::TrustDomain { .. }),
+        "{rejection}"
+    );
 }
 
 #[tokio::test]
@@ -249,7 +338,9 @@ async fn a_client_that_offers_no_http2_is_refused() {
     for offered in [vec![], vec![b"http/1.1".to_vec()]] {
         let mut client = Arc::unwrap_or_clone(client_of(&ca.issue("client")));
         client.alpn_protocols = offered;
-        let error = judged_by_server(&ca, Arc::new(client), TestKnobs::default()).await.unwrap_err();
+        let error = judged_by_server(&ca, Arc::new(client), TestKnobs::default())
+            .await
+            .unwrap_err();
         assert!(matches!(error, HandshakeError::NoHttp2), "{error}");
     }
 }
@@ -259,7 +350,14 @@ async fn a_client_that_says_nothing_runs_into_the_deadline() {
     let ca = Ca::new("cluster.local");
     let (near, _far) = tokio::io::duplex(1024);
     let server = server_config(&ca.issue("server"), TestKnobs::default()).unwrap();
-    let error = accept(near, server, Duration::from_millis(20), TestKnobs::default()).await.unwrap_err();
+    let error = accept(
+        near,
+        server,
+        Duration::from_millis(20),
+        TestKnobs::default(),
+    )
+    .await
+    .unwrap_err();
     assert!(matches!(error, HandshakeError::Deadline(_)), "{error}");
 }
 
@@ -267,9 +365,13 @@ async fn a_client_that_says_nothing_runs_into_the_deadline() {
 async fn noise_instead_of_a_handshake_is_an_error() {
     let ca = Ca::new("cluster.local");
     let (near, mut far) = tokio::io::duplex(1024);
-    far.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    far.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+        .await
+        .unwrap();
     let server = server_config(&ca.issue("server"), TestKnobs::default()).unwrap();
-    let error = accept(near, server, DEADLINE, TestKnobs::default()).await.unwrap_err();
+    let error = accept(near, server, DEADLINE, TestKnobs::default())
+        .await
+        .unwrap_err();
     assert!(matches!(error, HandshakeError::Protocol(_)), "{error}");
 }
 
@@ -278,29 +380,44 @@ async fn another_pods_server_is_refused() {
     let ca = Ca::new("cluster.local");
     let server = server_config(&ca.issue("imposter"), TestKnobs::default()).unwrap();
     let rejection = rejected(judged_by_client(&ca, server, TestKnobs::default()).await);
-    assert!(matches!(&rejection, PeerRejection::NotExpected { peer, .. } if *peer == identity("imposter")), "{rejection}");
+    assert!(
+        matches!(&rejection, PeerRejection::NotExpected { peer, .. } if *peer == identity("imposter")),
+        "{rejection}"
+    );
 }
 
 #[tokio::test]
 async fn a_server_of_a_foreign_root_is_refused() {
     let (ours, theirs) = (Ca::new("cluster.local"), Ca::new("cluster.local"));
     let server = hostile_server(theirs.names(&[uri(&identity("server").to_string())]));
-    assert_eq!(rejected(judged_by_client(&ours, server, TestKnobs::default()).await), PeerRejection::UnknownIssuer);
+    assert_eq!(
+        rejected(judged_by_client(&ours, server, TestKnobs::default()).await),
+        PeerRejection::UnknownIssuer
+    );
 }
 
 #[tokio::test]
 async fn an_expired_or_future_server_is_refused() {
     let ca = Ca::new("cluster.local");
     let past = hostile_server(dated(&ca, "server", SystemTime::now() - 2 * DAY));
-    assert_eq!(rejected(judged_by_client(&ca, past, TestKnobs::default()).await), PeerRejection::Expired);
+    assert_eq!(
+        rejected(judged_by_client(&ca, past, TestKnobs::default()).await),
+        PeerRejection::Expired
+    );
     let future = hostile_server(dated(&ca, "server", SystemTime::now() + DAY));
-    assert_eq!(rejected(judged_by_client(&ca, future, TestKnobs::default()).await), PeerRejection::NotYetValid);
+    assert_eq!(
+        rejected(judged_by_client(&ca, future, TestKnobs::default()).await),
+        PeerRejection::NotYetValid
+    );
 }
 
 #[tokio::test]
 async fn a_server_with_two_uri_names_is_refused() {
     let ca = Ca::new("cluster.local");
-    let server = hostile_server(ca.names(&[uri(&identity("server").to_string()), uri(&identity("other").to_string())]));
+    let server = hostile_server(ca.names(&[
+        uri(&identity("server").to_string()),
+        uri(&identity("other").to_string()),
+    ]));
     let rejection = rejected(judged_by_client(&ca, server, TestKnobs::default()).await);
     assert!(rejection.to_string().contains("carries 2"), "{rejection}");
 }
@@ -310,7 +427,10 @@ async fn a_server_with_the_right_dns_name_only_is_refused() {
     let ca = Ca::new("cluster.local");
     let server = hostile_server(ca.names(&[SanType::IpAddress(Ipv4Addr::LOCALHOST.into())]));
     let rejection = rejected(judged_by_client(&ca, server, TestKnobs::default()).await);
-    assert!(matches!(rejection, PeerRejection::Identity(_)), "{rejection}");
+    assert!(
+        matches!(rejection, PeerRejection::Identity(_)),
+        "{rejection}"
+    );
 }
 
 #[tokio::test]
@@ -323,7 +443,12 @@ async fn a_client_that_expects_nobody_accepts_nobody_and_several_any_of_them() {
         (vec![identity("other"), identity("another")], false),
     ] {
         let server = server_config(&ca.issue("server"), TestKnobs::default()).unwrap();
-        let client = client_config(&client, &ExpectedServer::any_of(expected), TestKnobs::default()).unwrap();
+        let client = client_config(
+            &client,
+            &ExpectedServer::any_of(expected),
+            TestKnobs::default(),
+        )
+        .unwrap();
         let (_, connected) = handshake(server, client, TestKnobs::default()).await;
         assert_eq!(connected.is_ok(), accepted);
     }
@@ -338,7 +463,13 @@ async fn the_refused_client_is_told_by_alert() {
     let (_, connected) = handshake(server, client, TestKnobs::default()).await;
     let error = connected.unwrap().stream.read_u8().await.unwrap_err();
     let error = HandshakeError::from_io(error);
-    assert!(matches!(error, HandshakeError::Refused(AlertDescription::CertificateExpired)), "{error}");
+    assert!(
+        matches!(
+            error,
+            HandshakeError::Refused(AlertDescription::CertificateExpired)
+        ),
+        "{error}"
+    );
 }
 
 #[tokio::test]
@@ -346,15 +477,30 @@ async fn an_expired_own_certificate_is_not_presented() {
     let ca = Ca::new("cluster.local");
     let expired = ca.issue_at("server", SystemTime::now() - 2 * DAY);
     let expected = ExpectedServer::one(identity("server"));
-    assert!(matches!(server_config(&expired, TestKnobs::default()), Err(ConfigError::Expired(_))));
-    assert!(matches!(client_config(&expired, &expected, TestKnobs::default()), Err(ConfigError::Expired(_))));
+    assert!(matches!(
+        server_config(&expired, TestKnobs::default()),
+        Err(ConfigError::Expired(_))
+    ));
+    assert!(matches!(
+        client_config(&expired, &expected, TestKnobs::default()),
+        Err(ConfigError::Expired(_))
+    ));
     // Also when it expires between configuration and handshake.
-    let brief = Arc::new(ca.ca.issue(&identity("server"), Duration::from_secs(2), SystemTime::now()).unwrap());
+    let brief = Arc::new(
+        ca.ca
+            .issue(
+                &identity("server"),
+                Duration::from_secs(2),
+                SystemTime::now(),
+            )
+            .unwrap(),
+    );
     let server = server_config(&brief, TestKnobs::default()).unwrap();
     while !brief.validity().expired(SystemTime::now()) {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let (accepted, connected) = handshake(server, client_of(&ca.issue("client")), TestKnobs::default()).await;
+    let (accepted, connected) =
+        handshake(server, client_of(&ca.issue("client")), TestKnobs::default()).await;
     assert!(accepted.is_err() && connected.is_err());
 }
 
@@ -365,30 +511,52 @@ mod twins {
     #[tokio::test]
     async fn without_the_client_certificate_check_an_anonymous_client_is_admitted() {
         let ca = Ca::new("cluster.local");
-        let knobs = TestKnobs { skip_client_certificate: true, ..TestKnobs::default() };
-        assert_eq!(judged_by_server(&ca, hostile_client(None), knobs).await.unwrap(), None);
+        let knobs = TestKnobs {
+            skip_client_certificate: true,
+            ..TestKnobs::default()
+        };
+        assert_eq!(
+            judged_by_server(&ca, hostile_client(None), knobs)
+                .await
+                .unwrap(),
+            None
+        );
     }
 
     #[tokio::test]
     async fn without_the_chain_check_foreign_and_expired_peers_are_admitted() {
         let (ours, theirs) = (Ca::new("cluster.local"), Ca::new("cluster.local"));
-        let knobs = TestKnobs { skip_chain: true, ..TestKnobs::default() };
+        let knobs = TestKnobs {
+            skip_chain: true,
+            ..TestKnobs::default()
+        };
         let foreign = theirs.names(&[uri(&identity("client").to_string())]);
         let expired = dated(&ours, "client", SystemTime::now() - 2 * DAY);
         let future = dated(&ours, "client", SystemTime::now() + DAY);
         for pair in [foreign, expired, future] {
-            let peer = judged_by_server(&ours, hostile_client(Some(pair)), knobs).await.unwrap();
+            let peer = judged_by_server(&ours, hostile_client(Some(pair)), knobs)
+                .await
+                .unwrap();
             assert_eq!(peer, Some(identity("client")));
         }
         let server = hostile_server(theirs.names(&[uri(&identity("server").to_string())]));
-        assert_eq!(judged_by_client(&ours, server, knobs).await.unwrap(), identity("server"));
+        assert_eq!(
+            judged_by_client(&ours, server, knobs).await.unwrap(),
+            identity("server")
+        );
     }
 
     #[tokio::test]
     async fn without_the_server_identity_check_another_pods_server_is_accepted() {
         let ca = Ca::new("cluster.local");
-        let knobs = TestKnobs { skip_server_identity: true, ..TestKnobs::default() };
+        let knobs = TestKnobs {
+            skip_server_identity: true,
+            ..TestKnobs::default()
+        };
         let server = server_config(&ca.issue("imposter"), knobs).unwrap();
-        assert_eq!(judged_by_client(&ca, server, knobs).await.unwrap(), identity("imposter"));
+        assert_eq!(
+            judged_by_client(&ca, server, knobs).await.unwrap(),
+            identity("imposter")
+        );
     }
 }

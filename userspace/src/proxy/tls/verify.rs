@@ -36,8 +36,16 @@ impl Chain {
         if self.knobs.chain_verified() {
             let leaf = EndEntityCert::try_from(leaf).map_err(PeerRejection::from_webpki)?;
             let algorithms = PROVIDER.signature_verification_algorithms.all;
-            leaf.verify_for_usage(algorithms, &self.roots.roots, intermediates, now, usage, None, None)
-                .map_err(PeerRejection::from_webpki)?;
+            leaf.verify_for_usage(
+                algorithms,
+                &self.roots.roots,
+                intermediates,
+                now,
+                usage,
+                None,
+                None,
+            )
+            .map_err(PeerRejection::from_webpki)?;
         }
         Ok(spiffe::identity_of(leaf)?)
     }
@@ -67,9 +75,16 @@ impl ClientCertVerifier for ClientVerifier {
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
         let usage = KeyUsage::client_auth();
-        let peer = self.chain.identity(leaf, intermediates, now, usage).map_err(PeerRejection::into_tls)?;
+        let peer = self
+            .chain
+            .identity(leaf, intermediates, now, usage)
+            .map_err(PeerRejection::into_tls)?;
         if peer.trust_domain() != self.trust_domain {
-            return Err(PeerRejection::TrustDomain { peer, own: self.trust_domain.clone() }.into_tls());
+            return Err(PeerRejection::TrustDomain {
+                peer,
+                own: self.trust_domain.clone(),
+            }
+            .into_tls());
         }
         Ok(ClientCertVerified::assertion())
     }
@@ -80,7 +95,12 @@ impl ClientCertVerifier for ClientVerifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, certificate, signature, &PROVIDER.signature_verification_algorithms)
+        verify_tls12_signature(
+            message,
+            certificate,
+            signature,
+            &PROVIDER.signature_verification_algorithms,
+        )
     }
 
     fn verify_tls13_signature(
@@ -89,11 +109,18 @@ impl ClientCertVerifier for ClientVerifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signature, &PROVIDER.signature_verification_algorithms)
+        verify_tls13_signature(
+            message,
+            certificate,
+            signature,
+            &PROVIDER.signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        PROVIDER.signature_verification_algorithms.supported_schemes()
+        PROVIDER
+            .signature_verification_algorithms
+            .supported_schemes()
     }
 }
 
@@ -114,9 +141,16 @@ impl ServerCertVerifier for ServerVerifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
         let usage = KeyUsage::server_auth();
-        let peer = self.chain.identity(leaf, intermediates, now, usage).map_err(PeerRejection::into_tls)?;
+        let peer = self
+            .chain
+            .identity(leaf, intermediates, now, usage)
+            .map_err(PeerRejection::into_tls)?;
         if self.chain.knobs.server_identity_verified() && !self.expected.contains(&peer) {
-            return Err(PeerRejection::NotExpected { peer, expected: self.expected.to_string() }.into_tls());
+            return Err(PeerRejection::NotExpected {
+                peer,
+                expected: self.expected.to_string(),
+            }
+            .into_tls());
         }
         Ok(ServerCertVerified::assertion())
     }
@@ -127,7 +161,12 @@ impl ServerCertVerifier for ServerVerifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, certificate, signature, &PROVIDER.signature_verification_algorithms)
+        verify_tls12_signature(
+            message,
+            certificate,
+            signature,
+            &PROVIDER.signature_verification_algorithms,
+        )
     }
 
     fn verify_tls13_signature(
@@ -136,10 +175,17 @@ impl ServerCertVerifier for ServerVerifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signature, &PROVIDER.signature_verification_algorithms)
+        verify_tls13_signature(
+            message,
+            certificate,
+            signature,
+            &PROVIDER.signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        PROVIDER.signature_verification_algorithms.supported_schemes()
+        PROVIDER
+            .signature_verification_algorithms
+            .supported_schemes()
     }
 }

@@ -1,0 +1,38 @@
+//! The ways a connection may take: direct, through a tunnel, in plaintext.
+
+use anyhow::Result;
+use culvert_tests::scene::{Scene, answered, echo, serve, text};
+
+#[test]
+fn a_pair_on_one_node_becomes_direct() -> Result<()> {
+    let scene = Scene::new()?;
+    let server = serve(&scene.server_a, "echo")?;
+    let mark = scene.agent1.log().mark();
+    for attempt in 0..3 {
+        let report = echo(&scene.client, &scene.server_a)?;
+        assert!(answered(&report), "attempt {attempt}: {report}");
+        assert_eq!(text(&report, "peer"), scene.server_a.at(7000));
+    }
+    let client = format!("{}:", scene.client.address());
+    for accepted in server.events("accepted") {
+        assert!(text(&accepted, "peer").starts_with(&client), "{accepted}");
+    }
+    // The first made the verdict, the others used it.
+    let fields = [("path", "direct"), ("src.workload", "client"), ("dst.workload", "server-a")];
+    let line = scene.agent1.wait_for_access(mark, &fields, culvert_tests::scene::SOON)?;
+    assert_eq!(line.field("bytes_sent"), Some("5".into()), "{line:?}");
+    assert_eq!(line.field("bytes_recv"), Some("5".into()), "{line:?}");
+    assert_eq!(scene.agent1.metric("culvert_flows_total", &["path=\"direct\""])?, 2.0);
+    Ok(())
+}
+
+#[test]
+fn a_pair_on_two_nodes_goes_through_a_tunnel() -> Result<()> {
+    let scene = Scene::new()?;
+    let server = serve(&scene.server_b, "echo")?;
+    let report = echo(&scene.client, &scene.server_b)?;
+    assert!(answered(&report), "{report}");
+    let accepted = server.events("accepted");
+    assert_eq!(text(&accepted[0], "peer"), text(&report, "local"), "the server sees the client's address and port");
+    Ok(())
+}

@@ -1,0 +1,2 @@
+//! What the agent carries and refuses.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, reason = "tests")]

@@ -1,0 +1,149 @@
+//! The stage of most tests: two nodes, `client`, `server-a` and `intruder` on the first, `server-b` on the second, and a
+//! policy that lets only `client` reach the servers.
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use culvert_harness::{Agent, AgentOptions, Fabric, Match, Mesh, Node, Pod, Policy, Proc, Workload};
+use serde_json::Value;
+
+pub const NAMESPACE: &str = "demo";
+pub const PORT: u16 = 7000;
+pub const SOON: Duration = Duration::from_secs(15);
+
+pub struct Scene {
+    pub mesh: Mesh,
+    pub agent1: Agent,
+    pub agent2: Agent,
+    pub client: Pod,
+    pub server_a: Pod,
+    pub intruder: Pod,
+    pub server_b: Pod,
+    pub node1: Node,
+    pub node2: Node,
+    // Last, so that it takes everything down when all else is gone.
+    pub fabric: Fabric,
+}
+
+/// How a test wants its stage.
+#[derive(Clone, Default)]
+pub struct Setting {
+    /// Protections that are off on both nodes.
+    pub knobs: &'static str,
+    /// More environment of both agents.
+    pub env: Vec<(&'static str, String)>,
+    /// In place of the usual policies.
+    pub policies: Option<Vec<Policy>>,
+}
+
+pub fn principal(account: &str) -> String {
+    format!("cluster.local/ns/{NAMESPACE}/sa/{account}")
+}
+
+/// Only `account` may connect to pods of the namespace.
+pub fn only(account: &str) -> Policy {
+    Policy::allow(NAMESPACE, "only-the-client").when(Match::principal(&principal(account)))
+}
+
+pub fn strict() -> Policy {
+    Policy::deny(NAMESPACE, "strict-mtls").when(Match::not_principal("*"))
+}
+
+impl Scene {
+    pub fn new() -> Result<Self> {
+        Self::with(Setting::default())
+    }
+
+    pub fn without(knobs: &'static str) -> Result<Self> {
+        Self::with(Setting { knobs, ..Setting::default() })
+    }
+
+    pub fn with(setting: Setting) -> Result<Self> {
+        let fabric = Fabric::new()?;
+        let node1 = fabric.node()?;
+        let node2 = fabric.node()?;
+        let client = node1.pod("client")?;
+        let server_a = node1.pod("server-a")?;
+        let intruder = node1.pod("intruder")?;
+        let server_b = node2.pod("server-b")?;
+        let workloads =
+            [&client, &server_a, &intruder, &server_b].map(|pod| Workload::of_pod(pod, NAMESPACE, pod.name()));
+        let mesh = Mesh {
+            workloads: workloads.to_vec(),
+            policies: setting.policies.unwrap_or_else(|| vec![only("client")]),
+            ..Mesh::default()
+        };
+        mesh.write(&Agent::default_mesh_file(&node1))?;
+        let mut options = AgentOptions::default();
+        options.env.extend(setting.env.into_iter().map(|(name, value)| (name.to_owned(), value)));
+        if !setting.knobs.is_empty() {
+            options.env.insert("CULVERT_TEST_KNOBS".to_owned(), setting.knobs.to_owned());
+        }
+        let agent1 = node1.start_agent(options.clone())?;
+        let agent2 = node2.start_agent(options)?;
+        agent1.ready()?;
+        agent2.ready()?;
+        let scene = Self { mesh, agent1, agent2, client, server_a, intruder, server_b, node1, node2, fabric };
+        for pod in [&scene.client, &scene.server_a, &scene.intruder] {
+            scene.agent1.enrol_as(pod, scene.workload(pod)?)?;
+        }
+        scene.agent2.enrol_as(&scene.server_b, scene.workload(&scene.server_b)?)?;
+        Ok(scene)
+    }
+
+    pub fn workload(&self, pod: &Pod) -> Result<&Workload> {
+        let found = self.mesh.workloads.iter().find(|workload| workload.name == pod.name());
+        found.with_context(|| format!("{} is not in the mesh", pod.name()))
+    }
+
+    pub fn mesh_file(&self) -> PathBuf {
+        Agent::default_mesh_file(&self.node1)
+    }
+
+    /// Lets the kernel part learn a verdict, so that the next connection of the pair is direct (or refused) at once.
+    pub fn warm(&self, from: &Pod, to: &Pod) -> Result<()> {
+        connect(from, to, &["--send", "x", "--read", "1"]).map(drop)
+    }
+}
+
+/// A server of the probe program in `pod`, listening on [`PORT`].
+pub fn serve(pod: &Pod, mode: &str) -> Result<Proc> {
+    serve_on(pod, mode, PORT)
+}
+
+pub fn serve_on(pod: &Pod, mode: &str, port: u16) -> Result<Proc> {
+    let server = pod.probe()?.args(["serve", "--port", &port.to_string(), "--mode", mode]).spawn()?;
+    server.wait_for_line("listening", SOON)?;
+    Ok(server)
+}
+
+/// One connection from a pod, with its outcome.
+pub fn connect(from: &Pod, to: &Pod, more: &[&str]) -> Result<Value> {
+    connect_to(from, &to.at(PORT), more)
+}
+
+pub fn connect_to(from: &Pod, to: &str, more: &[&str]) -> Result<Value> {
+    from.probe()?.args(["connect", "--to", to]).args(more).run(SOON)?.json()
+}
+
+/// Sends a word to an echo server and reads it back.
+pub fn echo(from: &Pod, to: &Pod) -> Result<Value> {
+    connect(from, to, &["--send", "hello", "--read", "5"])
+}
+
+/// A held connection, for driving a live flow step by step.
+pub fn hold(from: &Pod, to: &Pod) -> Result<Proc> {
+    let held = from.probe()?.args(["connect", "--to", &to.at(PORT), "--hold"]).stdin().spawn()?;
+    let connected = held.wait_for_event("connected", SOON)?;
+    ensure!(text(&connected, "connect") == "ok", "{connected}");
+    Ok(held)
+}
+
+pub fn text<'a>(report: &'a Value, field: &str) -> &'a str {
+    report.get(field).and_then(Value::as_str).unwrap_or_default()
+}
+
+/// Whether the probe exchanged its word with the server.
+pub fn answered(report: &Value) -> bool {
+    text(report, "data") == "hello"
+}
