@@ -3,24 +3,25 @@
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::bindings::BPF_ANY;
-use culvert_abi::{CLAIMS_PER_POD, Claim, FlowKey, Pod, Reason};
+use culvert_abi::{CLAIMS_PER_POD, Claim, FlowKey, Reason};
 
-use crate::maps::{CLAIMS, PODS, count};
+use crate::maps::{CLAIMS, QUOTAS, count};
 
 /// Publishes `claim`, at the expense of the pod with the cookie `claim.client_netns`.
 #[inline(always)]
-pub fn publish(pod: *mut Pod, key: &FlowKey, claim: &Claim) {
-    if add(pod, 1) >= CLAIMS_PER_POD {
-        add(pod, -1);
+pub fn publish(key: &FlowKey, claim: &Claim) {
+    let client = claim.client_netns;
+    if !add(client, 1).is_some_and(|before| before < CLAIMS_PER_POD) {
+        add(client, -1);
         count(Reason::ClaimQuota);
         return;
     }
     // A claim of the same tuple that is still there belongs to an attempt that is over: it was counted, too.
     if CLAIMS.remove(key).is_ok() {
-        add(pod, -1);
+        add(client, -1);
     }
     if CLAIMS.insert(key, claim, u64::from(BPF_ANY)).is_err() {
-        add(pod, -1);
+        add(client, -1);
         count(Reason::ClaimMapFull);
     }
 }
@@ -41,16 +42,16 @@ pub fn withdraw(key: &FlowKey, sequence: u32) {
 /// Deletes a claim of the pod `client`.
 #[inline(always)]
 pub fn settle(key: &FlowKey, client: u64) {
-    if CLAIMS.remove(key).is_ok()
-        && let Some(pod) = PODS.get_ptr_mut(&client)
-    {
-        add(pod, -1);
+    if CLAIMS.remove(key).is_ok() {
+        add(client, -1);
     }
 }
 
+/// Changes the count of a pod and returns what it was; `None` for a pod that has left.
 #[inline(always)]
-fn add(pod: *mut Pod, delta: i64) -> i64 {
+fn add(client: u64, delta: i64) -> Option<i64> {
+    let quota = QUOTAS.get_ptr_mut(&client)?;
     // The target has no compare-and-swap as Rust's atomics want it, hence the intrinsic.
-    // SAFETY: a live map value; the field is aligned and only ever accessed atomically here.
-    unsafe { atomic_xadd::<i64, i64, { AtomicOrdering::Relaxed }>(&raw mut (*pod).claims, delta) }
+    // SAFETY: a live map value; only ever accessed atomically.
+    Some(unsafe { atomic_xadd::<i64, i64, { AtomicOrdering::Relaxed }>(quota, delta) })
 }

@@ -169,6 +169,10 @@ fn steer(addr: *mut bpf_sock_addr, state: &mut SocketState, reason: Reason) -> i
     if knob(knob::SKIP_STEERING) {
         return PROCEED;
     }
+    // The mark leads to the loopback device; a socket bound to another would send its SYN out of the pod.
+    if bound_device(addr) != 0 {
+        return refuse(Reason::RefusedBoundDevice);
+    }
     if state.role != role::STEERED {
         state.mark = mark(addr).unwrap_or(0);
     }
@@ -195,6 +199,15 @@ fn leave_alone(addr: *mut bpf_sock_addr, state: Option<&mut SocketState>) -> i32
         state.role = role::NONE;
     }
     PROCEED
+}
+
+#[inline(always)]
+fn bound_device(addr: *mut bpf_sock_addr) -> u32 {
+    // SAFETY: `sk` is checked; a single volatile read of a field of the kernel's `struct bpf_sock`.
+    unsafe {
+        let sk = (*addr).__bindgen_anon_1.sk;
+        if sk.is_null() { 0 } else { ptr::read_volatile(&raw const (*sk).bound_dev_if) }
+    }
 }
 
 #[inline(always)]

@@ -25,6 +25,9 @@ pub static ENDPOINTS: HashMap<Address, Endpoint, 16384, DEMAND> = HashMap::new()
 pub static VERDICTS: HashMap<VerdictKey, Verdict, 65536, DEMAND> = HashMap::new();
 #[btf_map]
 pub static CLAIMS: HashMap<FlowKey, Claim, 65536, DEMAND> = HashMap::new();
+/// Claims in flight per pod: entered and removed with the pod, counted here only.
+#[btf_map]
+pub static QUOTAS: HashMap<u64, i64, 4096, DEMAND> = HashMap::new();
 #[btf_map]
 pub static FLOWS: HashMap<FlowKey, Flow, 262144, DEMAND> = HashMap::new();
 #[btf_map]

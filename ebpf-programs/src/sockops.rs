@@ -55,14 +55,14 @@ fn connecting(ctx: &SockOpsContext) {
         return;
     }
     let own_netns = netns_cookie(ctx);
-    let Some(pod) = PODS.get_ptr_mut(&own_netns) else {
+    // SAFETY: the agent replaces entries whole.
+    let Some(pod) = (unsafe { PODS.get(&own_netns) }) else {
         return;
     };
     let Some(ends) = Ends::of(ctx.ops) else {
         return;
     };
-    // SAFETY: a live map value.
-    let (pod_address, identity, number) = unsafe { ((*pod).address, (*pod).identity, (*pod).pod) };
+    let (pod_address, identity, number) = (pod.address, pod.identity, pod.pod);
     let (kind, lookup_netns) = match state.role {
         role::DIRECT => (claim_kind::DIRECT, state.server_netns),
         role::STEERED => (claim_kind::STEERED, own_netns),
@@ -105,7 +105,7 @@ fn connecting(ctx: &SockOpsContext) {
     if ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32).is_err() {
         return;
     }
-    claims::publish(pod, &key, &claim);
+    claims::publish(&key, &claim);
 }
 
 /// The client's end of a connection is established.
@@ -171,8 +171,11 @@ fn admit(ctx: &SockOpsContext, sk: *mut c_void, netns: u64, key: &FlowKey) -> Re
     if claim.server_netns != netns {
         return Err(Reason::IsolatedWrongPod);
     }
-    if claim.kind != claim_kind::DIRECT {
-        return Ok(());
+    match claim.kind {
+        claim_kind::DIRECT => {}
+        claim_kind::PROXY | claim_kind::OWN_ADDRESS => return Ok(()),
+        // A steered connection belongs to the agent's listener, never to an application.
+        _ => return Err(Reason::IsolatedNoClaim),
     }
     // SAFETY: the agent replaces endpoints whole.
     let current = unsafe { ENDPOINTS.get(&key.server) }.is_some_and(|endpoint| endpoint.generation == claim.generation);

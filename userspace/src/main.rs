@@ -41,7 +41,7 @@ fn run_node(args: &NodeArgs, environment: &Environment) -> ExitCode {
     // Control only; connections have threads of their own.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
     let outcome = match runtime {
-        Ok(runtime) => runtime.block_on(node::run(config, cgroup_mount)),
+        Ok(runtime) => runtime.block_on(node::run(config, cgroup_mount, log.lost_lines())),
         Err(error) => return fail(&error, EXIT_FAILED),
     };
     drop(log);

@@ -69,7 +69,7 @@ layout! {
     Listener: 16,
     Event: 160,
     Config: 40,
-    Pod: 40,
+    Pod: 32,
     Endpoint: 24,
     VerdictKey: 16,
     Verdict: 16,

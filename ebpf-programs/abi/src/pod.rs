@@ -39,8 +39,6 @@ pub struct Pod {
     /// Number of this pod on this node, for verdicts of scope `POD`.
     pub pod: u32,
     pub flags: u32,
-    /// Claims in flight; only the eBPF programs count. Signed, so that a rewritten entry cannot wrap it.
-    pub claims: i64,
 }
 
 impl Pod {

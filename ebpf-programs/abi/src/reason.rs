@@ -89,4 +89,6 @@ reasons! {
     EventLost = 27, "event_lost";
     /// inbound: admitted to the application, a pod's connection to its own address.
     AdmittedOwnAddress = 28, "admitted_own_address";
+    /// connect: refused, the socket is bound to a device and so cannot be steered to the agent.
+    RefusedBoundDevice = 29, "refused_bound_device";
 }

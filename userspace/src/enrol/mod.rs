@@ -4,11 +4,13 @@
 //! admin socket's requests (and later by istio-cni's protocol).
 
 mod error;
+mod memory;
 mod pod;
 mod registry;
 mod setup;
 
 pub use error::EnrolError;
+pub use memory::Memory;
 pub use pod::{LocalPod, PodSpec, PodUid};
 pub use registry::Registry;
 pub use setup::Enrolment;

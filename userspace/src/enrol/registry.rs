@@ -27,10 +27,6 @@ impl Registry {
         self.read().values().find(|pod| pod.cookie() == cookie).cloned()
     }
 
-    pub fn by_ip(&self, ip: IpAddr) -> Option<Arc<LocalPod>> {
-        self.read().values().find(|pod| pod.ip == ip).cloned()
-    }
-
     /// All pods, by uid.
     pub fn all(&self) -> Vec<Arc<LocalPod>> {
         let mut pods: Vec<_> = self.read().values().cloned().collect();

@@ -32,6 +32,22 @@ pub fn identity_of(certificate: &CertificateDer<'_>) -> Result<Identity, SpiffeE
     identity_in(&parse(certificate)?)
 }
 
+/// The first of the identities that `certificate` states.
+#[cfg(feature = "test-knobs")]
+pub fn first_identity_of(certificate: &CertificateDer<'_>) -> Result<Identity, SpiffeError> {
+    let certificate = parse(certificate)?;
+    let names = certificate
+        .subject_alternative_name()
+        .map_err(|error| SpiffeError::MalformedNames(error.to_string()))?;
+    let names = names.iter().flat_map(|extension| &extension.value.general_names);
+    let uris = names.filter_map(|name| match name {
+        GeneralName::URI(uri) => Some(*uri),
+        _ => None,
+    });
+    let mut identities = uris.filter_map(|uri| Identity::parse(uri).ok());
+    identities.next().ok_or(SpiffeError::UriCount(0))
+}
+
 /// Reads one DER certificate and nothing after it.
 pub(crate) fn parse<'a>(
     certificate: &'a CertificateDer<'_>,

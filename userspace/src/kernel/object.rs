@@ -110,14 +110,21 @@ impl Kernel {
         &self.tables
     }
 
-    /// Namespaces that an earlier agent left with an `inbound` of ours.
-    pub fn attached_pods(&self) -> Vec<NetnsCookie> {
-        self.pins.pods()
-    }
-
-    /// Detaches `inbound` from a namespace that nobody named again.
-    pub fn detach_pod(&self, cookie: NetnsCookie) -> Result<(), KernelError> {
-        Attachment { path: self.pins.pod(cookie) }.detach()
+    /// Removes what is left of pods whose namespace no longer exists; returns how many.
+    pub fn prune(&self) -> Result<usize, KernelError> {
+        let mut pruned = 0;
+        for cookie in self.pins.pods() {
+            let path = self.pins.pod(cookie);
+            if !Pins::is_detached(&path) {
+                continue;
+            }
+            Attachment { path }.detach()?;
+            self.tables.remove_pod(cookie)?;
+            self.tables.remove_claims(cookie)?;
+            self.tables.remove_endpoints_of(cookie)?;
+            pruned += 1;
+        }
+        Ok(pruned)
     }
 
     /// Attaches `inbound` to a pod.

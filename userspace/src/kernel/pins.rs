@@ -14,8 +14,8 @@ use super::{KernelError, NetnsCookie, sys};
 const BPFFS_MAGIC: i64 = 0xcafe_4a11;
 
 /// Every map of the kernel part, by its name in the object.
-pub const MAPS: [&str; 11] = [
-    "CONFIG", "PODS", "ENDPOINTS", "VERDICTS", "CLAIMS", "FLOWS", "LISTENERS", "ISOLATED", "EVENTS", "COUNTERS",
+pub const MAPS: [&str; 12] = [
+    "CONFIG", "PODS", "ENDPOINTS", "VERDICTS", "CLAIMS", "QUOTAS", "FLOWS", "LISTENERS", "ISOLATED", "EVENTS", "COUNTERS",
     "SOCKETS",
 ];
 
@@ -73,6 +73,11 @@ impl Pins {
             return false;
         };
         sys::link_target(&link).is_ok_and(|found| found == target) && sys::link_update(&link, program).is_ok()
+    }
+
+    /// Whether a pinned link is attached to nothing any more, because its target is gone.
+    pub fn is_detached(path: &Path) -> bool {
+        sys::object_get(path).and_then(sys::link_target).is_ok_and(|target| target == 0)
     }
 
     /// Forgets a pin; without another reference the kernel detaches what it names.

@@ -4,14 +4,19 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
     sync::Arc,
+    time::Duration,
 };
 
 use culvert_abi::{HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT, listener_kind};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 
 use super::{KernelError, Netns, Tables};
 
 const BACKLOG: i32 = 4096;
+/// How long sent bytes may stay unacknowledged.
+const UNACKNOWLEDGED: Duration = Duration::from_secs(60);
+/// Idle time before the peer is probed, as in ztunnel.
+const IDLE: Duration = Duration::from_secs(180);
 
 /// The three listeners of a pod. Dropping them closes the ports; `inbound` then refuses what needs them.
 #[derive(Debug)]
@@ -79,6 +84,9 @@ impl PodSockets {
         })??;
         self.tables.mark_proxy(&socket).map_err(io::Error::other)?;
         socket.set_tcp_nodelay(true)?;
+        // A peer that vanished silently is noticed: soon when there is something to send, in a while when there is not.
+        socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED))?;
+        socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(IDLE).with_interval(IDLE / 10).with_retries(9))?;
         Ok(socket)
     }
 

@@ -14,6 +14,9 @@ use culvert_abi::{
 
 use super::{KernelError, NetnsCookie, sys};
 
+/// Flag of `bpf_map_update_elem`: only if the key is new.
+const BPF_NOEXIST: u64 = 1;
+
 /// An established direct flow, as the kernel knows it.
 #[derive(Clone, Copy, Debug)]
 pub struct OpenFlow {
@@ -38,6 +41,7 @@ pub struct Tables {
     endpoints: Mutex<HashMap<MapData, Address, Endpoint>>,
     verdicts: Mutex<HashMap<MapData, VerdictKey, Verdict>>,
     claims: Mutex<HashMap<MapData, FlowKey, Claim>>,
+    quotas: Mutex<HashMap<MapData, u64, u64>>,
     flows: Mutex<HashMap<MapData, FlowKey, Flow>>,
     listeners: Mutex<SockHash<MapData, Listener>>,
     sockets: Mutex<SkStorage<MapData, SocketState>>,
@@ -58,6 +62,7 @@ impl Tables {
             endpoints: Mutex::new(table!("ENDPOINTS")),
             verdicts: Mutex::new(table!("VERDICTS")),
             claims: Mutex::new(table!("CLAIMS")),
+            quotas: Mutex::new(table!("QUOTAS")),
             flows: Mutex::new(table!("FLOWS")),
             listeners: Mutex::new(table!("LISTENERS")),
             sockets: Mutex::new(table!("SOCKETS")),
@@ -82,11 +87,14 @@ impl Tables {
         config.0.set(0, value, 0).map_err(|error| KernelError::map("CONFIG", error))
     }
 
-    /// Enters or changes a pod, keeping its count of claims.
-    pub fn put_pod(&self, cookie: NetnsCookie, mut pod: Pod) -> Result<(), KernelError> {
-        let mut pods = lock(&self.pods);
-        pod.claims = pods.get(&cookie.0, 0).map_or(0, |old| old.claims);
-        pods.insert(cookie.0, pod, 0).map_err(|error| KernelError::map("PODS", error))
+    /// Enters or changes a pod.
+    pub fn put_pod(&self, cookie: NetnsCookie, pod: Pod) -> Result<(), KernelError> {
+        // A count that is there is the kernel part's business.
+        match lock(&self.quotas).insert(cookie.0, 0, BPF_NOEXIST) {
+            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EEXIST) => {}
+            result => result.map_err(|error| KernelError::map("QUOTAS", error))?,
+        }
+        lock(&self.pods).insert(cookie.0, pod, 0).map_err(|error| KernelError::map("PODS", error))
     }
 
     pub fn pods(&self) -> Vec<(NetnsCookie, Pod)> {
@@ -94,7 +102,8 @@ impl Tables {
     }
 
     pub fn remove_pod(&self, cookie: NetnsCookie) -> Result<(), KernelError> {
-        absent_is_fine("PODS", lock(&self.pods).remove(&cookie.0))
+        absent_is_fine("PODS", lock(&self.pods).remove(&cookie.0))?;
+        absent_is_fine("QUOTAS", lock(&self.quotas).remove(&cookie.0))
     }
 
     pub fn put_endpoint(&self, ip: IpAddr, endpoint: Endpoint) -> Result<(), KernelError> {
@@ -105,6 +114,15 @@ impl Tables {
 
     pub fn endpoints(&self) -> Vec<(Address, Endpoint)> {
         lock(&self.endpoints).iter().flatten().collect()
+    }
+
+    /// Removes the addresses of a namespace that is gone.
+    pub fn remove_endpoints_of(&self, cookie: NetnsCookie) -> Result<(), KernelError> {
+        let gone = self.endpoints().into_iter().filter(|(_, endpoint)| endpoint.netns_cookie == cookie.0);
+        for (address, _) in gone {
+            absent_is_fine("ENDPOINTS", lock(&self.endpoints).remove(&address))?;
+        }
+        Ok(())
     }
 
     pub fn remove_endpoint(&self, ip: IpAddr) -> Result<(), KernelError> {
@@ -126,13 +144,13 @@ impl Tables {
         Ok(void.len())
     }
 
-    /// Deletes the claims of a pod that leaves.
+    /// Deletes the claims of a pod that leaves. Those towards it belong to their clients, and their key is never used again.
     pub fn remove_claims(&self, client: NetnsCookie) -> Result<(), KernelError> {
         let mut claims = lock(&self.claims);
         let gone: Vec<_> = claims
             .iter()
             .flatten()
-            .filter(|(key, claim)| claim.client_netns == client.0 || key.netns_cookie == client.0)
+            .filter(|(_, claim)| claim.client_netns == client.0)
             .map(|(key, _)| key)
             .collect();
         for key in &gone {
@@ -141,17 +159,8 @@ impl Tables {
         Ok(())
     }
 
-    /// The claims in flight; for tests and diagnosis.
-    pub fn claims(&self) -> Vec<(FlowKey, Claim)> {
-        lock(&self.claims).iter().flatten().collect()
-    }
-
     pub fn flows(&self) -> Vec<OpenFlow> {
         lock(&self.flows).iter().flatten().map(|(key, flow)| OpenFlow { key, flow }).collect()
-    }
-
-    pub fn remove_flow(&self, key: &FlowKey) -> Result<(), KernelError> {
-        absent_is_fine("FLOWS", lock(&self.flows).remove(key))
     }
 
     /// Makes `socket` the listener that `inbound` gives connections of `kind` to.

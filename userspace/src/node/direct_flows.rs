@@ -64,8 +64,9 @@ impl DirectFlows {
             }
             FlowEventKind::Closed => {
                 let mut record = self.record(event);
-                record.bytes_sent = event.bytes_sent;
-                record.bytes_received = event.bytes_received;
+                // Telemetry sees the connection from its server, the kernel measured at its client.
+                record.bytes_sent = event.bytes_received;
+                record.bytes_received = event.bytes_sent;
                 record.duration = event.duration;
                 record.rtt = Some(event.rtt);
                 record.retransmits = Some(event.retransmits);
@@ -124,8 +125,6 @@ fn as_destination(record: &FlowRecord) -> FlowRecord {
     FlowRecord {
         direction: Direction::Inbound,
         reporter: Reporter::Destination,
-        bytes_sent: record.bytes_received,
-        bytes_received: record.bytes_sent,
         ..record.clone()
     }
 }

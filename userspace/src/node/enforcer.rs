@@ -323,7 +323,6 @@ impl State {
             pod: enrolled.number,
             // A pod that the mesh does not know has an identity, but nobody has said what it may do.
             flags: if outside { Pod::NO_DIRECT } else { 0 },
-            claims: 0,
         }
     }
 

@@ -39,6 +39,8 @@ impl Knobs {
                 "skip-client-certificate" => knobs.proxy.tls.skip_client_certificate = true,
                 "skip-chain" => knobs.proxy.tls.skip_chain = true,
                 "skip-server-identity" => knobs.proxy.tls.skip_server_identity = true,
+                "skip-trust-domain" => knobs.proxy.tls.skip_trust_domain = true,
+                "skip-single-name" => knobs.proxy.tls.skip_single_name = true,
                 other => return Err(NodeError::UnknownKnob(other.to_owned())),
             }
             tracing::error!(knob = %name, "a protection is switched off for a test");

@@ -12,7 +12,8 @@ mod pods;
 mod readiness;
 
 use std::{
-    sync::{Arc, Mutex},
+    path::PathBuf,
+    sync::{Arc, Mutex, atomic::AtomicU64},
     time::{Duration, Instant},
 };
 
@@ -45,7 +46,9 @@ use readiness::Readiness;
 const HEARTBEAT: Duration = Duration::from_secs(1);
 
 /// Runs the agent until SIGTERM, SIGINT or `/quitquitquit`.
-pub async fn run(config: Config, cgroup_mount: std::path::PathBuf) -> Result<(), NodeError> {
+///
+/// `lost_lines` counts what the log could not keep up with, for the metrics.
+pub async fn run(config: Config, cgroup_mount: PathBuf, lost_lines: Arc<AtomicU64>) -> Result<(), NodeError> {
     let started = Instant::now();
     limits::raise_open_files();
     let knobs = knobs::Knobs::of(&config)?;
@@ -62,6 +65,7 @@ pub async fn run(config: Config, cgroup_mount: std::path::PathBuf) -> Result<(),
     let http = HttpServers::bind(addresses, http::Limits::default())?;
 
     let telemetry = Arc::new(Telemetry::default());
+    telemetry.metrics.set_lost_log_lines(lost_lines);
     let certificates = certificates(&config)?;
     {
         let (certificates, shutdown) = (certificates.clone(), shutdown.clone());
@@ -89,7 +93,7 @@ pub async fn run(config: Config, cgroup_mount: std::path::PathBuf) -> Result<(),
             let lost = culvert_abi::Reason::EventLost;
             KernelCounters {
                 lost_events: counters.iter().find(|(reason, _)| *reason == lost).map_or(0, |(_, count)| *count),
-                drops: counters.into_iter().map(|(reason, count)| (reason.name(), count)).collect(),
+                decisions: counters.into_iter().map(|(reason, count)| (reason.name(), count)).collect(),
             }
         });
     }
@@ -129,6 +133,7 @@ pub async fn run(config: Config, cgroup_mount: std::path::PathBuf) -> Result<(),
     let workers = Workers::start(threads, pool, knobs.proxy.tls).map_err(NodeError::Threads)?;
 
     let readiness = Arc::new(Readiness::new(source.clone()));
+    count_mesh_updates(&mut tasks, &shutdown, source.clone(), Arc::clone(&telemetry));
     let pods = Arc::new(Pods::new(kernel, Arc::clone(&enforcer), workers, Arc::clone(&context), &config));
     follow_mesh(&mut tasks, &shutdown, Arc::clone(&enforcer), Arc::clone(&context));
     {
@@ -152,6 +157,7 @@ pub async fn run(config: Config, cgroup_mount: std::path::PathBuf) -> Result<(),
     }));
     // Requests are answered once there is a mesh to judge them by, or a reason why there is none.
     wait_for_mesh(source).await;
+    pods.restore().await;
     {
         let (handler, shutdown) = (Arc::clone(&handler), shutdown.clone());
         tasks.spawn(async move {
@@ -206,6 +212,23 @@ fn mesh_source(
         "mesh file"
     });
     Ok(status)
+}
+
+/// Counts the mesh files that came into force and those that could not.
+fn count_mesh_updates(
+    tasks: &mut JoinSet<&'static str>,
+    shutdown: &CancellationToken,
+    mut source: watch::Receiver<LocalFileStatus>,
+    telemetry: Arc<Telemetry>,
+) {
+    let shutdown = shutdown.clone();
+    tasks.spawn(async move {
+        while let Some(Ok(())) = shutdown.run_until_cancelled(source.changed()).await {
+            let accepted = source.borrow_and_update().error.is_none();
+            telemetry.metrics.mesh_update(accepted);
+        }
+        "mesh counter"
+    });
 }
 
 async fn wait_for_mesh(mut source: watch::Receiver<LocalFileStatus>) {

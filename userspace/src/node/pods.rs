@@ -7,7 +7,7 @@ use tokio::sync::Mutex;
 use super::enforcer::Enforcer;
 use crate::{
     config::Config,
-    enrol::{EnrolError, Enrolment, LocalPod, PodSpec, PodUid, Registry},
+    enrol::{EnrolError, Enrolment, LocalPod, Memory, PodSpec, PodUid, Registry},
     kernel::{Kernel, NetnsCookie},
     proxy::{Context, PodProxy, Workers},
 };
@@ -15,6 +15,7 @@ use crate::{
 /// All pods, with what was started for them.
 pub struct Pods {
     registry: Registry,
+    memory: Memory,
     running: Mutex<Running>,
     enforcer: Arc<Enforcer>,
     context: Arc<Context>,
@@ -32,12 +33,34 @@ impl Pods {
     pub fn new(kernel: Kernel, enforcer: Arc<Enforcer>, workers: Workers, context: Arc<Context>, config: &Config) -> Self {
         Self {
             registry: Registry::default(),
+            memory: Memory::beside(&config.admin_socket),
             running: Mutex::new(Running { kernel, workers: Some(workers), pods: HashMap::new() }),
             enforcer,
             context,
             trust_domain: config.trust_domain.clone(),
             packet_mark: config.packet_mark,
         }
+    }
+
+    /// Serves the pods of an earlier agent again, and forgets those that have gone.
+    pub async fn restore(&self) {
+        for spec in self.memory.recall() {
+            let uid = spec.uid.clone();
+            if let Err(error) = self.add(spec).await {
+                tracing::warn!(pod = %uid, %error, "a pod that was enrolled before could not be enrolled again; its traffic is refused");
+            }
+        }
+        let running = self.running.lock().await;
+        self.remember(&running);
+        match running.kernel.prune() {
+            Ok(0) => {}
+            Ok(pruned) => tracing::info!(pruned, "removed what was left of pods that have gone"),
+            Err(error) => tracing::warn!(%error, "cannot remove what is left of pods that have gone"),
+        }
+    }
+
+    fn remember(&self, running: &Running) {
+        self.memory.store(running.pods.values().map(|(enrolment, _)| enrolment.pod.as_ref()));
     }
 
     /// Enrols a pod; a second request for the same pod changes nothing.
@@ -75,6 +98,7 @@ impl Pods {
         self.registry.insert(Arc::clone(&pod));
         pods.insert(uid.clone(), (enrolment, proxy));
         self.context.telemetry.metrics.pods(pods.len(), 0);
+        self.remember(&running);
         tracing::info!(pod = %uid, identity = %pod.identity, ip = %pod.ip, "pod enrolled");
         Ok(pod)
     }
@@ -90,6 +114,7 @@ impl Pods {
         proxy.close();
         self.context.certificates.release(&pod.identity);
         self.context.telemetry.metrics.pods(running.pods.len(), 0);
+        self.remember(&running);
         let workload_gone = |name: &str| {
             !running.pods.values().any(|(other, _)| {
                 other.pod.workload(&self.context.mesh.load()).is_some_and(|other| &*other.workload_name == name)

@@ -74,17 +74,12 @@ impl Report {
     ) {
         let counters = Arc::<RelayCounters>::default();
         let open = self.telemetry.opened(&self.record);
-        let inbound = self.record.direction == Direction::Inbound;
         let sampled = Arc::clone(&counters);
-        open.follow(move || {
-            let (request, answer) = (sampled.sent(), sampled.received());
-            if inbound { (answer, request) } else { (request, answer) }
-        });
+        // Telemetry sees the connection from its server, the relay from its client.
+        open.follow(move || (sampled.received(), sampled.sent()));
         let outcome = relay(client, upstream, &counters, cancel).await;
-        let (sent, received) =
-            if inbound { (outcome.received, outcome.sent) } else { (outcome.sent, outcome.received) };
-        self.record.bytes_sent = sent;
-        self.record.bytes_received = received;
+        self.record.bytes_sent = outcome.received;
+        self.record.bytes_received = outcome.sent;
         match outcome.end {
             RelayEnd::Closed => {}
             RelayEnd::ClientReset(error) => self.record.error = Some(format!("the client's side failed: {error}")),

@@ -173,9 +173,9 @@ pub struct FlowRecord {
     pub reporter: Reporter,
     /// The way the bytes took.
     pub path: FlowPath,
-    /// Bytes that the reporting pod sent: a client's request, a server's answer.
+    /// Bytes from server to client, whoever reports: Istio's "sent during response".
     pub bytes_sent: u64,
-    /// Bytes that the reporting pod received.
+    /// Bytes from client to server, whoever reports: Istio's "received during request".
     pub bytes_received: u64,
     /// From open to end.
     #[serde(rename = "duration_us", with = "micros")]

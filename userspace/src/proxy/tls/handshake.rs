@@ -14,7 +14,6 @@ use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
 use super::config::ALPN_HTTP2;
 use super::{HandshakeError, PeerRejection, TestKnobs};
-use crate::identity::spiffe;
 use crate::policy::Identity;
 
 /// An authenticated connection from a client.
@@ -48,7 +47,7 @@ where
         .map_err(HandshakeError::from_io)?;
     let state = stream.get_ref().1;
     require_http2(state)?;
-    let peer = match peer_identity(state) {
+    let peer = match peer_identity(state, knobs) {
         Ok(peer) => Some(peer),
         Err(HandshakeError::NoCertificate) if !knobs.client_certificate_required() => None,
         Err(error) => return Err(error),
@@ -73,15 +72,15 @@ where
         .map_err(HandshakeError::from_io)?;
     let state = stream.get_ref().1;
     require_http2(state)?;
-    let peer = peer_identity(state)?;
+    let peer = peer_identity(state, TestKnobs::default())?;
     Ok(Connected { stream, peer })
 }
 
 /// The identity a finished handshake has proved.
-pub fn peer_identity(state: &CommonState) -> Result<Identity, HandshakeError> {
+pub fn peer_identity(state: &CommonState, knobs: TestKnobs) -> Result<Identity, HandshakeError> {
     let chain = state.peer_certificates().unwrap_or_default();
     let leaf = chain.first().ok_or(HandshakeError::NoCertificate)?;
-    spiffe::identity_of(leaf).map_err(|error| HandshakeError::Peer(PeerRejection::Identity(error)))
+    knobs.identity_of(leaf).map_err(|error| HandshakeError::Peer(PeerRejection::Identity(error)))
 }
 
 /// rustls refuses a peer that offers other protocols, but lets one pass that offers none.

@@ -10,6 +10,11 @@ mod rejection;
 mod tests;
 mod verify;
 
+use rustls::pki_types::CertificateDer;
+
+use crate::identity::spiffe::{self, SpiffeError};
+use crate::policy::Identity;
+
 pub use config::{ConfigError, ExpectedServer, client_config, server_config};
 pub use handshake::{Accepted, Connected, accept, connect, peer_identity};
 pub use rejection::{HandshakeError, PeerRejection};
@@ -27,6 +32,12 @@ pub struct TestKnobs {
     /// The client accepts any SPIFFE id from the server.
     #[cfg(feature = "test-knobs")]
     pub skip_server_identity: bool,
+    /// The server admits clients of other trust domains.
+    #[cfg(feature = "test-knobs")]
+    pub skip_trust_domain: bool,
+    /// Of several URI names in a certificate the first counts.
+    #[cfg(feature = "test-knobs")]
+    pub skip_single_name: bool,
 }
 
 #[cfg(feature = "test-knobs")]
@@ -42,6 +53,18 @@ impl TestKnobs {
     fn server_identity_verified(self) -> bool {
         !self.skip_server_identity
     }
+
+    fn trust_domain_verified(self) -> bool {
+        !self.skip_trust_domain
+    }
+
+    fn identity_of(self, leaf: &CertificateDer<'_>) -> Result<Identity, SpiffeError> {
+        if self.skip_single_name {
+            spiffe::first_identity_of(leaf)
+        } else {
+            spiffe::identity_of(leaf)
+        }
+    }
 }
 
 #[cfg(not(feature = "test-knobs"))]
@@ -56,5 +79,13 @@ impl TestKnobs {
 
     const fn server_identity_verified(self) -> bool {
         true
+    }
+
+    const fn trust_domain_verified(self) -> bool {
+        true
+    }
+
+    fn identity_of(self, leaf: &CertificateDer<'_>) -> Result<Identity, SpiffeError> {
+        spiffe::identity_of(leaf)
     }
 }

@@ -29,8 +29,8 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 /// What the kernel part counts, read at every scrape.
 #[derive(Clone, Debug, Default)]
 pub struct KernelCounters {
-    /// Drop reasons, each with its count since the maps were made.
-    pub drops: Vec<(&'static str, u64)>,
+    /// What the hooks decided, each reason with its count since the maps were made.
+    pub decisions: Vec<(&'static str, u64)>,
     /// Flow events that found no room in the ring buffer.
     pub lost_events: u64,
 }
@@ -199,7 +199,7 @@ impl Collector for Exposition {
         };
         let single = |value: u64| vec![(Vec::new(), value)];
         let loaded = |value: &AtomicU64| single(value.load(Ordering::Relaxed));
-        let drops = kernel.drops.iter();
+        let decisions = kernel.decisions.iter();
         let build = vec!["culvert".to_owned(), env!("CARGO_PKG_VERSION").to_owned()];
         let mut put =
             |metric: &Metric, rows: Vec<(Vec<String>, u64)>| family(&mut encoder, metric, &rows);
@@ -217,8 +217,8 @@ impl Collector for Exposition {
         put(&reference::FLOWS, state.flows.rows())?;
         put(&reference::OPEN_FLOWS, state.open_flows.rows())?;
         put(&reference::REVOKED, state.revoked.rows())?;
-        let drops = drops.map(|(reason, count)| (vec![(*reason).to_owned()], *count));
-        put(&reference::DROPS, drops.collect())?;
+        let decisions = decisions.map(|(reason, count)| (vec![(*reason).to_owned()], *count));
+        put(&reference::DECISIONS, decisions.collect())?;
         put(&reference::LOST_EVENTS, single(kernel.lost_events))?;
         put(&reference::MESH_UPDATES, state.mesh_updates.rows())?;
         let lost = state.lost_log_lines.get();

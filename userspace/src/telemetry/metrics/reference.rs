@@ -77,8 +77,8 @@ metrics! {
     OPENED = Counter "istio_tcp_connections_opened" TRAFFIC_LABELS, "Connections established.";
     CLOSED = Counter "istio_tcp_connections_closed" TRAFFIC_LABELS, "Established connections that ended.";
     FAILED = Counter "istio_tcp_connections_failed" TRAFFIC_LABELS, "Connections refused or never established; `response_flags` says why.";
-    SENT = Counter "istio_tcp_sent_bytes" TRAFFIC_LABELS, "Bytes sent by the reporting pod, counted while connections are open.";
-    RECEIVED = Counter "istio_tcp_received_bytes" TRAFFIC_LABELS, "Bytes received by the reporting pod, counted while connections are open.";
+    SENT = Counter "istio_tcp_sent_bytes" TRAFFIC_LABELS, "Bytes from server to client (sent during response), counted while connections are open.";
+    RECEIVED = Counter "istio_tcp_received_bytes" TRAFFIC_LABELS, "Bytes from client to server (received during request), counted while connections are open.";
     BUILD = Gauge "istio_build" &["component", "tag"], "Always 1; the labels name this build.";
     XDS_MESSAGES = Counter "istio_xds_message" &["url"], "Messages received from istiod, by resource type.";
     XDS_TERMINATIONS = Counter "istio_xds_connection_terminations" &["reason"], "Ends of the connection to istiod.";
@@ -87,7 +87,7 @@ metrics! {
     FLOWS = Counter "culvert_flows" &["path"], "Connections established, by the way their bytes take.";
     OPEN_FLOWS = Gauge "culvert_open_flows" &["path"], "Connections open now, by the way their bytes take.";
     REVOKED = Counter "culvert_revoked_flows" &["path"], "Open connections cut because policy came to forbid them.";
-    DROPS = Counter "culvert_kernel_drops" &["reason"], "Connections and packets that the kernel part did not pass, by reason.";
+    DECISIONS = Counter "culvert_kernel_decisions" &["reason"], "What the hooks of the kernel part decided, by reason; the reasons are below.";
     LOST_EVENTS = Counter "culvert_flow_events_lost" &[], "Flow events that the kernel could not hand over; their connections are missing from log and metrics.";
     MESH_UPDATES = Counter "culvert_mesh_updates" &["result"], "Attempts to take over a changed mesh; `rejected` ones left the old state.";
     LOST_LOG_LINES = Counter "culvert_log_lines_lost" &[], "Log lines dropped because the log is not read fast enough.";
@@ -120,14 +120,18 @@ pub fn metrics_reference() -> String {
     let _ = write!(
         out,
         "\n## Traffic labels\n\n`{}`.\n\n\
-         A value that is not known is `unknown`. \"Sent\" is what the reporting pod sent: the client with `reporter=\"source\"`, the\n\
-         server with `reporter=\"destination\"`. `connection_security_policy` is `mutual_tls` where both identities were verified: by\n\
+         A value that is not known is `unknown`. Both reporters count the same way, as in Istio: \"sent\" is what the server sent to\n\
+         the client, \"received\" what the client sent to the server. `connection_security_policy` is `mutual_tls` where both identities were verified: by\n\
          TLS, or by the kernel for a connection between pods of one node, which is not encrypted.\n\n\
          Series of workloads that are gone are dropped once their last connection has ended. There are at most\n\
          {} label sets; connections beyond that are counted with every workload label set to `overflow`.\n",
         TRAFFIC_LABELS.join("`, `"),
         super::traffic::MAX_SERIES,
     );
+    out.push_str("\n## Reasons of `culvert_kernel_decisions_total`\n\n| reason | meaning |\n| --- | --- |\n");
+    for reason in culvert_abi::Reason::ALL {
+        let _ = writeln!(out, "| `{}` | {} |", reason.name(), reason.describe().trim());
+    }
     out
 }
 

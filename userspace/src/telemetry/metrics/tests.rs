@@ -211,7 +211,7 @@ fn what_is_exposed_is_what_is_listed() {
     metrics.xds_terminated("error");
     metrics.pods(1, 0);
     metrics.set_kernel_source(|| KernelCounters {
-        drops: vec![("no_claim", 3)],
+        decisions: vec![("no_claim", 3)],
         lost_events: 2,
     });
     let text = metrics.render();
@@ -233,7 +233,7 @@ fn what_is_exposed_is_what_is_listed() {
         }
     }
     assert_eq!(
-        sample(&metrics, "culvert_kernel_drops_total", &["no_claim"]),
+        sample(&metrics, "culvert_kernel_decisions_total", &["no_claim"]),
         Some(3)
     );
 }

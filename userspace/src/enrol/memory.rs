@@ -1,0 +1,128 @@
+//! Which pods were enrolled by hand, so that a new agent serves them without being told again.
+//!
+//! The file lies beside the admin socket, in a directory only root can write, and on a file system that does not outlive the
+//! kernel's namespaces. A pod is taken back only if its path still leads to the namespace with the remembered cookie: a process
+//! id, and so a path below /proc, may have come to mean another namespace.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{LocalPod, PodSpec, PodUid};
+use crate::kernel::{Netns, NetnsCookie};
+
+/// More than any node has; a larger file is not ours.
+const MOST_BYTES: u64 = 16 << 20;
+
+/// The file of enrolled pods.
+#[derive(Debug)]
+pub struct Memory {
+    path: PathBuf,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Remembered {
+    uid: String,
+    netns: PathBuf,
+    netns_cookie: u64,
+    namespace: Option<String>,
+    name: Option<String>,
+    service_account: Option<String>,
+}
+
+impl Memory {
+    /// The memory beside an admin socket.
+    pub fn beside(admin_socket: &Path) -> Self {
+        Self { path: admin_socket.with_extension("pods.json") }
+    }
+
+    /// The pods to take back. What cannot be read or has gone is left out and said.
+    pub fn recall(&self) -> Vec<PodSpec> {
+        let remembered = match self.read() {
+            Ok(remembered) => remembered,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Vec::new(),
+            Err(error) => {
+                tracing::warn!(file = %self.path.display(), %error, "the list of enrolled pods cannot be read; enrol them again");
+                return Vec::new();
+            }
+        };
+        remembered.into_iter().filter_map(Remembered::verified).collect()
+    }
+
+    /// Remembers exactly these pods.
+    pub fn store<'a>(&self, pods: impl IntoIterator<Item = &'a LocalPod>) {
+        let remembered: Vec<_> = pods.into_iter().map(Remembered::of).collect();
+        let new = self.path.with_extension("json.new");
+        let written = serde_json::to_vec_pretty(&remembered)
+            .map_err(io::Error::from)
+            .and_then(|text| fs::write(&new, text))
+            .and_then(|()| fs::rename(&new, &self.path));
+        if let Err(error) = written {
+            tracing::warn!(file = %self.path.display(), %error, "enrolled pods cannot be remembered; after a restart they must be enrolled again");
+        }
+    }
+
+    fn read(&self) -> io::Result<Vec<Remembered>> {
+        if fs::metadata(&self.path)?.len() > MOST_BYTES {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the file is too large"));
+        }
+        Ok(serde_json::from_slice(&fs::read(&self.path)?)?)
+    }
+}
+
+impl Remembered {
+    fn of(pod: &LocalPod) -> Self {
+        Self {
+            uid: pod.uid().to_string(),
+            netns: pod.spec.netns.clone(),
+            netns_cookie: pod.cookie().0,
+            namespace: pod.spec.namespace.clone(),
+            name: pod.spec.name.clone(),
+            service_account: pod.spec.service_account.clone(),
+        }
+    }
+
+    fn verified(self) -> Option<PodSpec> {
+        let same = Netns::open(&self.netns).is_ok_and(|netns| netns.cookie() == NetnsCookie(self.netns_cookie));
+        if !same {
+            tracing::info!(pod = %self.uid, netns = %self.netns.display(), "a pod that was enrolled before has gone");
+            return None;
+        }
+        let Self { uid, netns, namespace, name, service_account, .. } = self;
+        Some(PodSpec { uid: PodUid::new(&uid).ok()?, netns, namespace, name, service_account })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_malformed_or_foreign_file_recalls_nobody() {
+        let directory = tempfile::tempdir().unwrap();
+        let memory = Memory::beside(&directory.path().join("admin.sock"));
+        assert_eq!(memory.recall(), []);
+        for text in ["", "{", "[1]", r#"[{"uid":"a"}]"#, "\0\0"] {
+            fs::write(&memory.path, text).unwrap();
+            assert_eq!(memory.recall(), [], "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_path_that_leads_elsewhere_by_now_is_not_taken_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let memory = Memory::beside(&directory.path().join("admin.sock"));
+        let pod = |cookie: u64, netns: &str| {
+            serde_json::json!({"uid": "a", "netns": netns, "netns_cookie": cookie, "namespace": null, "name": null, "service_account": null})
+        };
+        let own = "/proc/self/ns/net";
+        let cookie = Netns::open(Path::new(own)).unwrap().cookie().0;
+        let pods = serde_json::json!([pod(cookie, own), pod(cookie + 1, own), pod(cookie, "/proc/self/status"), pod(1, "/no/such")]);
+        fs::write(&memory.path, pods.to_string()).unwrap();
+        assert_eq!(memory.recall().len(), 1);
+    }
+}
