@@ -1,11 +1,17 @@
 //! The kernel's events as telemetry: direct flows opened and closed, refusals, isolations.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
-use culvert_abi::FlowKey;
 use tokio_util::sync::CancellationToken;
 
-use super::{enforcer::Enforcer, pods::Pods};
+use super::{
+    enforcer::{Enforcer, FlowName},
+    pods::Pods,
+};
 use crate::{
     kernel::{EventStream, FlowEvent, FlowEventKind},
     policy::Identity,
@@ -17,28 +23,35 @@ use crate::{
 
 /// Open direct flows that telemetry follows; more are still admitted, but reported only when they end.
 const FOLLOWED: usize = 262_144;
+/// How often what is followed is compared with what is open: the event of an end may have been lost.
+const RECONCILE: Duration = Duration::from_secs(30);
 
 /// Both ends' view of one open flow.
 struct Open {
     source: OpenFlow,
     destination: OpenFlow,
+    since: Instant,
 }
 
 pub struct DirectFlows {
     enforcer: Arc<Enforcer>,
     pods: Arc<Pods>,
     context: Arc<Context>,
-    open: HashMap<(FlowKey, u32), Open>,
+    open: HashMap<FlowName, Open>,
+    reconciled: Instant,
 }
 
 impl DirectFlows {
     pub fn new(enforcer: Arc<Enforcer>, pods: Arc<Pods>, context: Arc<Context>) -> Self {
-        Self { enforcer, pods, context, open: HashMap::new() }
+        Self { enforcer, pods, context, open: HashMap::new(), reconciled: Instant::now() }
     }
 
     /// Reads events until `shutdown`.
     pub async fn run(mut self, mut events: EventStream, shutdown: CancellationToken) {
         loop {
+            if self.reconciled.elapsed() >= RECONCILE {
+                self.reconcile();
+            }
             let read = events.read(|event| self.take(&event));
             match shutdown.run_until_cancelled(read).await {
                 None => return,
@@ -51,6 +64,13 @@ impl DirectFlows {
         }
     }
 
+    /// Lets go of flows that ended without telling; dropped, they count as closed.
+    fn reconcile(&mut self) {
+        let open = self.enforcer.open_flows();
+        self.open.retain(|name, followed| open.contains(name) || followed.since.elapsed() < RECONCILE);
+        self.reconciled = Instant::now();
+    }
+
     fn take(&mut self, event: &FlowEvent) {
         let telemetry = Arc::clone(&self.context.telemetry);
         match event.kind {
@@ -59,7 +79,7 @@ impl DirectFlows {
                 if self.open.len() < FOLLOWED {
                     let source = telemetry.opened(&record);
                     let destination = telemetry.metrics.opened(&as_destination(&record));
-                    self.open.insert((event.key, event.sequence), Open { source, destination });
+                    self.open.insert((event.key, event.sequence), Open { source, destination, since: Instant::now() });
                 }
             }
             FlowEventKind::Closed => {

@@ -25,7 +25,7 @@ use crate::{
 const REVOKED_KEPT: usize = 65_536;
 
 /// Names a flow: the key alone is used again.
-type FlowName = (FlowKey, u32);
+pub type FlowName = (FlowKey, u32);
 
 /// The feeder of the kernel part.
 pub struct Enforcer {
@@ -175,10 +175,13 @@ impl Enforcer {
             return Ok(0);
         }
         let mut cut = self.sweep(&mut state);
-        // Programs that read the old generation before it changed may have made a flow after the first sweep.
+        // Programs that read the old generation before it changed may make a flow after the first sweep. Connections need not
+        // wait with us.
+        drop(state);
         if let Err(error) = sys::wait_for_running_programs() {
             tracing::warn!(%error, "cannot wait for running programs; sweeping at once");
         }
+        let mut state = self.state();
         cut += self.sweep(&mut state);
         let generations = state.generations();
         self.tables.sweep_verdicts(|key, verdict| generations.get(&key.workload) != Some(&verdict.generation))?;
@@ -190,6 +193,11 @@ impl Enforcer {
     /// The policy behind a number in a kernel event.
     pub fn policy(&self, number: u32) -> Option<PolicyName> {
         self.state().policies.name(number).cloned()
+    }
+
+    /// The direct flows that are open now.
+    pub fn open_flows(&self) -> HashSet<FlowName> {
+        self.tables.flows().iter().map(|flow| (flow.key, flow.flow.sequence)).collect()
     }
 
     /// Whether this flow was cut by us; asked once, when its end is reported.

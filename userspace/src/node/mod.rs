@@ -13,7 +13,7 @@ mod readiness;
 
 use std::{
     path::PathBuf,
-    sync::{Arc, Mutex, atomic::AtomicU64},
+    sync::{Arc, atomic::AtomicU64},
     time::{Duration, Instant},
 };
 
@@ -246,14 +246,11 @@ fn follow_mesh(
     let mut news = context.mesh.subscribe();
     news.mark_changed();
     let shutdown = shutdown.clone();
-    // One change at a time, and the newest: what was skipped is contained in it.
-    let busy = Arc::new(Mutex::new(()));
     tasks.spawn(async move {
+        // One change at a time, and the newest: what was skipped is contained in it.
         while let Some(Ok(())) = shutdown.run_until_cancelled(news.changed()).await {
-            news.mark_unchanged();
-            let (enforcer, context, busy) = (Arc::clone(&enforcer), Arc::clone(&context), Arc::clone(&busy));
+            let (enforcer, context) = (Arc::clone(&enforcer), Arc::clone(&context));
             let applied = tokio::task::spawn_blocking(move || {
-                let _busy = busy.lock();
                 let mesh = context.mesh.load();
                 let proxied = context.open.reauthorize(&mesh, context.knobs);
                 let direct = enforcer.apply(mesh);
