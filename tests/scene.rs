@@ -4,7 +4,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use culvert_harness::{Agent, AgentOptions, Fabric, Match, Mesh, Node, Pod, Policy, Proc, Workload};
+use culvert_harness::{Agent, AgentOptions, Fabric, FabricOptions, Match, Mesh, Node, Pod, Policy, Proc, Workload, wait_until};
 use serde_json::Value;
 
 pub const NAMESPACE: &str = "demo";
@@ -34,6 +34,8 @@ pub struct Setting {
     pub env: Vec<(&'static str, String)>,
     /// In place of the usual policies.
     pub policies: Option<Vec<Policy>>,
+    /// Pods have IPv6 addresses too.
+    pub ipv6: bool,
 }
 
 pub fn principal(account: &str) -> String {
@@ -59,7 +61,7 @@ impl Scene {
     }
 
     pub fn with(setting: Setting) -> Result<Self> {
-        let fabric = Fabric::new()?;
+        let fabric = Fabric::with(FabricOptions { ipv6: setting.ipv6 })?;
         let node1 = fabric.node()?;
         let node2 = fabric.node()?;
         let client = node1.pod("client")?;
@@ -100,10 +102,31 @@ impl Scene {
         Agent::default_mesh_file(&self.node1)
     }
 
+    /// Changes the mesh, and waits until both agents have read it.
+    pub fn change_mesh(&mut self, change: impl FnOnce(&mut Mesh)) -> Result<()> {
+        change(&mut self.mesh);
+        let agents = [&self.agent1, &self.agent2];
+        let before = [mesh_status(agents[0])?, mesh_status(agents[1])?];
+        self.mesh.write(&self.mesh_file())?;
+        for (agent, before) in agents.into_iter().zip(before) {
+            wait_until(SOON, "the agent to read the mesh", || Ok((mesh_status(agent)? != before).then_some(())))?;
+        }
+        Ok(())
+    }
+
     /// Lets the kernel part learn a verdict, so that the next connection of the pair is direct (or refused) at once.
     pub fn warm(&self, from: &Pod, to: &Pod) -> Result<()> {
         connect(from, to, &["--send", "x", "--read", "1"]).map(drop)
     }
+}
+
+/// What `culvert status` says of the mesh.
+pub fn mesh_status(agent: &Agent) -> Result<String> {
+    Ok(text(&status(agent)?, "mesh").to_owned())
+}
+
+pub fn status(agent: &Agent) -> Result<Value> {
+    Ok(serde_json::from_str(&agent.cli(["status", "--json"])?.success()?)?)
 }
 
 /// A server of the probe program in `pod`, listening on [`PORT`].
@@ -146,4 +169,9 @@ pub fn text<'a>(report: &'a Value, field: &str) -> &'a str {
 /// Whether the probe exchanged its word with the server.
 pub fn answered(report: &Value) -> bool {
     text(report, "data") == "hello"
+}
+
+/// Whether the connection was accepted and then reset, which the client may notice at any of its steps.
+pub fn was_reset(report: &Value) -> bool {
+    ["connect", "send", "read"].iter().any(|step| ["ECONNRESET", "EPIPE"].contains(&text(report, step)))
 }

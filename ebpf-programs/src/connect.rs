@@ -9,14 +9,14 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use culvert_abi::{
-    Endpoint, FlowKey, OWN_PORTS, Pod, Reason, STEER_MARK, SocketState, Verdict, VerdictKey, action, knob, mapped, role,
-    scope,
+    Endpoint, FlowKey, OWN_PORTS, Pod, Reason, STEER_MARK, SocketState, Verdict, VerdictKey, action, knob, listener_kind, mapped,
+    role, scope,
 };
 
 use crate::{
     address::{Target, is_loopback, target_port, target4, target6},
     events,
-    maps::{CONFIG, ENDPOINTS, PODS, SOCKETS, VERDICTS, count, knob},
+    maps::{CONFIG, ENDPOINTS, PODS, SOCKETS, VERDICTS, count, knob, listens},
 };
 
 const IPPROTO_TCP: u32 = 6;
@@ -99,6 +99,10 @@ fn decide(ctx: &SockAddrContext, target: Target) -> i32 {
             state.workload = endpoint.workload;
             count(Reason::Direct);
             PROCEED
+        }
+        // The reset for a SYN that `inbound` drops would have somebody else's address and never leave: refuse here.
+        Choice::Steer(_) if !listens(cookie, listener_kind::OUTBOUND) && !knob(knob::SKIP_STEERING) => {
+            refuse(Reason::RefusedNoAgent)
         }
         Choice::Steer(reason) => steer(addr, state, reason),
         Choice::Refuse { reason, policy, workload } => {

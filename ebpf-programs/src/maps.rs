@@ -5,7 +5,7 @@ use core::{ffi::c_void, ptr};
 use aya_ebpf::{
     bindings::{BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE},
     btf_maps::{Array, HashMap, PerCpuArray, RingBuf, SockHash},
-    helpers::generated::bpf_sk_storage_get,
+    helpers::generated::{bpf_map_lookup_elem, bpf_sk_release, bpf_sk_storage_get},
     macros::btf_map,
 };
 use culvert_abi::{
@@ -91,6 +91,21 @@ impl<T> SocketStorage<T> {
     fn address(&self) -> *mut c_void {
         ptr::from_ref(self).cast_mut().cast()
     }
+}
+
+/// Whether the agent listens for connections of `kind` in a pod.
+#[inline(always)]
+pub fn listens(netns_cookie: u64, kind: u32) -> bool {
+    let key = Listener { netns_cookie, kind, padding: 0 };
+    // SAFETY: the helper returns null or a socket with a reference that is given back at once.
+    unsafe {
+        let socket = bpf_map_lookup_elem((&raw const LISTENERS).cast_mut().cast(), (&raw const key).cast());
+        if socket.is_null() {
+            return false;
+        }
+        bpf_sk_release(socket);
+    }
+    true
 }
 
 #[inline(always)]

@@ -91,4 +91,6 @@ reasons! {
     AdmittedOwnAddress = 28, "admitted_own_address";
     /// connect: refused, the socket is bound to a device and so cannot be steered to the agent.
     RefusedBoundDevice = 29, "refused_bound_device";
+    /// connect: refused, the agent that would carry the connection is not there.
+    RefusedNoAgent = 30, "refused_no_agent";
 }

@@ -23,42 +23,69 @@ const REQUEST_BYTES: &str = "1024";
 const STREAM_BYTES: &str = "134217728";
 const VERIFIED_BYTES: &str = "67108864";
 
+/// The rounds of one pair.
+#[derive(Default)]
+pub struct Rounds {
+    pub with: Vec<Figures>,
+    pub without: Vec<Figures>,
+    /// Of neighbours in time: what disturbs the machine for longer than a round disturbs both.
+    pub ratios: Vec<Figures>,
+}
+
 /// Measures every pair on the plain stage, and on the meshed one those that may connect.
 pub fn all(pairs: &mut [Pair], plain: &Stage, meshed: &Stage) -> Result<()> {
-    for port in [ECHO, SINK] {
-        meshed.learn(port)?;
-    }
+    learn(meshed)?;
     for pair in pairs {
-        let (mut with, mut without, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
-        let longest = if pair.allowed { LONGEST } else { LONGEST_PLAIN };
-        let deadline = Instant::now() + longest;
-        for round in 0..ROUNDS {
-            if round >= FEWEST_ROUNDS && Instant::now() >= deadline {
-                break;
-            }
-            if !pair.allowed {
-                without.push(once(plain, pair)?);
-                continue;
-            }
-            // Who goes first alternates too.
-            let (measured, reference) = if round % 2 == 0 {
-                let measured = once(meshed, pair)?;
-                (measured, once(plain, pair)?)
-            } else {
-                let reference = once(plain, pair)?;
-                (once(meshed, pair)?, reference)
-            };
-            ratios.push(measured.ratio(&reference));
-            with.push(measured);
-            without.push(reference);
-        }
-        pair.figures = Figures::median(&with);
-        pair.plain = Figures::median(&without);
-        // Of neighbours in time: what disturbs the machine for longer than a round disturbs both.
-        pair.ratios = Figures::median(&ratios);
+        let longest = if pair.allowed {
+            LONGEST
+        } else {
+            LONGEST_PLAIN
+        };
+        let rounds = rounds(pair, plain, meshed, ROUNDS, longest)?;
+        pair.figures = Figures::median(&rounds.with);
+        pair.plain = Figures::median(&rounds.without);
+        pair.ratios = Figures::median(&rounds.ratios);
         pair.ratio_p50 = pair.ratios.p50_us;
     }
     Ok(())
+}
+
+/// Lets the agents learn the ways that are measured.
+pub fn learn(meshed: &Stage) -> Result<()> {
+    [ECHO, SINK].into_iter().try_for_each(|port| meshed.learn(port))
+}
+
+/// At most `most` rounds of a pair in turns, and no new one after `longest`.
+pub fn rounds(
+    pair: &Pair,
+    plain: &Stage,
+    meshed: &Stage,
+    most: usize,
+    longest: Duration,
+) -> Result<Rounds> {
+    let mut rounds = Rounds::default();
+    let deadline = Instant::now() + longest;
+    for round in 0..most {
+        if round >= FEWEST_ROUNDS && Instant::now() >= deadline {
+            break;
+        }
+        if !pair.allowed {
+            rounds.without.push(once(plain, pair)?);
+            continue;
+        }
+        // Who goes first alternates too.
+        let (measured, reference) = if round % 2 == 0 {
+            let measured = once(meshed, pair)?;
+            (measured, once(plain, pair)?)
+        } else {
+            let reference = once(plain, pair)?;
+            (once(meshed, pair)?, reference)
+        };
+        rounds.ratios.push(measured.ratio(&reference));
+        rounds.with.push(measured);
+        rounds.without.push(reference);
+    }
+    Ok(rounds)
 }
 
 fn once(stage: &Stage, pair: &Pair) -> Result<Figures> {

@@ -18,11 +18,22 @@ fn a_pair_on_one_node_becomes_direct() -> Result<()> {
         assert!(text(&accepted, "peer").starts_with(&client), "{accepted}");
     }
     // The first made the verdict, the others used it.
-    let fields = [("path", "direct"), ("src.workload", "client"), ("dst.workload", "server-a")];
-    let line = scene.agent1.wait_for_access(mark, &fields, culvert_tests::scene::SOON)?;
+    let fields = [
+        ("path", "direct"),
+        ("src.workload", "client"),
+        ("dst.workload", "server-a"),
+    ];
+    let line = scene
+        .agent1
+        .wait_for_access(mark, &fields, culvert_tests::scene::SOON)?;
     assert_eq!(line.field("bytes_sent"), Some("5".into()), "{line:?}");
     assert_eq!(line.field("bytes_recv"), Some("5".into()), "{line:?}");
-    assert_eq!(scene.agent1.metric("culvert_flows_total", &["path=\"direct\""])?, 2.0);
+    assert_eq!(
+        scene
+            .agent1
+            .metric("culvert_flows_total", &["path=\"direct\""])?,
+        2.0
+    );
     Ok(())
 }
 
@@ -33,6 +44,10 @@ fn a_pair_on_two_nodes_goes_through_a_tunnel() -> Result<()> {
     let report = echo(&scene.client, &scene.server_b)?;
     assert!(answered(&report), "{report}");
     let accepted = server.events("accepted");
-    assert_eq!(text(&accepted[0], "peer"), text(&report, "local"), "the server sees the client's address and port");
+    assert_eq!(
+        text(&accepted[0], "peer"),
+        text(&report, "local"),
+        "the server sees the client's address and port"
+    );
     Ok(())
 }

@@ -1,2 +1,24 @@
 //! What the agent carries and refuses.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic, reason = "tests")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "tests"
+)]
+
+mod access;
+mod admin;
+mod certificates;
+mod configuration;
+mod identities;
+mod limits;
+mod mesh_file;
+mod peer;
+mod policy;
+mod requests;
+mod revocation;
+mod routes;
+mod server;
+mod streams;
+mod telemetry;

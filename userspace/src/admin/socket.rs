@@ -52,6 +52,21 @@ pub struct Limits {
     pub write: Duration,
     /// Whom to answer, besides nobody: the user id of the peer.
     pub uid: u32,
+    /// Answers everybody, to show that a test would notice.
+    #[cfg(feature = "test-knobs")]
+    pub any_user: bool,
+}
+
+impl Limits {
+    #[cfg(feature = "test-knobs")]
+    fn admits(&self, peer: Option<u32>) -> bool {
+        self.any_user || peer == Some(self.uid)
+    }
+
+    #[cfg(not(feature = "test-knobs"))]
+    fn admits(&self, peer: Option<u32>) -> bool {
+        peer == Some(self.uid)
+    }
 }
 
 impl Default for Limits {
@@ -62,6 +77,8 @@ impl Default for Limits {
             handle: Duration::from_secs(60),
             write: Duration::from_secs(30),
             uid: 0,
+            #[cfg(feature = "test-knobs")]
+            any_user: false,
         }
     }
 }
@@ -247,7 +264,7 @@ impl<H: AdminHandler> Connection<H> {
     async fn run(self, stream: UnixStream, _permit: OwnedSemaphorePermit) {
         let peer = stream.peer_cred().ok().map(|peer| peer.uid());
         let (read, mut write) = stream.into_split();
-        if peer != Some(self.limits.uid) {
+        if !self.limits.admits(peer) {
             tracing::warn!(
                 uid = peer,
                 "refused an admin connection: the client is not root"

@@ -37,7 +37,7 @@ impl Pins {
             path: pins.root.clone(),
             source: error.into(),
         })?;
-        if i64::from(found.filesystem_type().0) != BPFFS_MAGIC {
+        if found.filesystem_type().0 != BPFFS_MAGIC {
             let _ = fs::remove_dir_all(&pins.root);
             return Err(KernelError::NotBpffs { path: pin_dir.to_owned() });
         }

@@ -1,14 +1,18 @@
 //! The protections a test switches off, by name. In a build without the feature `test-knobs` there are none.
 
 use super::NodeError;
-use crate::{config::Config, proxy::ProxyKnobs};
+use crate::{admin::socket, config::Config, proxy::ProxyKnobs};
 
 /// What is switched off where.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Knobs {
     /// Bits of `culvert_abi::knob`.
     pub kernel: u32,
     pub proxy: ProxyKnobs,
+    /// Whom the admin socket answers.
+    pub admin: socket::Limits,
+    /// Open flows and old verdicts stay when policy changes.
+    pub skip_sweep: bool,
 }
 
 impl Knobs {
@@ -33,6 +37,7 @@ impl Knobs {
                 "deny-allows" => knobs.kernel |= knob::DENY_ALLOWS,
                 "skip-steering" => knobs.kernel |= knob::SKIP_STEERING,
                 "missing-listener-passes" => knobs.kernel |= knob::MISSING_LISTENER_PASSES,
+                "skip-sweep" => knobs.skip_sweep = true,
                 "skip-policy" => knobs.proxy.skip_policy = true,
                 "skip-authority" => knobs.proxy.skip_authority = true,
                 "skip-reauthorization" => knobs.proxy.skip_reauthorization = true,
@@ -41,6 +46,8 @@ impl Knobs {
                 "skip-server-identity" => knobs.proxy.tls.skip_server_identity = true,
                 "skip-trust-domain" => knobs.proxy.tls.skip_trust_domain = true,
                 "skip-single-name" => knobs.proxy.tls.skip_single_name = true,
+                "skip-forwarded-check" => knobs.proxy.skip_forwarded_check = true,
+                "skip-peer-credentials" => knobs.admin.any_user = true,
                 other => return Err(NodeError::UnknownKnob(other.to_owned())),
             }
             tracing::error!(knob = %name, "a protection is switched off for a test");

@@ -25,7 +25,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    admin::{AdminSocket, HttpServers, http, socket},
+    admin::{AdminSocket, HttpServers, http},
     config::Config,
     identity::{Certificates, DevCa, DevCaIssuer, RenewalSettings},
     kernel::{Kernel, KernelSettings},
@@ -56,7 +56,7 @@ pub async fn run(config: Config, cgroup_mount: PathBuf, lost_lines: Arc<AtomicU6
     let mut tasks = JoinSet::new();
 
     // The socket first: another agent's pods must not be taken over by one that cannot be reached.
-    let admin = AdminSocket::bind(&config.admin_socket, socket::Limits::default())?;
+    let admin = AdminSocket::bind(&config.admin_socket, knobs.admin)?;
     let addresses = http::Addresses {
         stats: config.stats_address,
         readiness: config.readiness_address,
@@ -110,7 +110,7 @@ pub async fn run(config: Config, cgroup_mount: PathBuf, lost_lines: Arc<AtomicU6
         });
     }
 
-    let enforcer = Arc::new(Enforcer::new(tables)?);
+    let enforcer = Arc::new(Enforcer::new(tables, knobs.skip_sweep)?);
     let open = Arc::new(OpenConnections::default());
     let context = Arc::new(Context {
         mesh: Arc::clone(&store),

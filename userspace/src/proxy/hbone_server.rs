@@ -2,10 +2,10 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, time::timeout};
 
 use super::{
     arrival::{Arrival, names_application},
@@ -33,11 +33,16 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream) {
         report.describe(Direction::Inbound, Reporter::Destination, FlowPath::Hbone);
         report.failed(flags, &error);
     };
-    let certificate = match ours.context.certificates.current(&ours.pod.identity, SystemTime::now()) {
-        Ok(certificate) => certificate,
-        Err(error) => {
+    // A pod that has just been enrolled may be reached before its first certificate is there.
+    let certificate = match timeout(HANDSHAKE_DEADLINE, ours.context.certificates.ready(&ours.pod.identity)).await {
+        Ok(Ok(certificate)) => certificate,
+        Ok(Err(error)) => {
             dial::reset(stream);
             return failed(ResponseFlags::IdentityFailure, error.to_string());
+        }
+        Err(_) => {
+            dial::reset(stream);
+            return failed(ResponseFlags::IdentityFailure, "the pod has no certificate yet".to_owned());
         }
     };
     let config = match tls::server_config(&certificate, ours.context.knobs.tls) {
@@ -68,7 +73,9 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream) {
 async fn stream_into_pod(ours: Ours, incoming: Incoming, peer: Option<Identity>, source_ip: IpAddr, tunnel: SocketAddr) {
     let target = incoming.connect().target;
     // Only the port is taken from the peer's claim, and only when it names the address that the tunnel comes from.
-    let source = SocketAddr::new(source_ip, forwarded_port(incoming.connect().forwarded.as_deref(), source_ip));
+    let claim = incoming.connect().forwarded.as_deref();
+    let source = forwarded(claim, |address| address.ip().to_canonical() == source_ip || !ours.context.knobs.checks_forwarded())
+        .unwrap_or(SocketAddr::new(source_ip, 0));
     let mesh = ours.context.mesh.load();
     let mut report = Report::new(&ours.context.telemetry, source, tunnel);
     report.describe(Direction::Inbound, Reporter::Destination, FlowPath::Hbone);
@@ -108,15 +115,15 @@ async fn stream_into_pod(ours: Ours, incoming: Incoming, peer: Option<Identity>,
     }
 }
 
-/// The port of `for="address:port"`, 0 if there is none or it belongs to another address.
-fn forwarded_port(forwarded: Option<&str>, source: IpAddr) -> u16 {
+/// The first `for="address:port"` that is admissible.
+fn forwarded(forwarded: Option<&str>, admissible: impl Fn(&SocketAddr) -> bool) -> Option<SocketAddr> {
     forwarded
         .into_iter()
         .flat_map(|value| value.split([',', ';']))
         .filter_map(|part| part.trim().strip_prefix("for="))
         .filter_map(|address| address.trim_matches('"').parse::<SocketAddr>().ok())
-        .find(|address| address.ip().to_canonical() == source)
-        .map_or(0, |address| address.port())
+        .find(admissible)
+        .map(|address| SocketAddr::new(address.ip().to_canonical(), address.port()))
 }
 
 #[cfg(test)]
@@ -136,7 +143,8 @@ mod tests {
             (Some("\"\"\"for=;;,,="), 0),
             (None, 0),
         ] {
-            assert_eq!(forwarded_port(header, source), port, "{header:?}");
+            let found = forwarded(header, |address| address.ip() == source);
+            assert_eq!(found.map_or(0, |address| address.port()), port, "{header:?}");
         }
     }
 }

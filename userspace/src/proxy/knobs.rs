@@ -12,6 +12,9 @@ pub struct ProxyKnobs {
     /// A request may name any address and port.
     #[cfg(feature = "test-knobs")]
     pub skip_authority: bool,
+    /// A request may name any address as the client's.
+    #[cfg(feature = "test-knobs")]
+    pub skip_forwarded_check: bool,
     /// Open connections are not judged again.
     #[cfg(feature = "test-knobs")]
     pub skip_reauthorization: bool,
@@ -38,5 +41,6 @@ macro_rules! knob {
 knob! {
     asks_policy, skip_policy;
     checks_authority, skip_authority;
+    checks_forwarded, skip_forwarded_check;
     reauthorizes, skip_reauthorization;
 }

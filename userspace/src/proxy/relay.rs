@@ -38,6 +38,9 @@ pub trait Side: Unpin {
 
     /// Makes the peer see an error, not an end. Nothing is called afterwards.
     fn reset(&mut self);
+
+    /// This side was given everything and its end: dropping it takes nothing back. Nothing is called afterwards.
+    fn release(&mut self);
 }
 
 /// What can be relayed.
@@ -87,6 +90,9 @@ impl Side for HboneStream {
     fn reset(&mut self) {
         self.abort();
     }
+
+    /// A stream that ended both ways is complete, any other is reset by its drop.
+    fn release(&mut self) {}
 }
 
 /// Bytes that the receiving side has taken so far; readable while the relay runs.
@@ -204,20 +210,27 @@ impl<C: Side, U: Side> Pair<'_, C, U> {
     /// when a program closes a socket, and does not take back what was delivered.
     fn settle(&mut self, end: &RelayEnd) {
         match end {
-            RelayEnd::Closed => {}
+            RelayEnd::Closed => {
+                self.client.release();
+                self.upstream.release();
+            }
             RelayEnd::Cancelled => {
                 self.client.reset();
                 self.upstream.reset();
             }
             RelayEnd::ClientReset(_) => {
                 self.client.reset();
-                if !self.outward.finished {
+                if self.outward.finished {
+                    self.upstream.release();
+                } else {
                     self.upstream.reset();
                 }
             }
             RelayEnd::UpstreamReset(_) => {
                 self.upstream.reset();
-                if !self.inward.finished {
+                if self.inward.finished {
+                    self.client.release();
+                } else {
                     self.client.reset();
                 }
             }

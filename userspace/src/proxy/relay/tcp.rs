@@ -10,6 +10,7 @@ use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes, BytesMut};
+use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWrite, Interest};
 use tokio::net::TcpStream;
 
@@ -33,6 +34,9 @@ pub struct TcpSide {
 
 impl TcpSide {
     pub fn new(stream: TcpStream) -> Self {
+        // Until the connection has ended in order, whatever closes the socket cuts the stream, be it the death of this process:
+        // the peer must see a reset then, not an end. Fails only on a socket that is gone already.
+        let _ = stream.set_zero_linger();
         Self {
             stream,
             buffer: BytesMut::new(),
@@ -114,7 +118,11 @@ impl Side for TcpSide {
 
     fn reset(&mut self) {
         self.watch = None;
-        // Then the drop sends RST. Fails only on a socket that is gone already.
         let _ = self.stream.set_zero_linger();
+    }
+
+    fn release(&mut self) {
+        self.watch = None;
+        let _ = SockRef::from(&self.stream).set_linger(None);
     }
 }

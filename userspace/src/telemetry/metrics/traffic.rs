@@ -262,7 +262,8 @@ pub struct OpenFlow {
     state: Arc<super::State>,
     id: u64,
     live: Arc<Live>,
-    path: FlowPath,
+    /// The way it is counted under; a direct flow has both ends here, and is one flow.
+    path: Option<FlowPath>,
     flags: ResponseFlags,
 }
 
@@ -275,13 +276,17 @@ impl std::fmt::Debug for OpenFlow {
 impl OpenFlow {
     pub(super) fn new(state: Arc<super::State>, record: &FlowRecord) -> Self {
         let (id, live) = state.traffic.opened(record);
-        state.flows.add(record.path.as_str(), 1);
-        state.open_flows.add(record.path.as_str(), 1);
+        let second_end = record.path == FlowPath::Direct && record.reporter == Reporter::Destination;
+        let path = (!second_end).then_some(record.path);
+        if let Some(path) = path {
+            state.flows.add(path.as_str(), 1);
+            state.open_flows.add(path.as_str(), 1);
+        }
         Self {
             state,
             id,
             live,
-            path: record.path,
+            path,
             flags: ResponseFlags::None,
         }
     }
@@ -306,6 +311,8 @@ impl OpenFlow {
 impl Drop for OpenFlow {
     fn drop(&mut self) {
         self.state.traffic.closed(self.id, &self.live, self.flags);
-        self.state.open_flows.sub(self.path.as_str(), 1);
+        if let Some(path) = self.path {
+            self.state.open_flows.sub(path.as_str(), 1);
+        }
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::report;
 
@@ -34,6 +34,12 @@ pub struct Arguments {
     /// Packet mark of the socket
     #[arg(long)]
     mark: Option<u32>,
+    /// Device to bind to
+    #[arg(long)]
+    device: Option<String>,
+    /// Multipath TCP
+    #[arg(long)]
+    mptcp: bool,
     /// Text to send
     #[arg(long)]
     send: Option<String>,
@@ -85,7 +91,11 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
 }
 
 fn connect(arguments: &Arguments) -> io::Result<TcpStream> {
-    let socket = Socket::new(Domain::for_address(arguments.to), Type::STREAM, None)?;
+    let protocol = arguments.mptcp.then_some(Protocol::MPTCP);
+    let socket = Socket::new(Domain::for_address(arguments.to), Type::STREAM, protocol)?;
+    if let Some(device) = &arguments.device {
+        socket.bind_device(Some(device.as_bytes()))?;
+    }
     if arguments.reuse {
         socket.set_reuse_address(true)?;
     }

@@ -1,0 +1,128 @@
+//! Pods come and go, nodes too: what is taken down leaves nothing behind and disturbs nobody.
+
+use anyhow::Result;
+use culvert_harness::{Pod, culvert_binary};
+use culvert_tests::scene::{NAMESPACE, SOON, Scene, answered, connect, echo, hold, serve, text};
+use nix::sys::signal::Signal;
+
+use crate::agent_gone::goes_on;
+
+const HELLO: [&str; 4] = ["--send", "hello", "--read", "5"];
+
+/// Everything of a pod's network that enrolment changes.
+fn network(pod: &Pod) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for arguments in [
+        &["rule"][..],
+        &["route", "show", "table", "all"],
+        &["-6", "rule"],
+    ] {
+        found.push(pod.command("ip").args(arguments).run(SOON)?.success()?);
+    }
+    for key in ["net.ipv4.tcp_fwmark_accept", "net.ipv4.fwmark_reflect"] {
+        found.push(pod.netns().sysctl(key)?);
+    }
+    for port in [15001, 15006, 15008] {
+        let open = pod
+            .sockets()?
+            .iter()
+            .any(|socket| socket.local.port() == port);
+        found.push(format!("{port}: {open}"));
+    }
+    Ok(found)
+}
+
+#[test]
+fn a_released_pod_is_as_it_was_and_can_come_back() -> Result<()> {
+    let scene = Scene::new()?;
+    let (guest, outsider) = (scene.node1.pod("guest")?, scene.node1.pod("outsider")?);
+    let _server = serve(&guest, "echo")?;
+    let before = network(&guest)?;
+    assert!(answered(&connect(&outsider, &guest, &HELLO)?));
+    for _ in 0..2 {
+        scene
+            .agent1
+            .enrol(&guest, "guest-uid", NAMESPACE, "guest", "guest")?;
+        let during = network(&guest)?;
+        assert!(
+            during[0].contains("0x53a") && during.contains(&"15006: true".to_owned()),
+            "{during:?}"
+        );
+        assert!(
+            !answered(&connect(&outsider, &guest, &HELLO)?),
+            "the mesh does not know the pod"
+        );
+        scene.agent1.unenrol("guest-uid")?;
+        assert_eq!(network(&guest)?, before);
+        assert!(
+            answered(&connect(&outsider, &guest, &HELLO)?),
+            "plain again"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn a_flow_survives_the_release_of_its_server() -> Result<()> {
+    let scene = Scene::new()?;
+    let _server = serve(&scene.server_a, "echo")?;
+    scene.warm(&scene.client, &scene.server_a)?;
+    let held = hold(&scene.client, &scene.server_a)?;
+    goes_on(&held, "enrolled")?;
+    let workload = scene.workload(&scene.server_a)?;
+    scene.agent1.unenrol(&workload.uid)?;
+    goes_on(&held, "released")?;
+    scene.agent1.enrol_as(&scene.server_a, workload)?;
+    goes_on(&held, "enrolled again")?;
+    assert!(answered(&echo(&scene.client, &scene.server_a)?));
+    assert!(!answered(&echo(&scene.intruder, &scene.server_a)?));
+    Ok(())
+}
+
+#[test]
+fn the_flows_of_a_released_client_are_nobodys_and_judged_so() -> Result<()> {
+    let scene = Scene::new()?;
+    let _server = serve(&scene.server_a, "echo")?;
+    scene.warm(&scene.client, &scene.server_a)?;
+    let held = hold(&scene.client, &scene.server_a)?;
+    goes_on(&held, "enrolled")?;
+    scene.agent1.unenrol(&scene.workload(&scene.client)?.uid)?;
+    let end = held.wait_for_event("end", SOON)?;
+    assert!(
+        ["ECONNRESET", "ECONNABORTED"].contains(&text(&end, "how")),
+        "{end}"
+    );
+    assert!(
+        !answered(&echo(&scene.client, &scene.server_a)?),
+        "a pod without an identity"
+    );
+    Ok(())
+}
+
+#[test]
+fn unloading_one_node_leaves_the_other_alone() -> Result<()> {
+    let scene = Scene::new()?;
+    let (_near, _far) = (
+        serve(&scene.server_a, "echo")?,
+        serve(&scene.server_b, "echo")?,
+    );
+    assert!(answered(&echo(&scene.client, &scene.server_b)?));
+    scene.agent1.stop(Signal::SIGKILL)?;
+    let pins = scene.node1.pin_directory();
+    assert!(pins.join("v1/maps/PODS").exists());
+    let pin_dir = pins.to_string_lossy();
+    scene
+        .node1
+        .command(culvert_binary()?)
+        .args(["unload", "--pin-dir", pin_dir.as_ref()])
+        .run(SOON)?
+        .success()?;
+    assert!(!pins.exists());
+    // The first node is without a mesh now, the second is not.
+    assert!(answered(&echo(&scene.intruder, &scene.server_a)?));
+    assert!(!answered(&echo(&scene.intruder, &scene.server_b)?));
+    // The mesh still says that this pod has a tunnel's end: its peers do not fall back to plaintext.
+    assert!(!answered(&echo(&scene.server_b, &scene.server_a)?));
+    assert!(scene.node2.pin_directory().join("v1/maps/PODS").exists());
+    Ok(())
+}

@@ -1,0 +1,185 @@
+//! The command line of `cargo xtask`, parsed into a [`Task`] before anything is done. Called by `main`.
+
+use anyhow::bail;
+
+pub const USAGE: &str = "\
+Usage: cargo xtask <task>
+
+  setup                      install what is missing on this machine, and check what cannot be installed
+  build                      setup, then build the agent, its eBPF programs and the test programs
+  test [--long] [FILTER…]    build, then run every test, or those whose names contain a FILTER;
+                             --long adds the tests that are too long for every day
+  demo [--json]              build, then show two nodes, four pods and what passes between them
+  bench same-node [--quick] [--json]
+                             build, then measure two pods of one node against the same pods without the mesh
+  check                      formatting, clippy, dependencies and licences
+  clean                      remove pins, namespaces and cgroups that tests and stopped agents left behind
+
+All need root and Linux with BPF and cgroup v2: they make namespaces and load eBPF programs.";
+
+#[derive(Debug, PartialEq, Eq)]
+pub enum Task {
+    Help,
+    Setup,
+    Build,
+    Test(TestOptions),
+    Demo(DemoOptions),
+    BenchSameNode(BenchOptions),
+    Check,
+    Clean,
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct TestOptions {
+    /// Also those marked `#[ignore]`, which is how a test says that it is long.
+    pub long: bool,
+    /// Parts of test names; none means every test.
+    pub filters: Vec<String>,
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct DemoOptions {
+    pub json: bool,
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct BenchOptions {
+    pub quick: bool,
+    pub json: bool,
+}
+
+impl Task {
+    pub fn parse(arguments: impl IntoIterator<Item = String>) -> anyhow::Result<Self> {
+        let mut arguments = arguments.into_iter();
+        let Some(name) = arguments.next() else {
+            bail!("which task?\n\n{USAGE}");
+        };
+        let rest: Vec<String> = arguments.collect();
+        if rest
+            .iter()
+            .any(|argument| argument == "--help" || argument == "-h")
+        {
+            return Ok(Self::Help);
+        }
+        let bare = |task: Self| {
+            refuse(&name, rest.iter())?;
+            Ok(task)
+        };
+        match name.as_str() {
+            "help" | "--help" | "-h" => Ok(Self::Help),
+            "setup" => bare(Self::Setup),
+            "build" => bare(Self::Build),
+            "check" => bare(Self::Check),
+            "clean" => bare(Self::Clean),
+            "test" => test(&rest).map(Self::Test),
+            "demo" => {
+                refuse(&name, rest.iter().filter(|argument| *argument != "--json"))?;
+                Ok(Self::Demo(DemoOptions {
+                    json: !rest.is_empty(),
+                }))
+            }
+            "bench" => bench(&rest).map(Self::BenchSameNode),
+            other => bail!("there is no task `{other}`\n\n{USAGE}"),
+        }
+    }
+}
+
+fn test(arguments: &[String]) -> anyhow::Result<TestOptions> {
+    let mut options = TestOptions::default();
+    for argument in arguments {
+        match argument.as_str() {
+            "--long" => options.long = true,
+            flag if flag.starts_with('-') => refuse("test", [argument].into_iter())?,
+            filter => options.filters.push(filter.to_owned()),
+        }
+    }
+    Ok(options)
+}
+
+fn bench(arguments: &[String]) -> anyhow::Result<BenchOptions> {
+    let Some((scenario, flags)) = arguments.split_first() else {
+        bail!("`bench` needs a scenario: `cargo xtask bench same-node`");
+    };
+    if scenario != "same-node" {
+        bail!("there is no benchmark `{scenario}`: the one there is is `same-node`");
+    }
+    let mut options = BenchOptions::default();
+    for flag in flags {
+        match flag.as_str() {
+            "--quick" => options.quick = true,
+            "--json" => options.json = true,
+            _ => refuse("bench same-node", [flag].into_iter())?,
+        }
+    }
+    Ok(options)
+}
+
+fn refuse<'a>(task: &str, mut unexpected: impl Iterator<Item = &'a String>) -> anyhow::Result<()> {
+    match unexpected.next() {
+        Some(argument) => bail!("`{task}` does not take `{argument}`; see `cargo xtask help`"),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> anyhow::Result<Task> {
+        Task::parse(line.split_whitespace().map(str::to_owned))
+    }
+
+    #[test]
+    fn tests_take_filters_and_long_in_any_order() {
+        let options = TestOptions {
+            long: true,
+            filters: vec!["a".into(), "b".into()],
+        };
+        assert_eq!(parse("test a --long b").unwrap(), Task::Test(options));
+        assert_eq!(parse("test").unwrap(), Task::Test(TestOptions::default()));
+    }
+
+    #[test]
+    fn tasks_without_arguments_refuse_them() {
+        for line in [
+            "setup now",
+            "build --release",
+            "check x",
+            "clean --all",
+            "demo --fast",
+            "test --short",
+        ] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn nothing_and_unknown_tasks_show_the_usage() {
+        for line in ["", "tset"] {
+            assert!(
+                parse(line).unwrap_err().to_string().contains("Usage:"),
+                "{line}"
+            );
+        }
+    }
+
+    #[test]
+    fn bench_names_its_scenario() {
+        assert!(parse("bench").is_err() && parse("bench moon").is_err());
+        let options = BenchOptions {
+            quick: true,
+            json: false,
+        };
+        assert_eq!(
+            parse("bench same-node --quick").unwrap(),
+            Task::BenchSameNode(options)
+        );
+    }
+
+    #[test]
+    fn help_is_never_an_error() {
+        for line in ["help", "--help", "test --help"] {
+            assert_eq!(parse(line).unwrap(), Task::Help, "{line}");
+        }
+    }
+}

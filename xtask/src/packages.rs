@@ -1,0 +1,242 @@
+//! Packages of the distribution: which the machine needs, which it lacks, and installing those. Called by `setup`.
+
+use std::{path::Path, process::Command, sync::Once};
+
+use anyhow::{Context as _, bail};
+
+use crate::{
+    command::{ask, run_quietly, step},
+    distribution::Distribution,
+};
+
+/// What needs packages, in the order in which it can be known: the linker's depend on the compiler's LLVM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// Building for the host: the crates with C in them, and everything's linker.
+    Compiler,
+    /// Making virtual nodes.
+    Harness,
+    /// Building for the kernel: a compiler with the source of its `core`.
+    EbpfCompiler,
+    /// Building bpf-linker against the LLVM of that compiler.
+    EbpfLinker { llvm: u32 },
+}
+
+impl Need {
+    fn packages(self) -> Vec<String> {
+        let names: &[&str] = match self {
+            Self::Compiler => &["gcc", "libc6-dev"],
+            Self::Harness => &["iproute2"],
+            Self::EbpfCompiler => &["rustc-web", "rust-web-src"],
+            Self::EbpfLinker { llvm } => {
+                // bpf-linker's LLVM is C++: g++ brings the library it links.
+                let fixed = ["zlib1g-dev", "libzstd-dev", "g++"].map(str::to_owned);
+                return [format!("llvm-{llvm}-dev"), format!("libpolly-{llvm}-dev")]
+                    .into_iter()
+                    .chain(fixed)
+                    .collect();
+            }
+        };
+        names.iter().map(|name| (*name).to_owned()).collect()
+    }
+
+    fn why(self) -> &'static str {
+        match self {
+            Self::Compiler => "C parts of the dependencies",
+            Self::Harness => "namespaces of the virtual nodes",
+            Self::EbpfCompiler => {
+                "a Rust compiler with its core library's source, for the eBPF target"
+            }
+            Self::EbpfLinker { .. } => "bpf-linker is built against the LLVM of the eBPF compiler",
+        }
+    }
+
+    /// Whether it is there, by what it is for: all that can be asked where there is no dpkg.
+    fn is_met(self) -> bool {
+        match self {
+            Self::Compiler => ask(Command::new("cc").arg("--version")).is_some(),
+            Self::Harness => ask(Command::new("ip").arg("-V")).is_some(),
+            // Asked for only where none was found.
+            Self::EbpfCompiler => false,
+            Self::EbpfLinker { llvm } => Path::new(&llvm_prefix(llvm))
+                .join("include/llvm-c")
+                .is_dir(),
+        }
+    }
+
+    /// What to do about it where setup cannot.
+    fn by_hand(self) -> String {
+        match self {
+            Self::Compiler => "a C compiler and the C library's headers (`cc --version` must work)".into(),
+            Self::Harness => "iproute2 (`ip -V` must work)".into(),
+            Self::EbpfCompiler => {
+                "a compiler for eBPF: `rustup toolchain install nightly --profile minimal --component rust-src`".into()
+            }
+            Self::EbpfLinker { llvm } => {
+                format!(
+                    "LLVM {llvm} with headers, zlib and zstd below {} (or bpf-linker {} built for it)",
+                    llvm_prefix(llvm),
+                    crate::tools::BPF_LINKER
+                )
+            }
+        }
+    }
+}
+
+/// Where Debian's packages put an LLVM.
+pub fn llvm_prefix(major: u32) -> String {
+    format!("/usr/lib/llvm-{major}")
+}
+
+/// Installs what is missing for these needs, in one go.
+pub fn provide(needs: &[Need]) -> anyhow::Result<()> {
+    match Distribution::detect() {
+        Distribution::Debian => install(needs),
+        Distribution::Other(name) => {
+            let missing: Vec<_> = needs
+                .iter()
+                .filter(|need| !need.is_met())
+                .map(|need| need.by_hand())
+                .collect();
+            if missing.is_empty() {
+                return Ok(());
+            }
+            bail!(
+                "cannot install packages on {name}, only on Debian and Ubuntu; install by hand:\n  - {}",
+                missing.join("\n  - ")
+            );
+        }
+    }
+}
+
+fn install(needs: &[Need]) -> anyhow::Result<()> {
+    let wanted: Vec<String> = needs.iter().flat_map(|need| need.packages()).collect();
+    let missing = lacking(&wanted, &installed(&wanted)?);
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let whys: Vec<&str> = needs
+        .iter()
+        .filter(|need| {
+            need.packages()
+                .iter()
+                .any(|package| missing.contains(package))
+        })
+        .map(|need| need.why())
+        .collect();
+    step(
+        &format!("apt-get install {}", missing.join(" ")),
+        &whys.join("; "),
+    );
+    static UPDATE: Once = Once::new();
+    UPDATE.call_once(|| {
+        // A source that cannot be reached need not be the one with our packages.
+        if let Err(error) = run_quietly(apt_get().arg("update")) {
+            step(
+                "go on with the package lists there are",
+                &format!("{error:#}"),
+            );
+        }
+    });
+    // Nothing of the user's is removed for us: a conflict (another rustc, say) is his to decide.
+    run_quietly(
+        apt_get()
+            .args(["install", "--yes", "--no-install-recommends", "--no-remove"])
+            .args(&missing),
+    )
+    .with_context(|| {
+        let by_hand: Vec<String> = needs.iter().map(|need| need.by_hand()).collect();
+        format!(
+            "these packages did not install; without them, Culvert needs\n  - {}",
+            by_hand.join("\n  - ")
+        )
+    })
+}
+
+fn apt_get() -> Command {
+    let mut command = Command::new("apt-get");
+    command
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        // Another installer at work is waited for, seconds.
+        .args([
+            "--quiet",
+            "-o",
+            "DPkg::Lock::Timeout=600",
+            "-o",
+            "Acquire::Retries=3",
+        ]);
+    command
+}
+
+/// What dpkg knows of these packages. One that it has never heard of is an error to dpkg-query, not to us.
+fn installed(packages: &[String]) -> anyhow::Result<String> {
+    let output = Command::new("dpkg-query")
+        .args(["--show", "--showformat", "${db:Status-Abbrev} ${Package}\n"])
+        .args(packages)
+        .output()
+        .context("cannot run dpkg-query: is this Debian or Ubuntu?")?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Those of `wanted` that dpkg's answer does not call installed, in order, each once.
+fn lacking(wanted: &[String], answer: &str) -> Vec<String> {
+    let installed = |package: &str| {
+        answer.lines().any(|line| {
+            let mut words = line.split_whitespace();
+            // Desired and actual state: an installed package may be held ("hi").
+            words.next().is_some_and(|state| state.ends_with('i')) && words.next() == Some(package)
+        })
+    };
+    let mut missing: Vec<String> = Vec::new();
+    for package in wanted {
+        if !installed(package) && !missing.contains(package) {
+            missing.push(package.clone());
+        }
+    }
+    missing
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(names: &[&str]) -> Vec<String> {
+        names.iter().map(|name| (*name).to_owned()).collect()
+    }
+
+    #[test]
+    fn linkers_packages_follow_the_compilers_llvm() {
+        let packages = Need::EbpfLinker { llvm: 23 }.packages();
+        assert!(
+            packages.contains(&"llvm-23-dev".to_owned())
+                && packages.contains(&"libpolly-23-dev".to_owned())
+        );
+    }
+
+    #[test]
+    fn only_what_is_not_installed_is_lacking() {
+        let answer = "ii  gcc\nrc  iproute2\nhi  zlib1g-dev\nun  g++\n";
+        let wanted = names(&[
+            "gcc",
+            "iproute2",
+            "zlib1g-dev",
+            "g++",
+            "libc6-dev",
+            "libc6-dev",
+        ]);
+        assert_eq!(
+            lacking(&wanted, answer),
+            names(&["iproute2", "g++", "libc6-dev"])
+        );
+    }
+
+    #[test]
+    fn a_longer_name_is_another_package() {
+        assert_eq!(lacking(&names(&["gcc"]), "ii  gcc-12\n"), names(&["gcc"]));
+    }
+
+    #[test]
+    fn nothing_lacks_where_all_is_installed() {
+        assert!(lacking(&names(&["a", "b"]), "ii  b\nii  a\n").is_empty());
+    }
+}

@@ -1,0 +1,104 @@
+//! `cargo xtask test`: every test of the workspace, and one closing line over all test programs.
+
+use std::{
+    env,
+    io::{self, BufRead as _, BufReader, Write as _},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context as _, bail};
+
+use crate::{arguments::TestOptions, tally::Tally, workspace};
+
+const THREADS: &str = "RUST_TEST_THREADS";
+
+pub fn test(options: &TestOptions) -> anyhow::Result<()> {
+    workspace::build()?;
+    workspace::clean_stale_runs()?;
+    let mut command = workspace::cargo();
+    workspace::name_programs(&mut command)?;
+    command
+        .arg("test")
+        .args(workspace::SELECTION)
+        .arg("--no-fail-fast");
+    command.arg("--").args(&options.filters);
+    if options.long {
+        command.arg("--include-ignored");
+    }
+    if env::var_os(THREADS).is_none() {
+        command.env(THREADS, threads().to_string());
+    }
+    let (tally, succeeded) = watch(&mut command)?;
+    report(&tally, succeeded, options)
+}
+
+/// Tests in namespaces mostly wait; a few more of them than processors do not disturb each other's deadlines.
+fn threads() -> usize {
+    let processors = std::thread::available_parallelism().map_or(2, usize::from);
+    (2 * processors).clamp(2, 8)
+}
+
+/// Runs cargo, passes its output on and counts; also says whether cargo itself was content.
+fn watch(command: &mut Command) -> anyhow::Result<(Tally, bool)> {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start cargo test")?;
+    let output = child
+        .stdout
+        .take()
+        .context("cargo test has no output to read")?;
+    let mut tally = Tally::default();
+    // Bytes, since a test may print anything.
+    for line in BufReader::new(output).split(b'\n') {
+        let mut line = line.context("cannot read what cargo test prints")?;
+        tally.read(&String::from_utf8_lossy(&line));
+        line.push(b'\n');
+        // A reader that went away does not end the tests.
+        let _ = io::stdout().write_all(&line);
+    }
+    let status = child.wait().context("cannot wait for cargo test")?;
+    Ok((tally.finish(), status.success()))
+}
+
+fn report(tally: &Tally, succeeded: bool, options: &TestOptions) -> anyhow::Result<()> {
+    let mut stdout = io::stdout().lock();
+    let mut say = |line: String| {
+        let _ = writeln!(stdout, "{line}");
+    };
+    if tally.unfinished > 0 {
+        say(format!(
+            "{} test program(s) ended without a result, counted as failed",
+            tally.unfinished
+        ));
+    }
+    if tally.ignored > 0 && !options.long {
+        say(format!(
+            "{} long test(s) left out; `cargo xtask test --long` runs them",
+            tally.ignored
+        ));
+    }
+    if tally.total() == 0 {
+        if succeeded {
+            bail!(
+                "no test has a name that contains {}",
+                options.filters.join(" or ")
+            );
+        }
+        bail!("the tests did not run; cargo's message is above");
+    }
+    // cargo may fail for a reason that no test printed: a test program that did not build or start.
+    let failed = if succeeded {
+        tally.failed()
+    } else {
+        tally.failed().max(1)
+    };
+    say(format!("{} passed, {failed} failed", tally.passed));
+    // The closing line says it all: nothing may come after it.
+    if failed > 0 {
+        drop(stdout);
+        std::process::exit(1);
+    }
+    Ok(())
+}
