@@ -16,9 +16,10 @@ pub fn publish(key: &FlowKey, claim: &Claim) {
         count(Reason::ClaimQuota);
         return;
     }
-    // A claim of the same tuple that is still there belongs to an attempt that is over: it was counted, too.
-    if CLAIMS.remove(key).is_ok() {
-        add(client, -1);
+    // A claim of the same tuple that is still there belongs to an attempt that is over, at the expense of who made it.
+    // SAFETY: only the client is read.
+    if let Some(client) = unsafe { CLAIMS.get(key) }.map(|old| old.client_netns) {
+        settle(key, client);
     }
     if CLAIMS.insert(key, claim, u64::from(BPF_ANY)).is_err() {
         add(client, -1);
@@ -53,5 +54,5 @@ fn add(client: u64, delta: i64) -> Option<i64> {
     let quota = QUOTAS.get_ptr_mut(&client)?;
     // The target has no compare-and-swap as Rust's atomics want it, hence the intrinsic.
     // SAFETY: a live map value; only ever accessed atomically.
-    Some(unsafe { atomic_xadd::<i64, i64, { AtomicOrdering::Relaxed }>(quota, delta) })
+    Some(unsafe { atomic_xadd::<i64, i64, { AtomicOrdering::Relaxed }>(&raw mut (*quota).claims, delta) })
 }

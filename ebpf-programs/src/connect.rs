@@ -38,8 +38,8 @@ pub fn connect6(ctx: SockAddrContext) -> i32 {
 }
 
 /// What becomes of a pod's connection.
-enum Choice<'a> {
-    Direct(&'a Endpoint),
+enum Choice {
+    Direct(Endpoint),
     Steer(Reason),
     Refuse { reason: Reason, policy: u32, workload: u32 },
 }
@@ -88,7 +88,8 @@ fn decide(ctx: &SockAddrContext, target: Target) -> i32 {
     // SAFETY: as for PODS.
     let choice = match unsafe { ENDPOINTS.get(&server) } {
         None => Choice::Steer(Reason::SteeredRemote),
-        Some(endpoint) => judge(pod, endpoint, port),
+        // A copy: generation and cookie must be of one moment.
+        Some(endpoint) => judge(pod, *endpoint, port),
     };
     match choice {
         Choice::Direct(endpoint) => {
@@ -104,7 +105,7 @@ fn decide(ctx: &SockAddrContext, target: Target) -> i32 {
         Choice::Steer(_) if !listens(cookie, listener_kind::OUTBOUND) && !knob(knob::SKIP_STEERING) => {
             refuse(Reason::RefusedNoAgent)
         }
-        Choice::Steer(reason) => steer(addr, state, reason),
+        Choice::Steer(reason) => steer(addr, state, pod.device, reason),
         Choice::Refuse { reason, policy, workload } => {
             let key = FlowKey {
                 netns_cookie: 0,
@@ -122,7 +123,7 @@ fn decide(ctx: &SockAddrContext, target: Target) -> i32 {
 
 /// Whether a destination on this node may be reached directly.
 #[inline(always)]
-fn judge<'a>(pod: &Pod, endpoint: &'a Endpoint, port: u16) -> Choice<'a> {
+fn judge(pod: &Pod, endpoint: Endpoint, port: u16) -> Choice {
     if pod.flags & Pod::NO_DIRECT != 0 || endpoint.flags & Endpoint::STEER != 0 || OWN_PORTS.contains(&port) {
         return Choice::Steer(Reason::SteeredNotEligible);
     }
@@ -169,12 +170,13 @@ fn is_fresh() -> bool {
 }
 
 #[inline(always)]
-fn steer(addr: *mut bpf_sock_addr, state: &mut SocketState, reason: Reason) -> i32 {
+fn steer(addr: *mut bpf_sock_addr, state: &mut SocketState, device: u32, reason: Reason) -> i32 {
     if knob(knob::SKIP_STEERING) {
         return PROCEED;
     }
-    // The mark leads to the loopback device; a socket bound to another would send its SYN out of the pod.
-    if bound_device(addr) != 0 {
+    // The mark's route is one of the pod's device; a socket bound to another would send its SYN out of the pod.
+    let bound = bound_device(addr);
+    if bound != 0 && bound != device {
         return refuse(Reason::RefusedBoundDevice);
     }
     if state.role != role::STEERED {

@@ -77,14 +77,16 @@ fn decide(ctx: &SkLookupContext) -> Result<Reason, Option<Reason>> {
         server_port: local_port,
         padding: 0,
     };
-    // SAFETY: claims are written whole before the SYN leaves.
-    if let Some(claim) = unsafe { CLAIMS.get(&key) } {
+    if let Some(claim) = CLAIMS.get_ptr_mut(&key) {
+        // SAFETY: claims are written whole before the SYN leaves; `admitted` is written here only.
+        let claim = unsafe { &mut *claim };
         match claim.kind {
             claim_kind::DIRECT => {
                 // SAFETY: the agent replaces endpoints whole.
                 let current = unsafe { ENDPOINTS.get(&key.server) }
                     .is_some_and(|endpoint| endpoint.generation == claim.generation);
                 if claim.server_netns == cookie && (current || knob(knob::SKIP_GENERATION)) {
+                    claim.admitted = 1;
                     return Ok(Reason::AdmittedDirect);
                 }
                 return Err(Some(Reason::DroppedStaleClaim));

@@ -27,9 +27,9 @@ pub fn isolated_send(_: SkMsgContext) -> u32 {
     SK_DROP
 }
 
-/// Isolates the socket that is just being established.
+/// Isolates the socket that is just being established in the namespace `netns`; `client_end` says which end it is.
 #[inline(always)]
-pub fn isolate(ctx: &SockOpsContext, key: &FlowKey, reason: Reason) {
+pub fn isolate(ctx: &SockOpsContext, key: &FlowKey, netns: u64, client_end: bool, reason: Reason) {
     count(reason);
     if knob(knob::SKIP_ISOLATION) {
         return;
@@ -42,6 +42,9 @@ pub fn isolate(ctx: &SockOpsContext, key: &FlowKey, reason: Reason) {
     }
     let mut event = events::blank(event_kind::ISOLATED, key);
     event.reason = reason as u32;
-    events::emit_urgent(&event);
+    event.socket_cookie = cookie;
+    event.socket_netns = netns;
+    event.client_end = u64::from(client_end);
+    events::alarm(&event);
 }
 

@@ -9,7 +9,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use culvert_abi::{
-    Address, Claim, Config, Endpoint, Event, Flow, FlowKey, Listener, Pod, REASON_COUNT, Reason, SocketState, Verdict,
+    Address, Claim, Config, Endpoint, Event, Flow, FlowKey, Listener, Pod, Quota, REASON_COUNT, Reason, SocketState, Verdict,
     VerdictKey,
 };
 
@@ -27,7 +27,7 @@ pub static VERDICTS: HashMap<VerdictKey, Verdict, 65536, DEMAND> = HashMap::new(
 pub static CLAIMS: HashMap<FlowKey, Claim, 65536, DEMAND> = HashMap::new();
 /// Claims in flight per pod: entered and removed with the pod, counted here only.
 #[btf_map]
-pub static QUOTAS: HashMap<u64, i64, 4096, DEMAND> = HashMap::new();
+pub static QUOTAS: HashMap<u64, Quota, 4096, DEMAND> = HashMap::new();
 #[btf_map]
 pub static FLOWS: HashMap<FlowKey, Flow, 262144, DEMAND> = HashMap::new();
 #[btf_map]
@@ -37,6 +37,9 @@ pub static LISTENERS: SockHash<Listener, 16384> = SockHash::new();
 pub static ISOLATED: SockHash<u64, 65536> = SockHash::new();
 #[btf_map]
 pub static EVENTS: RingBuf<Event, { 1 << 21 }> = RingBuf::new();
+/// Events that must not be lost among the ordinary ones.
+#[btf_map]
+pub static ALARMS: RingBuf<Event, { 1 << 18 }> = RingBuf::new();
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, { REASON_COUNT as usize }> = PerCpuArray::new();
 #[btf_map]

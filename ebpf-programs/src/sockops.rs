@@ -94,7 +94,7 @@ fn connecting(ctx: &SockOpsContext) {
         workload: state.workload,
         source_identity: identity,
         source_pod: number,
-        padding: 0,
+        admitted: 0,
     };
     state.key = key;
     state.opened_ns = now;
@@ -115,6 +115,15 @@ fn connected(ctx: &SockOpsContext) {
         return;
     };
     if state.role != role::DIRECT {
+        return;
+    }
+    // Whoever answered must be the pod that the claim is for: its `inbound` has marked the claim, which lives until that pod
+    // has our ACK. Somebody else with the address (a stale entry, a neighbour that answers ARP) gets no byte.
+    // SAFETY: single fields of a claim that is written whole.
+    let admitted = unsafe { CLAIMS.get(&state.key) }
+        .is_some_and(|claim| claim.sequence == state.sequence && claim.admitted != 0);
+    if !admitted && !knob(knob::SKIP_ADMITTED) {
+        isolate(ctx, &state.key, netns_cookie(ctx), true, Reason::IsolatedNotAdmitted);
         return;
     }
     // SAFETY: helper call without arguments; single volatile read of a context field.
@@ -150,7 +159,7 @@ fn accepted(ctx: &SockOpsContext) {
         return;
     }
     if let Err(reason) = admit(ctx, sk, netns, &key) {
-        isolate(ctx, &key, reason);
+        isolate(ctx, &key, netns, false, reason);
     }
 }
 

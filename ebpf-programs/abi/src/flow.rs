@@ -32,7 +32,8 @@ pub struct Claim {
     pub workload: u32,
     pub source_identity: u32,
     pub source_pod: u32,
-    pub padding: u32,
+    /// Non-zero once `inbound` of the destination has let the SYN through to the application.
+    pub admitted: u32,
 }
 
 pub mod claim_kind {
@@ -134,7 +135,11 @@ pub struct Event {
     /// Number of the policy that refused, 0 when none did.
     pub policy: u32,
     pub padding: u32,
-    pub reserved: [u64; 3],
+    /// The isolated socket, and the namespace it is in.
+    pub socket_cookie: u64,
+    pub socket_netns: u64,
+    /// 1 if the isolated socket is the client's end.
+    pub client_end: u64,
 }
 
 pub mod event_kind {

@@ -13,7 +13,7 @@ mod verdict;
 pub use flow::{
     Claim, Event, Flow, FlowKey, Listener, SocketState, claim_kind, event_kind, listener_kind, role,
 };
-pub use pod::{Config, Endpoint, Pod, knob};
+pub use pod::{Config, Endpoint, Pod, Quota, REFUSALS_PER_SECOND, knob};
 pub use reason::{REASON_COUNT, Reason};
 pub use verdict::{Verdict, VerdictKey, action, scope};
 
@@ -69,7 +69,8 @@ layout! {
     Listener: 16,
     Event: 160,
     Config: 40,
-    Pod: 32,
+    Pod: 40,
+    Quota: 24,
     Endpoint: 24,
     VerdictKey: 16,
     Verdict: 16,

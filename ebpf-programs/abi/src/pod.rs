@@ -27,6 +27,7 @@ pub mod knob {
     pub const DENY_ALLOWS: u32 = 1 << 7;
     pub const SKIP_STEERING: u32 = 1 << 8;
     pub const MISSING_LISTENER_PASSES: u32 = 1 << 9;
+    pub const SKIP_ADMITTED: u32 = 1 << 10;
 }
 
 /// An enrolled pod; the key is its netns cookie.
@@ -39,12 +40,29 @@ pub struct Pod {
     /// Number of this pod on this node, for verdicts of scope `POD`.
     pub pod: u32,
     pub flags: u32,
+    /// Index of the pod's device: a socket bound to it can be steered, one bound to another cannot.
+    pub device: u32,
+    pub padding: u32,
 }
 
 impl Pod {
     /// The pod's traffic always goes through the agent.
     pub const NO_DIRECT: u32 = 1 << 0;
 }
+
+/// What a pod has used up; the key is its netns cookie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Quota {
+    /// Claims in flight.
+    pub claims: i64,
+    /// When the second began in which refusals are counted, and how many were reported in it.
+    pub window_ns: u64,
+    pub refusals: u64,
+}
+
+/// Refusals of one pod that are reported in a second.
+pub const REFUSALS_PER_SECOND: u64 = 100;
 
 /// A destination on this node; the key is its address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

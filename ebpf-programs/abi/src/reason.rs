@@ -93,4 +93,8 @@ reasons! {
     RefusedBoundDevice = 29, "refused_bound_device";
     /// connect: refused, the agent that would carry the connection is not there.
     RefusedNoAgent = 30, "refused_no_agent";
+    /// establishment: isolated at the client's end, the destination's namespace did not admit the connection.
+    IsolatedNotAdmitted = 31, "isolated_not_admitted";
+    /// telemetry: refusals of a pod beyond 100 in a second were counted but not reported one by one.
+    RefusalNotReported = 32, "refusal_not_reported";
 }

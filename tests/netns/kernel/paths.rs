@@ -1,7 +1,7 @@
 //! The ways a connection may take: direct, through a tunnel, in plaintext.
 
 use anyhow::Result;
-use culvert_tests::scene::{Scene, answered, echo, serve, text};
+use culvert_tests::scene::{SOON, Scene, answered, echo, serve, text};
 
 #[test]
 fn a_pair_on_one_node_becomes_direct() -> Result<()> {
@@ -43,9 +43,9 @@ fn a_pair_on_two_nodes_goes_through_a_tunnel() -> Result<()> {
     let server = serve(&scene.server_b, "echo")?;
     let report = echo(&scene.client, &scene.server_b)?;
     assert!(answered(&report), "{report}");
-    let accepted = server.events("accepted");
+    let accepted = server.wait_for_event("accepted", SOON)?;
     assert_eq!(
-        text(&accepted[0], "peer"),
+        text(&accepted, "peer"),
         text(&report, "local"),
         "the server sees the client's address and port"
     );

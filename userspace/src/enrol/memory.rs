@@ -2,16 +2,18 @@
 //!
 //! The file lies beside the admin socket, in a directory only root can write, and on a file system that does not outlive the
 //! kernel's namespaces. A pod is taken back only if its path still leads to the namespace with the remembered cookie: a process
-//! id, and so a path below /proc, may have come to mean another namespace.
+//! id, and so a path below /proc, may have come to mean another namespace. It keeps the address it was enrolled with: what is
+//! configured in its namespace by now is the pod's own doing.
 
 use std::{
     fs, io,
+    net::IpAddr,
     path::{Path, PathBuf},
 };
 
 use serde::{Deserialize, Serialize};
 
-use super::{LocalPod, PodSpec, PodUid};
+use super::{PodSpec, PodUid};
 use crate::kernel::{Netns, NetnsCookie};
 
 /// More than any node has; a larger file is not ours.
@@ -23,12 +25,21 @@ pub struct Memory {
     path: PathBuf,
 }
 
+/// A pod that was enrolled, by an earlier agent perhaps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KnownPod {
+    pub spec: PodSpec,
+    pub cookie: NetnsCookie,
+    pub ip: IpAddr,
+}
+
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Remembered {
     uid: String,
     netns: PathBuf,
     netns_cookie: u64,
+    ip: IpAddr,
     namespace: Option<String>,
     name: Option<String>,
     service_account: Option<String>,
@@ -41,7 +52,7 @@ impl Memory {
     }
 
     /// The pods to take back. What cannot be read or has gone is left out and said.
-    pub fn recall(&self) -> Vec<PodSpec> {
+    pub fn recall(&self) -> Vec<KnownPod> {
         let remembered = match self.read() {
             Ok(remembered) => remembered,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Vec::new(),
@@ -54,7 +65,7 @@ impl Memory {
     }
 
     /// Remembers exactly these pods.
-    pub fn store<'a>(&self, pods: impl IntoIterator<Item = &'a LocalPod>) {
+    pub fn store<'a>(&self, pods: impl IntoIterator<Item = &'a KnownPod>) {
         let remembered: Vec<_> = pods.into_iter().map(Remembered::of).collect();
         let new = self.path.with_extension("json.new");
         let written = serde_json::to_vec_pretty(&remembered)
@@ -75,25 +86,28 @@ impl Memory {
 }
 
 impl Remembered {
-    fn of(pod: &LocalPod) -> Self {
+    fn of(pod: &KnownPod) -> Self {
         Self {
-            uid: pod.uid().to_string(),
+            uid: pod.spec.uid.to_string(),
             netns: pod.spec.netns.clone(),
-            netns_cookie: pod.cookie().0,
+            netns_cookie: pod.cookie.0,
+            ip: pod.ip,
             namespace: pod.spec.namespace.clone(),
             name: pod.spec.name.clone(),
             service_account: pod.spec.service_account.clone(),
         }
     }
 
-    fn verified(self) -> Option<PodSpec> {
-        let same = Netns::open(&self.netns).is_ok_and(|netns| netns.cookie() == NetnsCookie(self.netns_cookie));
+    fn verified(self) -> Option<KnownPod> {
+        let cookie = NetnsCookie(self.netns_cookie);
+        let same = Netns::open(&self.netns).is_ok_and(|netns| netns.cookie() == cookie);
         if !same {
             tracing::info!(pod = %self.uid, netns = %self.netns.display(), "a pod that was enrolled before has gone");
             return None;
         }
-        let Self { uid, netns, namespace, name, service_account, .. } = self;
-        Some(PodSpec { uid: PodUid::new(&uid).ok()?, netns, namespace, name, service_account })
+        let Self { uid, netns, namespace, name, service_account, ip, .. } = self;
+        let spec = PodSpec { uid: PodUid::new(&uid).ok()?, netns, namespace, name, service_account };
+        Some(KnownPod { spec, cookie, ip })
     }
 }
 
@@ -117,7 +131,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let memory = Memory::beside(&directory.path().join("admin.sock"));
         let pod = |cookie: u64, netns: &str| {
-            serde_json::json!({"uid": "a", "netns": netns, "netns_cookie": cookie, "namespace": null, "name": null, "service_account": null})
+            serde_json::json!({"uid": "a", "netns": netns, "netns_cookie": cookie, "ip": "10.0.0.1", "namespace": null, "name": null, "service_account": null})
         };
         let own = "/proc/self/ns/net";
         let cookie = Netns::open(Path::new(own)).unwrap().cookie().0;

@@ -10,7 +10,7 @@ mod registry;
 mod setup;
 
 pub use error::EnrolError;
-pub use memory::Memory;
+pub use memory::{KnownPod, Memory};
 pub use pod::{LocalPod, PodSpec, PodUid};
 pub use registry::Registry;
 pub use setup::Enrolment;

@@ -2,7 +2,7 @@
 
 use std::{net::IpAddr, path::PathBuf, sync::Arc};
 
-use super::EnrolError;
+use super::{EnrolError, KnownPod};
 use crate::{
     kernel::{NetnsCookie, PodSockets, SocketDestroyer},
     mesh::{Mesh, Workload},
@@ -73,6 +73,8 @@ impl PodSpec {
 pub struct LocalPod {
     pub spec: PodSpec,
     pub ip: IpAddr,
+    /// Index of the device that has the address.
+    pub device: u32,
     pub identity: Identity,
     pub sockets: PodSockets,
     pub destroyer: SocketDestroyer,
@@ -89,5 +91,10 @@ impl LocalPod {
 
     pub fn workload<'a>(&self, mesh: &'a Mesh) -> Option<&'a Arc<Workload>> {
         self.spec.workload(mesh)
+    }
+
+    /// What a later agent needs to serve this pod again.
+    pub fn known(&self) -> KnownPod {
+        KnownPod { spec: self.spec.clone(), cookie: self.cookie(), ip: self.ip }
     }
 }

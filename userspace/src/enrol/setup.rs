@@ -1,14 +1,17 @@
 //! Setting a pod up and taking it down: namespace, routing, listeners, hook.
 
 use std::{
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
     path::Path,
     sync::Arc,
 };
 
+use nix::net::if_::InterfaceFlags;
+
 use super::{EnrolError, LocalPod, PodSpec};
 use crate::{
-    kernel::{Attachment, Kernel, Netns, PodListeners, PodRouting, PodSockets, SocketDestroyer},
+    kernel::{Attachment, Kernel, Netns, PodAddress, PodListeners, PodRouting, PodSockets, SocketDestroyer},
+    mesh::Mesh,
     policy::Identity,
 };
 
@@ -20,18 +23,32 @@ pub struct Enrolment {
 }
 
 impl Enrolment {
-    /// Opens the pod's namespace and finds its address.
-    pub fn examine(spec: &PodSpec) -> Result<(Arc<Netns>, Ipv4Addr), EnrolError> {
+    /// Opens the pod's namespace and finds its address: the one the mesh names, if it names any, else the first one there is.
+    pub fn examine(spec: &PodSpec, mesh: &Mesh) -> Result<(Arc<Netns>, PodAddress), EnrolError> {
         let netns = Netns::open(&spec.netns)?;
         let own = Netns::open(Path::new("/proc/self/ns/net"))?;
         if own.cookie() == netns.cookie() {
             return Err(EnrolError::HostNetwork(spec.uid.clone()));
         }
-        let address = netns.run(address).ok().flatten().ok_or_else(|| EnrolError::NoAddress {
-            uid: spec.uid.clone(),
-            netns: spec.netns.display().to_string(),
-        })?;
-        Ok((Arc::new(netns), address))
+        let found = netns.run(addresses).unwrap_or_default();
+        let known = spec.workload(mesh).map(|workload| workload.addresses.as_slice()).unwrap_or_default();
+        let address = match found.as_slice() {
+            [] => {
+                let netns = spec.netns.display().to_string();
+                return Err(EnrolError::NoAddress { uid: spec.uid.clone(), netns });
+            }
+            [first, ..] if known.is_empty() => Some(first),
+            all => all.iter().find(|address| known.contains(&IpAddr::V4(address.ip))),
+        };
+        match address {
+            Some(address) => Ok((Arc::new(netns), *address)),
+            None => Err(EnrolError::OtherAddress {
+                uid: spec.uid.clone(),
+                netns: spec.netns.display().to_string(),
+                found: list(found.iter().map(|address| address.ip)),
+                expected: list(known),
+            }),
+        }
     }
 
     /// Sets everything up but the kernel part's tables: until the pod is entered there, its traffic is left alone.
@@ -41,17 +58,18 @@ impl Enrolment {
         kernel: &Kernel,
         spec: PodSpec,
         netns: Arc<Netns>,
-        ip: Ipv4Addr,
+        address: PodAddress,
         identity: Identity,
         packet_mark: u32,
     ) -> Result<(Self, PodListeners), EnrolError> {
         let sockets = PodSockets::new(Arc::clone(&netns), Arc::clone(kernel.tables()), packet_mark);
         let destroyer = SocketDestroyer::new(&netns)?;
-        let routing = PodRouting::install(&netns, ip, packet_mark)?;
+        let routing = PodRouting::install(&netns, address, packet_mark)?;
         let attached = sockets.listen().and_then(|listeners| Ok((listeners, kernel.attach_pod(&netns)?)));
         match attached {
             Ok((listeners, attachment)) => {
-                let pod = LocalPod { spec, ip: IpAddr::V4(ip), identity, sockets, destroyer };
+                let PodAddress { ip, device } = address;
+                let pod = LocalPod { spec, ip: IpAddr::V4(ip), device, identity, sockets, destroyer };
                 Ok((Self { pod: Arc::new(pod), routing, attachment }, listeners))
             }
             Err(error) => {
@@ -75,10 +93,22 @@ impl Enrolment {
     }
 }
 
-/// The first IPv4 address of the namespace this thread is in that is neither loopback nor link-local.
-fn address() -> Option<Ipv4Addr> {
-    nix::ifaddrs::getifaddrs().ok()?.find_map(|interface| {
-        let ip = interface.address?.as_sockaddr_in()?.ip();
-        (!ip.is_loopback() && !ip.is_link_local() && !ip.is_unspecified()).then_some(ip)
-    })
+/// The IPv4 addresses of the namespace this thread is in that others can reach: not those of the loopback device.
+fn addresses() -> Vec<PodAddress> {
+    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else {
+        return Vec::new();
+    };
+    interfaces
+        .filter(|interface| !interface.flags.contains(InterfaceFlags::IFF_LOOPBACK))
+        .filter_map(|interface| {
+            let ip = interface.address?.as_sockaddr_in()?.ip();
+            let device = nix::net::if_::if_nametoindex(interface.interface_name.as_str()).ok()?;
+            Some(PodAddress { ip, device })
+        })
+        .filter(|PodAddress { ip, .. }| !ip.is_loopback() && !ip.is_link_local() && !ip.is_unspecified())
+        .collect()
+}
+
+fn list<T: ToString>(addresses: impl IntoIterator<Item = T>) -> String {
+    addresses.into_iter().map(|address| address.to_string()).collect::<Vec<_>>().join(", ")
 }

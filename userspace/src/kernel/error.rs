@@ -29,6 +29,8 @@ pub enum KernelError {
     NotNetns { path: PathBuf },
     #[error("port {port} of the pod is taken by another process: Culvert needs 15001, 15006 and 15008 ({source})")]
     Port { port: u16, source: io::Error },
+    #[error("the kernel cannot destroy sockets ({0}): policy changes could not cut open flows; a kernel with CONFIG_INET_DIAG_DESTROY is needed")]
+    NoSocketDestroy(io::Error),
     #[error("cannot {doing} the pod's routing: {detail}")]
     Routing { doing: &'static str, detail: String },
 }

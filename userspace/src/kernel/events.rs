@@ -10,6 +10,8 @@ use super::{KernelError, NetnsCookie, socket_address, sys};
 
 /// Ordinary events wake nobody (see `ebpf-programs/src/events.rs`): they are read this often.
 const READ_INTERVAL: Duration = Duration::from_millis(20);
+/// Events handled without letting other tasks run.
+const BATCH: usize = 256;
 
 /// What happened to a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +41,17 @@ pub struct FlowEvent {
     pub rtt: Duration,
     pub retransmits: u32,
     pub connect_latency: Duration,
+    /// An isolated socket.
+    pub socket: IsolatedSocket,
+}
+
+/// The socket of an [`FlowEventKind::Isolated`] event.
+#[derive(Clone, Copy, Debug)]
+pub struct IsolatedSocket {
+    pub netns: NetnsCookie,
+    pub cookie: u64,
+    /// It is the client's end.
+    pub client_end: bool,
 }
 
 impl FlowEvent {
@@ -73,36 +86,65 @@ impl FlowEvent {
             rtt: Duration::from_micros(event.srtt_us.into()),
             retransmits: event.retransmits,
             connect_latency: Duration::from_micros(event.connect_latency_us.into()),
+            socket: IsolatedSocket {
+                netns: NetnsCookie(event.socket_netns),
+                cookie: event.socket_cookie,
+                client_end: event.client_end != 0,
+            },
         })
     }
 }
 
-/// Reads the ring buffer; one reader per agent.
+/// Reads the ring buffers; one reader per agent.
 pub struct EventStream {
-    ring: AsyncFd<RingBuf<MapData>>,
+    events: AsyncFd<RingBuf<MapData>>,
+    /// What must be acted on at once; few.
+    alarms: AsyncFd<RingBuf<MapData>>,
     interval: tokio::time::Interval,
+    /// The last batch did not empty the ring.
+    more: bool,
 }
 
 impl EventStream {
     /// Must be called inside a runtime.
-    pub(super) fn open(map: Map) -> Result<Self, KernelError> {
-        let ring = RingBuf::try_from(map).map_err(|error| KernelError::map("EVENTS", error))?;
-        let ring = sys::watch_ring(ring).map_err(|error| KernelError::map("EVENTS", error))?;
-        Ok(Self { ring, interval: tokio::time::interval(READ_INTERVAL) })
+    pub(super) fn open(events: Map, alarms: Map) -> Result<Self, KernelError> {
+        let mut interval = tokio::time::interval(READ_INTERVAL);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        Ok(Self { events: watch("EVENTS", events)?, alarms: watch("ALARMS", alarms)?, interval, more: false })
     }
 
-    /// Waits until there is something to read or the interval is over, then hands every event to `each`.
+    /// Waits until there is something to read or the interval is over, then hands a batch to `each`, alarms first. A pod that
+    /// makes events faster than they are handled fills its ring, not this thread: there is an await between batches.
     pub async fn read(&mut self, mut each: impl FnMut(FlowEvent)) -> io::Result<()> {
-        tokio::select! {
-            ready = self.ring.readable() => ready?.clear_ready(),
-            _ = self.interval.tick() => {}
-        }
-        while let Some(item) = self.ring.get_mut().next() {
-            if let Some(event) = FlowEvent::parse(&item) {
-                each(event);
+        if self.more {
+            tokio::task::yield_now().await;
+        } else {
+            tokio::select! {
+                ready = self.alarms.readable() => ready?.clear_ready(),
+                ready = self.events.readable() => ready?.clear_ready(),
+                _ = self.interval.tick() => {}
             }
         }
+        drain(self.alarms.get_mut(), &mut each);
+        self.more = drain(self.events.get_mut(), &mut each);
         Ok(())
     }
 }
 
+/// Hands over at most [`BATCH`] events; true if there may be more.
+fn drain(ring: &mut RingBuf<MapData>, each: &mut impl FnMut(FlowEvent)) -> bool {
+    for _ in 0..BATCH {
+        let Some(item) = ring.next() else {
+            return false;
+        };
+        if let Some(event) = FlowEvent::parse(&item) {
+            each(event);
+        }
+    }
+    true
+}
+
+fn watch(name: &'static str, map: Map) -> Result<AsyncFd<RingBuf<MapData>>, KernelError> {
+    let ring = RingBuf::try_from(map).map_err(|error| KernelError::map(name, error))?;
+    sys::watch_ring(ring).map_err(|error| KernelError::map(name, error))
+}

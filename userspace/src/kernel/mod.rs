@@ -17,10 +17,10 @@ mod tables;
 
 pub use destroy::SocketDestroyer;
 pub use error::KernelError;
-pub use events::{EventStream, FlowEvent, FlowEventKind};
+pub use events::{EventStream, FlowEvent, FlowEventKind, IsolatedSocket};
 pub use netns::{Netns, NetnsCookie};
 pub use object::{Attachment, Kernel, KernelSettings, unload};
-pub use routing::PodRouting;
+pub use routing::{PodAddress, PodRouting};
 pub use sockets::{PodListeners, PodSockets};
 pub(crate) use tables::address;
 pub use tables::{OpenFlow, Tables, socket_address};

@@ -20,7 +20,7 @@ use aya::{
 };
 
 use super::{
-    EventStream, KernelError, Netns, NetnsCookie, Tables, btf,
+    EventStream, KernelError, Netns, NetnsCookie, SocketDestroyer, Tables, btf,
     pins::{MAPS, Pins},
 };
 
@@ -100,7 +100,8 @@ impl Kernel {
         }
         // The programs refer to the maps by descriptor until they are loaded: only now may one be taken out.
         attach_isolation(&mut object)?;
-        let events = EventStream::open(take(&mut object, "EVENTS")?)?;
+        let events = EventStream::open(take(&mut object, "EVENTS")?, take(&mut object, "ALARMS")?)?;
+        SocketDestroyer::probe()?;
         let tables = Tables::open(|name| take(&mut object, name))?;
         tables.configure(settings.verdict_max_age, settings.knobs)?;
         Ok((Self { pins, tables: Arc::new(tables), write_seq_offset }, events))
@@ -114,17 +115,20 @@ impl Kernel {
     pub fn prune(&self) -> Result<usize, KernelError> {
         let mut pruned = 0;
         for cookie in self.pins.pods() {
-            let path = self.pins.pod(cookie);
-            if !Pins::is_detached(&path) {
-                continue;
+            if Pins::is_detached(&self.pins.pod(cookie)) {
+                self.forget_pod(cookie)?;
+                pruned += 1;
             }
-            Attachment { path }.detach()?;
-            self.tables.remove_pod(cookie)?;
-            self.tables.remove_claims(cookie)?;
-            self.tables.remove_endpoints_of(cookie)?;
-            pruned += 1;
         }
         Ok(pruned)
+    }
+
+    /// Removes what an earlier agent left of a pod that this one does not serve.
+    pub fn forget_pod(&self, cookie: NetnsCookie) -> Result<(), KernelError> {
+        self.tables.remove_endpoints_of(cookie)?;
+        self.tables.remove_pod(cookie)?;
+        self.tables.remove_claims(cookie)?;
+        Attachment { path: self.pins.pod(cookie) }.detach()
     }
 
     /// Attaches `inbound` to a pod.
@@ -208,8 +212,8 @@ fn aya_obj_maps() -> Result<Vec<MapShape>, KernelError> {
             name: name.clone(),
             kind: map.map_type(),
             key_size: map.key_size(),
-            // A ring buffer has neither keys nor values of a size.
-            value_size: if name == "EVENTS" { 0 } else { map.value_size() },
+            // A ring buffer has no values of a size.
+            value_size: if matches!(name.as_str(), "EVENTS" | "ALARMS") { 0 } else { map.value_size() },
         })
         .collect())
 }

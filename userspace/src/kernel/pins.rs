@@ -14,8 +14,8 @@ use super::{KernelError, NetnsCookie, sys};
 const BPFFS_MAGIC: i64 = 0xcafe_4a11;
 
 /// Every map of the kernel part, by its name in the object.
-pub const MAPS: [&str; 12] = [
-    "CONFIG", "PODS", "ENDPOINTS", "VERDICTS", "CLAIMS", "QUOTAS", "FLOWS", "LISTENERS", "ISOLATED", "EVENTS", "COUNTERS",
+pub const MAPS: [&str; 13] = [
+    "CONFIG", "PODS", "ENDPOINTS", "VERDICTS", "CLAIMS", "QUOTAS", "FLOWS", "LISTENERS", "ISOLATED", "EVENTS", "ALARMS", "COUNTERS",
     "SOCKETS",
 ];
 

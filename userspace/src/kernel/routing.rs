@@ -1,12 +1,16 @@
 //! The rule, route and sysctls that a pod needs, made and undone by the agent.
 //!
-//! Two marks lead to one table, whose only route delivers everything to the pod itself: a steered connection
+//! Two marks lead to one table, whose routes deliver everything to the pod itself: a steered connection
 //! (`STEER_MARK`, set by `connect`), and the answers to a connection that the agent opened to the application with the
 //! client's address as source (the packet mark, which `tcp_fwmark_accept` hands to the application's end).
+//!
+//! The first of the routes names the pod's own device, so that it serves sockets that are bound to it, or bind to it after
+//! they were steered; the kernel delivers what is local through the loopback device all the same. It vanishes when the
+//! device goes down: the second names the loopback device, which does not.
 
 use std::{
     fs, io,
-    net::{IpAddr, Ipv4Addr},
+    net::Ipv4Addr,
     thread,
 };
 
@@ -33,17 +37,23 @@ const SYSCTLS: [&str; 2] = [
     "/proc/sys/net/ipv4/fwmark_reflect",
 ];
 
+/// A pod's address and the index of the device that has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PodAddress {
+    pub ip: Ipv4Addr,
+    pub device: u32,
+}
+
 /// What was set up in a pod, and what was there before.
 #[derive(Debug)]
 pub struct PodRouting {
-    ip: Ipv4Addr,
     packet_mark: u32,
     previous: Vec<(&'static str, String)>,
 }
 
 impl PodRouting {
     /// Sets the pod up. Leftovers of an earlier agent are replaced.
-    pub fn install(netns: &Netns, ip: Ipv4Addr, packet_mark: u32) -> Result<Self, KernelError> {
+    pub fn install(netns: &Netns, address: PodAddress, packet_mark: u32) -> Result<Self, KernelError> {
         let previous = on_thread(netns, "set up", || {
             let mut previous = Vec::new();
             for path in SYSCTLS {
@@ -57,23 +67,16 @@ impl PodRouting {
                 for mark in [STEER_MARK, packet_mark] {
                     add_rule(&handle, mark).await?;
                 }
-                let route = RouteMessageBuilder::<Ipv4Addr>::new()
-                    .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
-                    .kind(RouteType::Local)
-                    .scope(RouteScope::Host)
-                    .table_id(TABLE)
-                    .output_interface(loopback(&handle).await?)
-                    .pref_source(ip)
-                    .build();
-                handle.route().add(route).replace().execute().await.map_err(|error| format!("add local route: {error}"))
+                for (priority, device) in [(1, address.device), (2, loopback(&handle).await?)] {
+                    let route = to_the_pod().output_interface(device).pref_source(address.ip).priority(priority).build();
+                    let added = handle.route().add(route).execute().await;
+                    added.map_err(|error| format!("add local route: {error}"))?;
+                }
+                Ok(())
             })?;
             Ok(previous)
         })?;
-        Ok(Self { ip, packet_mark, previous })
-    }
-
-    pub fn ip(&self) -> IpAddr {
-        IpAddr::V4(self.ip)
+        Ok(Self { packet_mark, previous })
     }
 
     /// Undoes [`Self::install`].
@@ -138,6 +141,15 @@ async fn loopback_up(handle: &Handle) -> Result<(), String> {
     handle.link().set(link).execute().await.map_err(|error| format!("set lo up: {error}"))
 }
 
+/// Everything is the pod's own.
+fn to_the_pod() -> RouteMessageBuilder<Ipv4Addr> {
+    RouteMessageBuilder::<Ipv4Addr>::new()
+        .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
+        .kind(RouteType::Local)
+        .scope(RouteScope::Host)
+        .table_id(TABLE)
+}
+
 fn rule(mark: u32) -> RuleMessage {
     let mut rule = RuleMessage::default();
     rule.header.family = AddressFamily::Inet;
@@ -162,11 +174,6 @@ async fn remove(handle: &Handle, packet_mark: u32) {
     for mark in [STEER_MARK, packet_mark] {
         while handle.rule().del(rule(mark)).execute().await.is_ok() {}
     }
-    let route = RouteMessageBuilder::<Ipv4Addr>::new()
-        .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
-        .kind(RouteType::Local)
-        .scope(RouteScope::Host)
-        .table_id(TABLE)
-        .build();
+    let route = to_the_pod().build();
     while handle.route().del(route.clone()).execute().await.is_ok() {}
 }

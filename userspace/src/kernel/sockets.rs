@@ -66,6 +66,13 @@ impl PodSockets {
                 socket.set_reuse_address(true)?;
                 // Connections accepted here have addresses that are not the pod's.
                 socket.set_ip_transparent_v4(true)?;
+                // Accepted connections inherit both.
+                socket.set_tcp_keepalive(&keepalive())?;
+                if port == HBONE_PORT {
+                    // Only here: it also ends connections whose peer is there but does not read, which an application may do
+                    // for as long as it likes, and another agent does not.
+                    socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED))?;
+                }
                 socket.bind(&SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port).into())?;
                 Ok(socket)
             })
@@ -86,7 +93,7 @@ impl PodSockets {
         socket.set_tcp_nodelay(true)?;
         // A peer that vanished silently is noticed: soon when there is something to send, in a while when there is not.
         socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED))?;
-        socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(IDLE).with_interval(IDLE / 10).with_retries(9))?;
+        socket.set_tcp_keepalive(&keepalive())?;
         Ok(socket)
     }
 
@@ -102,4 +109,9 @@ impl PodSockets {
         }
         Ok(socket)
     }
+}
+
+/// A peer that is silent for [`IDLE`] is asked whether it is still there.
+fn keepalive() -> TcpKeepalive {
+    TcpKeepalive::new().with_time(IDLE).with_interval(IDLE / 10).with_retries(9)
 }

@@ -9,7 +9,7 @@ use std::{
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockHash};
 use culvert_abi::{
-    Address, Claim, Config, Endpoint, Flow, FlowKey, Listener, Pod, Reason, SocketState, Verdict, VerdictKey, role,
+    Address, Claim, Config, Endpoint, Flow, FlowKey, Listener, Pod, Quota, Reason, SocketState, Verdict, VerdictKey, role,
 };
 
 use super::{KernelError, NetnsCookie, sys};
@@ -41,7 +41,7 @@ pub struct Tables {
     endpoints: Mutex<HashMap<MapData, Address, Endpoint>>,
     verdicts: Mutex<HashMap<MapData, VerdictKey, Verdict>>,
     claims: Mutex<HashMap<MapData, FlowKey, Claim>>,
-    quotas: Mutex<HashMap<MapData, u64, u64>>,
+    quotas: Mutex<HashMap<MapData, u64, Quota>>,
     flows: Mutex<HashMap<MapData, FlowKey, Flow>>,
     listeners: Mutex<SockHash<MapData, Listener>>,
     sockets: Mutex<SkStorage<MapData, SocketState>>,
@@ -90,7 +90,7 @@ impl Tables {
     /// Enters or changes a pod.
     pub fn put_pod(&self, cookie: NetnsCookie, pod: Pod) -> Result<(), KernelError> {
         // A count that is there is the kernel part's business.
-        match lock(&self.quotas).insert(cookie.0, 0, BPF_NOEXIST) {
+        match lock(&self.quotas).insert(cookie.0, Quota { claims: 0, window_ns: 0, refusals: 0 }, BPF_NOEXIST) {
             Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EEXIST) => {}
             result => result.map_err(|error| KernelError::map("QUOTAS", error))?,
         }

@@ -111,7 +111,7 @@ impl DirectFlows {
                 telemetry.failed(record);
             }
             FlowEventKind::Isolated => {
-                self.enforcer.destroy_isolated(&event.key);
+                self.enforcer.destroy_isolated(event);
                 let reason = event.reason.map_or("unknown", culvert_abi::Reason::name);
                 tracing::warn!(
                     client = %event.client, server = %event.server, reason,

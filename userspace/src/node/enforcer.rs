@@ -7,15 +7,17 @@
 use std::{
     collections::{HashMap, HashSet},
     hash::Hash,
+    io,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use culvert_abi::{Endpoint, FlowKey, OWN_PORTS, Pod, Verdict, VerdictKey, action, scope};
 
 use crate::{
     enrol::LocalPod,
-    kernel::{KernelError, NetnsCookie, OpenFlow, Tables, address, socket_address, sys},
+    kernel::{FlowEvent, KernelError, NetnsCookie, OpenFlow, Tables, address, socket_address, sys},
     mesh::{Mesh, TunnelProtocol, Workload},
     policy::{Applicable, Connection, Decision, Evaluation, Identity, PolicyName},
     proxy::Judge,
@@ -23,6 +25,9 @@ use crate::{
 
 /// Revoked flows remembered until their end was reported; older ones lose their reason, nothing else.
 const REVOKED_KEPT: usize = 65_536;
+
+/// Far more than a program of ours runs, where the kernel offers no better way to wait for its end.
+const PROGRAMS_TAKE: Duration = Duration::from_millis(100);
 
 /// Names a flow: the key alone is used again.
 pub type FlowName = (FlowKey, u32);
@@ -44,6 +49,10 @@ struct State {
     next_generation: u64,
     next_pod: u32,
     revoked: HashSet<FlowName>,
+    /// Open flows are judged.
+    started: bool,
+    /// Something could not be written or cut.
+    dirty: bool,
 }
 
 struct Enrolled {
@@ -52,6 +61,45 @@ struct Enrolled {
     workload: Option<Arc<Workload>>,
     applicable: Applicable,
     endpoint: Endpoint,
+}
+
+/// One moment's pods and mesh.
+struct View {
+    mesh: Arc<Mesh>,
+    pods: HashMap<NetnsCookie, (Arc<LocalPod>, Option<Arc<Workload>>)>,
+}
+
+impl View {
+    fn is_allowed(&self, flow: &OpenFlow) -> bool {
+        // A destination that left the mesh is not ours to guard; a source that left it is nobody.
+        let Some((_, workload)) = self.pods.get(&NetnsCookie(flow.flow.server_netns)) else {
+            return true;
+        };
+        let Some(workload) = workload else {
+            return false;
+        };
+        let source = self.pods.get(&NetnsCookie(flow.flow.client_netns)).map(|(pod, _)| pod.identity.clone());
+        let connection = Connection::new(source, flow.client().ip(), flow.server());
+        self.mesh.authorize(workload, &connection).is_allowed()
+    }
+
+    /// Destroys both ends: each is told at once, also when segments between them are lost.
+    fn cut(&self, flow: &OpenFlow) -> io::Result<()> {
+        let (client, server) = (flow.client(), flow.server());
+        let ends = [
+            (flow.flow.server_netns, server, client, flow.flow.server_socket),
+            (flow.flow.client_netns, client, server, flow.flow.client_socket),
+        ];
+        let mut result = Ok(());
+        for (netns, local, remote, cookie) in ends {
+            if let Some((pod, _)) = self.pods.get(&NetnsCookie(netns))
+                && let Err(error) = pod.destroyer.destroy(local, remote, cookie)
+            {
+                result = Err(error);
+            }
+        }
+        result
+    }
 }
 
 /// Numbers for names; a number is never used for another name, and 0 names nothing.
@@ -108,6 +156,8 @@ impl Enforcer {
             next_generation: next_generation + 1,
             next_pod: 1,
             revoked: HashSet::new(),
+            started: false,
+            dirty: false,
         };
         Ok(Self { tables, skip_sweep, state: Mutex::new(state) })
     }
@@ -139,57 +189,95 @@ impl Enforcer {
     /// Removes a pod. Its direct flows go on where policy would let a client without an identity in.
     pub fn remove(&self, pod: &LocalPod) -> Result<(), KernelError> {
         let cookie = pod.cookie();
-        let mut state = self.state();
-        self.tables.remove_endpoint(pod.ip)?;
-        self.tables.remove_pod(cookie)?;
-        self.tables.remove_claims(cookie)?;
-        state.pods.remove(&cookie);
-        let used: HashSet<_> = state.pods.values().map(|other| other.pod.identity.clone()).collect();
-        state.identities.retain(|identity| used.contains(identity));
-        let used: HashSet<_> =
-            state.pods.values().filter_map(|other| Some(Arc::clone(&other.workload.as_ref()?.uid))).collect();
-        state.workloads.retain(|uid| used.contains(uid));
-        self.sweep(&mut state);
-        let generations = state.generations();
-        self.tables.sweep_verdicts(|key, _| !generations.contains_key(&key.workload))?;
+        let view = {
+            let mut state = self.state();
+            self.tables.remove_endpoint(pod.ip)?;
+            self.tables.remove_pod(cookie)?;
+            self.tables.remove_claims(cookie)?;
+            state.pods.remove(&cookie);
+            let used: HashSet<_> = state.pods.values().map(|other| other.pod.identity.clone()).collect();
+            state.identities.retain(|identity| used.contains(identity));
+            let used: HashSet<_> =
+                state.pods.values().filter_map(|other| Some(Arc::clone(&other.workload.as_ref()?.uid))).collect();
+            state.workloads.retain(|uid| used.contains(uid));
+            let generations = state.generations();
+            self.tables.sweep_verdicts(|key, _| !generations.contains_key(&key.workload))?;
+            state.view()
+        };
+        if let Some(view) = view {
+            self.sweep(&view);
+        }
         Ok(())
     }
 
+    /// All pods of an earlier agent are back: from now on open flows are judged, beginning with those that are there.
+    pub fn start(&self) -> Result<usize, KernelError> {
+        let mesh = {
+            let mut state = self.state();
+            state.started = true;
+            state.dirty = true;
+            Arc::clone(&state.mesh)
+        };
+        self.apply(mesh)
+    }
+
     /// Brings the kernel in line with a new mesh; returns how many direct flows it cut.
+    ///
+    /// What could not be written or cut is noted, and [`Self::retry`] tries again.
     pub fn apply(&self, mesh: Arc<Mesh>) -> Result<usize, KernelError> {
-        let mut state = self.state();
-        state.mesh = mesh;
-        let mut changed = false;
-        let mut pods = std::mem::take(&mut state.pods);
-        let mut result = Ok(());
-        for (cookie, enrolled) in &mut pods {
-            if state.refresh(enrolled) {
+        let mut failed = None;
+        let view = {
+            let mut state = self.state();
+            state.mesh = mesh;
+            let again = std::mem::take(&mut state.dirty);
+            let mut changed = again;
+            let mut pods = std::mem::take(&mut state.pods);
+            for (cookie, enrolled) in &mut pods {
+                if !state.refresh(enrolled) && !again {
+                    continue;
+                }
                 changed = true;
                 let entry = state.pod_entry(enrolled);
-                result = result
-                    .and_then(|()| self.tables.put_endpoint(enrolled.pod.ip, enrolled.endpoint))
+                let written = self
+                    .tables
+                    .put_endpoint(enrolled.pod.ip, enrolled.endpoint)
                     .and_then(|()| self.tables.put_pod(*cookie, entry));
+                if let Err(error) = written {
+                    state.dirty = true;
+                    failed = Some(error);
+                }
             }
-        }
-        state.pods = pods;
-        result?;
-        if !changed || self.skip_sweep {
-            return Ok(0);
-        }
-        let mut cut = self.sweep(&mut state);
-        // Programs that read the old generation before it changed may make a flow after the first sweep. Connections need not
-        // wait with us.
-        drop(state);
+            state.pods = pods;
+            if changed && !self.skip_sweep { state.view() } else { None }
+        };
+        let Some(view) = view else {
+            return failed.map_or(Ok(0), Err);
+        };
+        let mut cut = self.sweep(&view);
+        // Programs that read the old generation before it changed may make a flow after the first sweep.
         if let Err(error) = sys::wait_for_running_programs() {
-            tracing::warn!(%error, "cannot wait for running programs; sweeping at once");
+            tracing::warn!(%error, "cannot wait for running programs; waiting a while instead");
+            std::thread::sleep(PROGRAMS_TAKE);
         }
+        cut += self.sweep(&view);
         let mut state = self.state();
-        cut += self.sweep(&mut state);
         let generations = state.generations();
         self.tables.sweep_verdicts(|key, verdict| generations.get(&key.workload) != Some(&verdict.generation))?;
         let policies: HashSet<_> = state.mesh.policies().map(|policy| policy.name.clone()).collect();
         state.policies.retain(|name| policies.contains(name));
-        Ok(cut)
+        failed.map_or(Ok(cut), Err)
+    }
+
+    /// Tries again what failed before, if anything did.
+    pub fn retry(&self) -> Result<usize, KernelError> {
+        let mesh = {
+            let state = self.state();
+            if !state.dirty {
+                return Ok(0);
+            }
+            Arc::clone(&state.mesh)
+        };
+        self.apply(mesh)
     }
 
     /// The policy behind a number in a kernel event.
@@ -208,46 +296,37 @@ impl Enforcer {
     }
 
     /// Destroys a connection that was established without a valid claim.
-    pub fn destroy_isolated(&self, key: &FlowKey) {
-        let state = self.state();
-        let (client, server) =
-            (socket_address(key.client, key.client_port), socket_address(key.server, key.server_port));
-        if let Some(enrolled) = state.pods.get(&NetnsCookie(key.netns_cookie))
-            && let Err(error) = enrolled.pod.destroyer.destroy(server, client)
+    pub fn destroy_isolated(&self, event: &FlowEvent) {
+        let (client, server) = (event.client, event.server);
+        let (local, remote) = if event.socket.client_end { (client, server) } else { (server, client) };
+        let pod = self.state().pods.get(&event.socket.netns).map(|enrolled| Arc::clone(&enrolled.pod));
+        if let Some(pod) = pod
+            && let Err(error) = pod.destroyer.destroy(local, remote, event.socket.cookie)
         {
             tracing::warn!(%error, %client, %server, "an isolated connection could not be destroyed; it stays mute");
         }
     }
 
-    /// Cuts the flows that the current mesh forbids.
-    fn sweep(&self, state: &mut State) -> usize {
+    /// Cuts the flows that a view forbids. Connections need not wait meanwhile: nothing is locked.
+    fn sweep(&self, view: &View) -> usize {
         let mut cut = 0;
         for flow in self.tables.flows() {
             let name = (flow.key, flow.flow.sequence);
-            if state.revoked.contains(&name) || state.is_allowed(&flow) {
+            if view.is_allowed(&flow) || self.state().revoked.contains(&name) {
                 continue;
             }
-            if state.revoked.len() >= REVOKED_KEPT {
-                state.revoked.clear();
+            match view.cut(&flow) {
+                Ok(()) => {
+                    self.state().remember_revoked(name);
+                    cut += 1;
+                }
+                Err(error) => {
+                    tracing::error!(%error, client = %flow.client(), server = %flow.server(), "a forbidden flow could not be cut; trying again");
+                    self.state().dirty = true;
+                }
             }
-            state.revoked.insert(name);
-            self.cut(state, &flow);
-            cut += 1;
         }
         cut
-    }
-
-    /// Destroys both ends: each is told at once, also when segments between them are lost.
-    fn cut(&self, state: &State, flow: &OpenFlow) {
-        let (client, server) = (flow.client(), flow.server());
-        let ends = [(flow.flow.server_netns, server, client), (flow.flow.client_netns, client, server)];
-        for (netns, local, remote) in ends {
-            if let Some(enrolled) = state.pods.get(&NetnsCookie(netns))
-                && let Err(error) = enrolled.pod.destroyer.destroy(local, remote)
-            {
-                tracing::error!(%error, %client, %server, "a forbidden flow could not be cut");
-            }
-        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -306,7 +385,8 @@ impl State {
             Some(workload)
                 if workload.protocol == TunnelProtocol::Hbone
                     && workload.waypoint.is_none()
-                    && workload.identity() == &enrolled.pod.identity =>
+                    && workload.identity() == &enrolled.pod.identity
+                    && workload.has_address(enrolled.pod.ip) =>
             {
                 if applicable.looks_at_addresses() {
                     flags |= Endpoint::BY_POD;
@@ -325,28 +405,38 @@ impl State {
     }
 
     fn pod_entry(&mut self, enrolled: &Enrolled) -> Pod {
-        let outside = enrolled.workload.as_ref().is_none_or(|workload| workload.protocol != TunnelProtocol::Hbone);
+        // A pod that the mesh does not know at this address has an identity, but nobody has said what it may do.
+        let outside = enrolled.workload.as_ref().is_none_or(|workload| {
+            workload.protocol != TunnelProtocol::Hbone || !workload.has_address(enrolled.pod.ip)
+        });
         Pod {
             address: address(enrolled.pod.ip),
             identity: self.identities.of(&enrolled.pod.identity),
             workload: enrolled.endpoint.workload,
             pod: enrolled.number,
-            // A pod that the mesh does not know has an identity, but nobody has said what it may do.
             flags: if outside { Pod::NO_DIRECT } else { 0 },
+            device: enrolled.pod.device,
+            padding: 0,
         }
     }
 
-    fn is_allowed(&self, flow: &OpenFlow) -> bool {
-        // A destination that left the mesh is not ours to guard; a source that left it is nobody.
-        let Some(destination) = self.pods.get(&NetnsCookie(flow.flow.server_netns)) else {
-            return true;
-        };
-        let Some(workload) = &destination.workload else {
-            return false;
-        };
-        let source = self.pods.get(&NetnsCookie(flow.flow.client_netns)).map(|source| source.pod.identity.clone());
-        let connection = Connection::new(source, flow.client().ip(), flow.server());
-        self.mesh.authorize(workload, &connection).is_allowed()
+    /// What open flows are judged by; `None` before [`Enforcer::start`], while pods of an earlier agent may still be missing.
+    fn view(&self) -> Option<View> {
+        self.started.then(|| View {
+            mesh: Arc::clone(&self.mesh),
+            pods: self
+                .pods
+                .iter()
+                .map(|(cookie, enrolled)| (*cookie, (Arc::clone(&enrolled.pod), enrolled.workload.clone())))
+                .collect(),
+        })
+    }
+
+    fn remember_revoked(&mut self, name: FlowName) {
+        if self.revoked.len() >= REVOKED_KEPT {
+            self.revoked.clear();
+        }
+        self.revoked.insert(name);
     }
 
     fn generations(&self) -> HashMap<u32, u64> {

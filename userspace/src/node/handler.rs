@@ -13,7 +13,7 @@ use crate::{
         AdminError, AdminHandler, ErrorKind, FlowsQuery, HttpState, PodAdd, PodInfo, PodRemove, PodState, Status,
     },
     config::Config,
-    enrol::{EnrolError, LocalPod, PodSpec, PodUid},
+    enrol::{EnrolError, KnownPod, LocalPod, PodSpec, PodUid},
     identity::Certificates,
     kernel::KernelError,
     mesh::Store,
@@ -39,6 +39,17 @@ pub struct Handler {
 impl Handler {
     pub fn new(parts: HandlerParts) -> Self {
         Self { parts }
+    }
+
+    fn list(&self) -> Vec<PodInfo> {
+        let served = self.parts.pods.all();
+        served.iter().map(|pod| info(pod)).chain(self.parts.pods.waiting().into_iter().map(waits)).collect()
+    }
+
+    fn pending_parts(&self) -> Vec<String> {
+        let pods = self.parts.pods.waiting();
+        let pods = pods.into_iter().map(|(pod, reason)| format!("pod {}: {reason}", pod.spec.uid));
+        self.parts.readiness.pending().into_iter().chain(pods).collect()
     }
 
     fn held(&self) -> Vec<String> {
@@ -80,7 +91,7 @@ impl AdminHandler for Handler {
     }
 
     async fn pod_list(&self) -> Vec<PodInfo> {
-        self.parts.pods.all().iter().map(|pod| info(pod)).collect()
+        self.list()
     }
 
     async fn status(&self) -> Status {
@@ -92,7 +103,7 @@ impl AdminHandler for Handler {
             pid: std::process::id(),
             node: self.parts.config.node_name.clone(),
             uptime_seconds: self.parts.started.elapsed().as_secs(),
-            pending: self.parts.readiness.pending(),
+            pending: self.pending_parts(),
             pods: self.parts.pods.all().len(),
             workloads: mesh.workloads().len(),
             services: mesh.services().len(),
@@ -114,12 +125,11 @@ impl HttpState for Handler {
     }
 
     fn pending(&self) -> Vec<String> {
-        self.parts.readiness.pending()
+        self.pending_parts()
     }
 
     fn config_dump(&self) -> serde_json::Value {
-        let pods: Vec<_> = self.parts.pods.all().iter().map(|pod| info(pod)).collect();
-        serde_json::json!({ "config": self.parts.config, "pods": pods, "certificates": self.held() })
+        serde_json::json!({ "config": self.parts.config, "pods": self.list(), "certificates": self.held() })
     }
 
     fn quit(&self) {
@@ -140,6 +150,20 @@ fn info(pod: &LocalPod) -> PodInfo {
     }
 }
 
+/// A pod of an earlier agent that cannot be served yet.
+fn waits((pod, reason): (KnownPod, String)) -> PodInfo {
+    PodInfo {
+        uid: pod.spec.uid.to_string(),
+        namespace: pod.spec.namespace.unwrap_or_default(),
+        name: pod.spec.name.unwrap_or_default(),
+        identity: None,
+        addresses: vec![pod.ip],
+        netns_cookie: pod.cookie.0,
+        state: PodState::Pending,
+        reason: Some(reason),
+    }
+}
+
 fn refuse(error: &EnrolError) -> AdminError {
     let kind = match error {
         EnrolError::Unknown(_) => ErrorKind::NotFound,
@@ -149,11 +173,12 @@ fn refuse(error: &EnrolError) -> AdminError {
         | EnrolError::IdentityConflict { .. } => ErrorKind::Conflict,
         EnrolError::HostNetwork(_)
         | EnrolError::NoAddress { .. }
+        | EnrolError::OtherAddress { .. }
         | EnrolError::NoIdentity(_)
         | EnrolError::Identity { .. }
         | EnrolError::BadUid
         | EnrolError::Kernel(KernelError::NotNetns { .. } | KernelError::File { .. }) => ErrorKind::BadRequest,
-        EnrolError::TooMany(_) | EnrolError::Kernel(_) => ErrorKind::Failed,
+        EnrolError::Stopping | EnrolError::TooMany(_) | EnrolError::Kernel(_) => ErrorKind::Failed,
     };
     AdminError::new(kind, error.to_string())
 }

@@ -42,6 +42,8 @@ use handler::{Handler, HandlerParts};
 use pods::Pods;
 use readiness::Readiness;
 
+/// How often what could not be written or cut is tried again.
+const RETRY: Duration = Duration::from_secs(1);
 /// How often the kernel part is told that the agent lives.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 
@@ -52,7 +54,9 @@ pub async fn run(config: Config, cgroup_mount: PathBuf, lost_lines: Arc<AtomicU6
     let started = Instant::now();
     limits::raise_open_files();
     let knobs = knobs::Knobs::of(&config)?;
+    // Endpoints end first; what the open connections depend on (policy, certificates, the heartbeat) once they have ended too.
     let shutdown = CancellationToken::new();
+    let control = CancellationToken::new();
     let mut tasks = JoinSet::new();
 
     // The socket first: another agent's pods must not be taken over by one that cannot be reached.
@@ -68,15 +72,15 @@ pub async fn run(config: Config, cgroup_mount: PathBuf, lost_lines: Arc<AtomicU6
     telemetry.metrics.set_lost_log_lines(lost_lines);
     let certificates = certificates(&config)?;
     {
-        let (certificates, shutdown) = (certificates.clone(), shutdown.clone());
+        let (certificates, control) = (certificates.clone(), control.clone());
         tasks.spawn(async move {
-            certificates.run(shutdown).await;
+            certificates.run(control).await;
             "renewal of certificates"
         });
     }
 
     let store = Arc::new(Store::new());
-    let source = mesh_source(&config, &store, &shutdown, &mut tasks)?;
+    let source = mesh_source(&config, &store, &control, &mut tasks)?;
 
     let (kernel, events) = Kernel::attach(&KernelSettings {
         cgroup_root: config.cgroup_root.clone(),
@@ -98,10 +102,10 @@ pub async fn run(config: Config, cgroup_mount: PathBuf, lost_lines: Arc<AtomicU6
         });
     }
     {
-        let (tables, shutdown) = (Arc::clone(&tables), shutdown.clone());
+        let (tables, control) = (Arc::clone(&tables), control.clone());
         tasks.spawn(async move {
             let mut ticks = tokio::time::interval(HEARTBEAT);
-            while shutdown.run_until_cancelled(ticks.tick()).await.is_some() {
+            while control.run_until_cancelled(ticks.tick()).await.is_some() {
                 if let Err(error) = tables.beat() {
                     tracing::error!(%error, "cannot tell the kernel part that the agent lives");
                 }
@@ -112,6 +116,7 @@ pub async fn run(config: Config, cgroup_mount: PathBuf, lost_lines: Arc<AtomicU6
 
     let enforcer = Arc::new(Enforcer::new(tables, knobs.skip_sweep)?);
     let open = Arc::new(OpenConnections::default());
+    let failed = CancellationToken::new();
     let context = Arc::new(Context {
         mesh: Arc::clone(&store),
         network: config.network.as_str().into(),
@@ -119,6 +124,7 @@ pub async fn run(config: Config, cgroup_mount: PathBuf, lost_lines: Arc<AtomicU6
         judge: Arc::clone(&enforcer) as Arc<dyn crate::proxy::Judge>,
         telemetry: Arc::clone(&telemetry),
         open: Arc::clone(&open),
+        failed: failed.clone(),
         server: hbone::ServerSettings {
             grace: config.termination_grace_period.saturating_sub(Duration::from_secs(5)),
             ..hbone::ServerSettings::default()
@@ -133,14 +139,14 @@ pub async fn run(config: Config, cgroup_mount: PathBuf, lost_lines: Arc<AtomicU6
     let workers = Workers::start(threads, pool, knobs.proxy.tls).map_err(NodeError::Threads)?;
 
     let readiness = Arc::new(Readiness::new(source.clone()));
-    count_mesh_updates(&mut tasks, &shutdown, source.clone(), Arc::clone(&telemetry));
+    count_mesh_updates(&mut tasks, &control, source.clone(), Arc::clone(&telemetry));
     let pods = Arc::new(Pods::new(kernel, Arc::clone(&enforcer), workers, Arc::clone(&context), &config));
-    follow_mesh(&mut tasks, &shutdown, Arc::clone(&enforcer), Arc::clone(&context));
+    follow_mesh(&mut tasks, &control, Arc::clone(&enforcer), Arc::clone(&context));
     {
         let feeder = direct_flows::DirectFlows::new(Arc::clone(&enforcer), Arc::clone(&pods), Arc::clone(&context));
-        let shutdown = shutdown.clone();
+        let control = control.clone();
         tasks.spawn(async move {
-            feeder.run(events, shutdown).await;
+            feeder.run(events, control).await;
             "kernel events"
         });
     }
@@ -159,6 +165,27 @@ pub async fn run(config: Config, cgroup_mount: PathBuf, lost_lines: Arc<AtomicU6
     wait_for_mesh(source).await;
     pods.restore().await;
     {
+        let enforcer = Arc::clone(&enforcer);
+        match tokio::task::spawn_blocking(move || enforcer.start()).await {
+            Ok(Ok(0)) => {}
+            Ok(Ok(cut)) => tracing::info!(cut, "direct flows that policy forbids by now were cut"),
+            Ok(Err(error)) => tracing::error!(%error, "the kernel part could not be brought in line with the mesh"),
+            Err(error) => tracing::error!(%error, "the kernel part was not brought in line with the mesh"),
+        }
+    }
+    {
+        let (pods, shutdown) = (Arc::clone(&pods), shutdown.clone());
+        tasks.spawn(async move {
+            let mut ticks = tokio::time::interval(RETRY);
+            while shutdown.run_until_cancelled(ticks.tick()).await.is_some() {
+                if !pods.waiting().is_empty() {
+                    pods.retry().await;
+                }
+            }
+            "pods that wait"
+        });
+    }
+    {
         let (handler, shutdown) = (Arc::clone(&handler), shutdown.clone());
         tasks.spawn(async move {
             admin.serve(handler, shutdown).await;
@@ -174,9 +201,10 @@ pub async fn run(config: Config, cgroup_mount: PathBuf, lost_lines: Arc<AtomicU6
     }
     tracing::info!(node = %config.node_name, version = env!("CARGO_PKG_VERSION"), "the agent is running");
 
-    let outcome = supervise(&shutdown, &mut tasks).await;
+    let outcome = supervise(&shutdown, &failed, &mut tasks).await;
     shutdown.cancel();
     pods.stop(config.termination_grace_period.saturating_sub(Duration::from_secs(5))).await;
+    control.cancel();
     while tasks.join_next().await.is_some() {}
     tracing::info!("the agent has stopped; direct flows go on, and their hooks stay until `culvert unload`");
     outcome
@@ -196,7 +224,7 @@ fn certificates(config: &Config) -> Result<Certificates, NodeError> {
 fn mesh_source(
     config: &Config,
     store: &Arc<Store>,
-    shutdown: &CancellationToken,
+    control: &CancellationToken,
     tasks: &mut JoinSet<&'static str>,
 ) -> Result<watch::Receiver<LocalFileStatus>, NodeError> {
     let path = config.local_xds_path.as_ref().ok_or(NodeError::NoMesh)?;
@@ -206,9 +234,9 @@ fn mesh_source(
         ..MeshDefaults::default()
     };
     let (watcher, status) = LocalFile::new(path).watch(defaults, Arc::clone(store))?;
-    let shutdown = shutdown.clone();
+    let control = control.clone();
     tasks.spawn(async move {
-        watcher.run(shutdown).await;
+        watcher.run(control).await;
         "mesh file"
     });
     Ok(status)
@@ -217,13 +245,13 @@ fn mesh_source(
 /// Counts the mesh files that came into force and those that could not.
 fn count_mesh_updates(
     tasks: &mut JoinSet<&'static str>,
-    shutdown: &CancellationToken,
+    control: &CancellationToken,
     mut source: watch::Receiver<LocalFileStatus>,
     telemetry: Arc<Telemetry>,
 ) {
-    let shutdown = shutdown.clone();
+    let control = control.clone();
     tasks.spawn(async move {
-        while let Some(Ok(())) = shutdown.run_until_cancelled(source.changed()).await {
+        while let Some(Ok(())) = control.run_until_cancelled(source.changed()).await {
             let accepted = source.borrow_and_update().error.is_none();
             telemetry.metrics.mesh_update(accepted);
         }
@@ -239,18 +267,31 @@ async fn wait_for_mesh(mut source: watch::Receiver<LocalFileStatus>) {
 /// Brings kernel and open connections in line with each new mesh.
 fn follow_mesh(
     tasks: &mut JoinSet<&'static str>,
-    shutdown: &CancellationToken,
+    control: &CancellationToken,
     enforcer: Arc<Enforcer>,
     context: Arc<Context>,
 ) {
     let mut news = context.mesh.subscribe();
     news.mark_changed();
-    let shutdown = shutdown.clone();
+    let control = control.clone();
     tasks.spawn(async move {
         // One change at a time, and the newest: what was skipped is contained in it.
-        while let Some(Ok(())) = shutdown.run_until_cancelled(news.changed()).await {
+        let mut retries = tokio::time::interval(RETRY);
+        loop {
+            let changed = async {
+                tokio::select! {
+                    changed = news.changed() => changed.map(|()| true),
+                    _ = retries.tick() => Ok(false),
+                }
+            };
+            let Some(Ok(changed)) = control.run_until_cancelled(changed).await else {
+                break;
+            };
             let (enforcer, context) = (Arc::clone(&enforcer), Arc::clone(&context));
             let applied = tokio::task::spawn_blocking(move || {
+                if !changed {
+                    return (0, enforcer.retry());
+                }
                 let mesh = context.mesh.load();
                 let proxied = context.open.reauthorize(&mesh, context.knobs);
                 let direct = enforcer.apply(mesh);
@@ -270,13 +311,18 @@ fn follow_mesh(
 }
 
 /// Waits for the end: asked for, or because a part ended that must not.
-async fn supervise(shutdown: &CancellationToken, tasks: &mut JoinSet<&'static str>) -> Result<(), NodeError> {
+async fn supervise(
+    shutdown: &CancellationToken,
+    failed: &CancellationToken,
+    tasks: &mut JoinSet<&'static str>,
+) -> Result<(), NodeError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(NodeError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(NodeError::Signals)?;
     tokio::select! {
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
         () = shutdown.cancelled() => Ok(()),
+        () = failed.cancelled() => Err(NodeError::Ended("a listener of a pod".to_owned())),
         ended = tasks.join_next() => Err(match ended {
             Some(Ok(part)) => NodeError::Ended(part.to_owned()),
             Some(Err(error)) => NodeError::Ended(error.to_string()),

@@ -1,14 +1,19 @@
 //! The pods of this node: enrolling, releasing, and everything that belongs to one.
 
-use std::{collections::HashMap, net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
 
 use tokio::sync::Mutex;
 
 use super::enforcer::Enforcer;
 use crate::{
     config::Config,
-    enrol::{EnrolError, Enrolment, LocalPod, Memory, PodSpec, PodUid, Registry},
-    kernel::{Kernel, NetnsCookie},
+    enrol::{EnrolError, Enrolment, KnownPod, LocalPod, Memory, PodSpec, PodUid, Registry},
+    kernel::{Kernel, KernelError, NetnsCookie},
     proxy::{Context, PodProxy, Workers},
 };
 
@@ -17,6 +22,8 @@ pub struct Pods {
     registry: Registry,
     memory: Memory,
     running: Mutex<Running>,
+    /// A copy of what waits, for those who only look.
+    waiting: RwLock<Vec<(KnownPod, String)>>,
     enforcer: Arc<Enforcer>,
     context: Arc<Context>,
     trust_domain: String,
@@ -27,6 +34,13 @@ struct Running {
     kernel: Kernel,
     workers: Option<Workers>,
     pods: HashMap<PodUid, (Enrolment, PodProxy)>,
+    /// Pods of an earlier agent that cannot be served yet.
+    waiting: HashMap<PodUid, Waiting>,
+}
+
+struct Waiting {
+    known: KnownPod,
+    reason: String,
 }
 
 impl Pods {
@@ -34,7 +48,8 @@ impl Pods {
         Self {
             registry: Registry::default(),
             memory: Memory::beside(&config.admin_socket),
-            running: Mutex::new(Running { kernel, workers: Some(workers), pods: HashMap::new() }),
+            running: Mutex::new(Running { kernel, workers: Some(workers), pods: HashMap::new(), waiting: HashMap::new() }),
+            waiting: RwLock::default(),
             enforcer,
             context,
             trust_domain: config.trust_domain.clone(),
@@ -42,15 +57,16 @@ impl Pods {
         }
     }
 
-    /// Serves the pods of an earlier agent again, and forgets those that have gone.
+    /// Serves the pods of an earlier agent again, and forgets those that have gone. What cannot be served yet waits, steered to
+    /// a listener that is not there: refused, until [`Self::retry`] succeeds or the pod is removed.
     pub async fn restore(&self) {
-        for spec in self.memory.recall() {
-            let uid = spec.uid.clone();
-            if let Err(error) = self.add(spec).await {
-                tracing::warn!(pod = %uid, %error, "a pod that was enrolled before could not be enrolled again; its traffic is refused");
+        let mut running = self.running.lock().await;
+        for known in self.memory.recall() {
+            if let Err(error) = self.enrol(&mut running, known.spec.clone(), Some(&known)) {
+                tracing::warn!(pod = %known.spec.uid, %error, "a pod that was enrolled before cannot be served yet; its traffic is refused");
+                running.waiting.insert(known.spec.uid.clone(), Waiting { known, reason: error.to_string() });
             }
         }
-        let running = self.running.lock().await;
         self.remember(&running);
         match running.kernel.prune() {
             Ok(0) => {}
@@ -59,25 +75,74 @@ impl Pods {
         }
     }
 
+    /// Tries to serve the pods that wait.
+    pub async fn retry(&self) {
+        let mut running = self.running.lock().await;
+        for (uid, waiting) in std::mem::take(&mut running.waiting) {
+            match self.enrol(&mut running, waiting.known.spec.clone(), Some(&waiting.known)) {
+                Ok(_) => {}
+                Err(error) => {
+                    running.waiting.insert(uid, Waiting { known: waiting.known, reason: error.to_string() });
+                }
+            }
+        }
+    }
+
     fn remember(&self, running: &Running) {
-        self.memory.store(running.pods.values().map(|(enrolment, _)| enrolment.pod.as_ref()));
+        let pods: Vec<KnownPod> = running
+            .pods
+            .values()
+            .map(|(enrolment, _)| enrolment.pod.known())
+            .chain(running.waiting.values().map(|waiting| waiting.known.clone()))
+            .collect();
+        self.memory.store(&pods);
+        self.context.telemetry.metrics.pods(running.pods.len(), running.waiting.len());
+        *self.waiting.write().unwrap_or_else(PoisonError::into_inner) =
+            running.waiting.values().map(|waiting| (waiting.known.clone(), waiting.reason.clone())).collect();
     }
 
     /// Enrols a pod; a second request for the same pod changes nothing.
     pub async fn add(&self, spec: PodSpec) -> Result<Arc<LocalPod>, EnrolError> {
         let mut running = self.running.lock().await;
-        let Running { kernel, workers, pods } = &mut *running;
+        let uid = spec.uid.clone();
+        let pod = self.enrol(&mut running, spec, None)?;
+        if running.waiting.remove(&uid).is_some() {
+            self.remember(&running);
+        }
+        Ok(pod)
+    }
+
+    /// `known` is what an earlier enrolment of the pod found: the address must be the same.
+    fn enrol(
+        &self,
+        running: &mut Running,
+        spec: PodSpec,
+        known: Option<&KnownPod>,
+    ) -> Result<Arc<LocalPod>, EnrolError> {
+        let Running { kernel, workers, pods, .. } = running;
+        let workers = workers.as_ref().ok_or(EnrolError::Stopping)?;
         let mesh = self.context.mesh.load();
         let identity = spec.identity(&mesh, &self.trust_domain)?;
-        let (netns, ip) = Enrolment::examine(&spec)?;
+        let (netns, address) = Enrolment::examine(&spec, &mesh)?;
+        let ip = address.ip;
+        drop(mesh);
         let uid = spec.uid.clone();
+        if let Some(known) = known
+            && known.ip != IpAddr::V4(ip)
+        {
+            return Err(EnrolError::OtherAddress {
+                uid,
+                netns: spec.netns.display().to_string(),
+                found: ip.to_string(),
+                expected: known.ip.to_string(),
+            });
+        }
         if !self.registry.check(&uid, &netns, IpAddr::V4(ip))? {
             return self.registry.by_uid(&uid).ok_or(EnrolError::Unknown(uid));
         }
-        drop(mesh);
-        let workers = workers.as_ref().ok_or_else(|| EnrolError::Unknown(uid.clone()))?;
-        let (enrolment, listeners) =
-            tokio::task::block_in_place(|| Enrolment::begin(kernel, spec, netns, ip, identity.clone(), self.packet_mark))?;
+        let (enrolment, listeners) = tokio::task::block_in_place(|| {
+            Enrolment::begin(kernel, spec, netns, address, identity.clone(), self.packet_mark)
+        })?;
         let pod = Arc::clone(&enrolment.pod);
         self.context.certificates.acquire(&identity);
         let proxy = match PodProxy::start(workers, &self.context, Arc::clone(&pod), listeners) {
@@ -85,7 +150,7 @@ impl Pods {
             Err(source) => {
                 self.context.certificates.release(&identity);
                 enrolment.end()?;
-                return Err(crate::kernel::KernelError::Netns { doing: "accept connections", source }.into());
+                return Err(KernelError::Netns { doing: "accept connections", source }.into());
             }
         };
         // The pod's connections are decided from here on.
@@ -97,8 +162,7 @@ impl Pods {
         }
         self.registry.insert(Arc::clone(&pod));
         pods.insert(uid.clone(), (enrolment, proxy));
-        self.context.telemetry.metrics.pods(pods.len(), 0);
-        self.remember(&running);
+        self.remember(running);
         tracing::info!(pod = %uid, identity = %pod.identity, ip = %pod.ip, "pod enrolled");
         Ok(pod)
     }
@@ -106,28 +170,35 @@ impl Pods {
     /// Releases a pod: its new connections are no longer ours.
     pub async fn remove(&self, uid: &PodUid) -> Result<(), EnrolError> {
         let mut running = self.running.lock().await;
+        if let Some(waiting) = running.waiting.remove(uid) {
+            let forgotten = running.kernel.forget_pod(waiting.known.cookie);
+            self.remember(&running);
+            return Ok(forgotten?);
+        }
         let (enrolment, proxy) = running.pods.remove(uid).ok_or_else(|| EnrolError::Unknown(uid.clone()))?;
         let pod = Arc::clone(&enrolment.pod);
         self.registry.remove(uid);
         let removed = self.enforcer.remove(&pod);
-        let ended = tokio::task::block_in_place(|| enrolment.end());
+        // Before the routing that brings its connections here: a steered socket must not find another way.
         proxy.close();
+        let ended = tokio::task::block_in_place(|| enrolment.end());
         self.context.certificates.release(&pod.identity);
-        self.context.telemetry.metrics.pods(running.pods.len(), 0);
         self.remember(&running);
-        let workload_gone = |name: &str| {
-            !running.pods.values().any(|(other, _)| {
-                other.pod.workload(&self.context.mesh.load()).is_some_and(|other| &*other.workload_name == name)
-            })
-        };
-        if let Some(workload) = pod.workload(&self.context.mesh.load())
-            && workload_gone(&workload.workload_name)
-        {
-            self.context.telemetry.metrics.forget_workload(&workload.namespace, &workload.workload_name);
+        let mesh = self.context.mesh.load();
+        if let Some(workload) = pod.workload(&mesh) {
+            let others = running.pods.values().filter_map(|(other, _)| other.pod.workload(&mesh));
+            if !others.into_iter().any(|other| other.workload_name == workload.workload_name) {
+                self.context.telemetry.metrics.forget_workload(&workload.namespace, &workload.workload_name);
+            }
         }
         tracing::info!(pod = %uid, "pod released");
         removed?;
         ended
+    }
+
+    /// The pods that cannot be served yet, with the reason.
+    pub fn waiting(&self) -> Vec<(KnownPod, String)> {
+        self.waiting.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub fn all(&self) -> Vec<Arc<LocalPod>> {

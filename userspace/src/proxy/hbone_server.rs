@@ -1,16 +1,22 @@
 //! Port 15008: tunnels from other agents, each stream one connection to this pod's application.
 
 use std::{
+    future::pending,
     net::{IpAddr, SocketAddr},
-    time::Duration,
+    sync::Arc,
+    time::{Duration, SystemTime},
 };
 
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{
+    net::TcpStream,
+    time::{sleep, timeout},
+};
 
 use super::{
     arrival::{Arrival, names_application},
+    budget::{Budget, Permit},
     dial,
-    hbone::{Incoming, Refusal, serve},
+    hbone::{Incoming, Refusal, Stop, serve},
     inbound,
     pod::Ours,
     report::Report,
@@ -24,7 +30,11 @@ use crate::{
 /// From the TCP connection to the end of the TLS handshake.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 
-pub(super) async fn handle(ours: Ours, stream: TcpStream) {
+/// Longest wait between two looks at the clock, which may be set meanwhile.
+const CLOCK_CHECK: Duration = Duration::from_secs(60);
+
+/// One connection. It holds `handshake` until its client has proved an identity, then a place among `tunnels`.
+pub(super) async fn handle(ours: Ours, stream: TcpStream, handshake: Permit, tunnels: &Arc<Budget>) {
     let Ok(arrival) = Arrival::of(&stream) else {
         return;
     };
@@ -60,13 +70,41 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream) {
         Ok(accepted) => accepted,
         Err(error) => return failed(ResponseFlags::TlsFailure, error.to_string()),
     };
-    let peer = accepted.peer;
     let source_ip = arrival.source.ip();
+    let Some(_place) = tunnels.take(source_ip) else {
+        dial::reset(accepted.stream.into_inner().0);
+        return failed(ResponseFlags::Connect, "the pod has too many tunnels, or too many from this address".to_owned());
+    };
+    drop(handshake);
+    let peer = accepted.peer;
     let tunnel = arrival.destination;
     let per_stream = ours.clone();
     let handler = move |incoming: Incoming| stream_into_pod(per_stream.clone(), incoming, peer.clone(), source_ip, tunnel);
-    let end = serve(accepted.stream, ours.context.server, ours.stop.clone(), handler).await;
+    let stop = Stop { drain: ours.stop.drain.child_token(), close: ours.stop.close.child_token() };
+    let (drain, not_after) = (stop.drain.clone(), accepted.not_after);
+    let expiry = async {
+        match not_after {
+            Some(not_after) if ours.context.knobs.ends_expired_tunnels() => passed(not_after).await,
+            _ => pending().await,
+        }
+        tracing::debug!(peer = %arrival.source, "a tunnel is drained: its client's certificate has expired");
+        drain.cancel();
+        pending().await
+    };
+    let end = tokio::select! {
+        end = serve(accepted.stream, ours.context.server, stop, handler) => end,
+        () = expiry => return,
+    };
     tracing::debug!(peer = %arrival.source, %end, "a tunnel ended");
+}
+
+/// Waits until a moment by the wall clock.
+async fn passed(moment: SystemTime) {
+    while let Ok(left) = moment.duration_since(SystemTime::now())
+        && !left.is_zero()
+    {
+        sleep(left.min(CLOCK_CHECK)).await;
+    }
 }
 
 /// One CONNECT.
@@ -88,16 +126,18 @@ async fn stream_into_pod(ours: Ours, incoming: Incoming, peer: Option<Identity>,
         return;
     }
     let connection = Connection::new(peer, source_ip, target);
-    let open = ours.context.open.enter(&ours.pod, &connection, &ours.stop.close);
-    match inbound::authorize(&mesh, &ours.pod, &connection, ours.context.knobs) {
-        Ok(policy) => report.policy(policy.as_ref()),
+    drop(mesh);
+    let open = match inbound::admit(&ours, &connection) {
+        Ok((open, policy)) => {
+            report.policy(policy.as_ref());
+            open
+        }
         Err(denial) => {
             incoming.refuse(Refusal::Denied);
             report.denied(&denial.to_string(), denial.policy());
             return;
         }
-    }
-    drop(mesh);
+    };
     let application = match dial::to_application(&ours.pod, source, target).await {
         Ok(application) => application,
         Err(error) => {

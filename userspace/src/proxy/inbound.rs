@@ -5,9 +5,10 @@ use std::net::SocketAddr;
 use tokio::net::TcpStream;
 
 use super::{
-    ProxyKnobs,
+    Context, ProxyKnobs,
     arrival::{Arrival, names_application},
     dial,
+    open::OpenConnection,
     pod::Ours,
     report::Report,
 };
@@ -57,6 +58,15 @@ pub(super) fn authorize(
     }
 }
 
+/// Enters a connection among the open ones, if policy allows it; then also the name of the policy, if one had to.
+pub(super) fn admit(ours: &Ours, connection: &Connection) -> Result<(OpenConnection, Option<PolicyName>), Denial> {
+    let Context { open, mesh, knobs, .. } = &*ours.context;
+    // In this order: a mesh that replaces the one that is asked here finds the connection among the open ones.
+    let entered = open.enter(&ours.pod, connection, &ours.stop.close);
+    let policy = authorize(&mesh.load(), &ours.pod, connection, *knobs)?;
+    Ok((entered, policy))
+}
+
 /// A plaintext connection from outside the mesh, or from somebody who bypassed it.
 pub(super) async fn handle_plaintext(ours: Ours, stream: TcpStream) {
     let Ok(arrival) = Arrival::of(&stream) else {
@@ -74,16 +84,18 @@ pub(super) async fn handle_plaintext(ours: Ours, stream: TcpStream) {
         return;
     }
     let connection = Connection::new(None, source.ip(), destination);
-    let open = ours.context.open.enter(&ours.pod, &connection, &ours.stop.close);
-    match authorize(&mesh, &ours.pod, &connection, ours.context.knobs) {
-        Ok(policy) => report.policy(policy.as_ref()),
+    drop(mesh);
+    let open = match admit(&ours, &connection) {
+        Ok((open, policy)) => {
+            report.policy(policy.as_ref());
+            open
+        }
         Err(denial) => {
             dial::reset(stream);
             report.denied(&denial.to_string(), denial.policy());
             return;
         }
-    }
-    drop(mesh);
+    };
     // The client's own port is taken in this namespace, by the very connection that was accepted.
     let seen_as = SocketAddr::new(source.ip(), 0);
     match dial::to_application(&ours.pod, seen_as, destination).await {

@@ -15,6 +15,15 @@ pub struct ProxyKnobs {
     /// A request may name any address as the client's.
     #[cfg(feature = "test-knobs")]
     pub skip_forwarded_check: bool,
+    /// Before there is a mesh, everything counts as outside of it.
+    #[cfg(feature = "test-knobs")]
+    pub skip_mesh_wait: bool,
+    /// All ports of a pod share one budget, and nobody's share of it is bounded.
+    #[cfg(feature = "test-knobs")]
+    pub share_budgets: bool,
+    /// A tunnel outlives its client's certificate.
+    #[cfg(feature = "test-knobs")]
+    pub keep_expired_tunnels: bool,
     /// Open connections are not judged again.
     #[cfg(feature = "test-knobs")]
     pub skip_reauthorization: bool,
@@ -43,4 +52,7 @@ knob! {
     checks_authority, skip_authority;
     checks_forwarded, skip_forwarded_check;
     reauthorizes, skip_reauthorization;
+    awaits_mesh, skip_mesh_wait;
+    separates_budgets, share_budgets;
+    ends_expired_tunnels, keep_expired_tunnels;
 }

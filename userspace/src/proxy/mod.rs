@@ -5,6 +5,7 @@
 //! it pods.
 
 mod arrival;
+mod budget;
 mod dial;
 mod hbone_server;
 pub mod hbone;
@@ -20,6 +21,8 @@ pub mod tls;
 mod workers;
 
 use std::sync::Arc;
+
+use tokio_util::sync::CancellationToken;
 
 pub use knobs::ProxyKnobs;
 pub use open::OpenConnections;
@@ -49,6 +52,8 @@ pub struct Context {
     pub judge: Arc<dyn Judge>,
     pub telemetry: Arc<Telemetry>,
     pub open: Arc<OpenConnections>,
+    /// Cancelled when a part of the proxy has ended that must not.
+    pub failed: CancellationToken,
     pub server: hbone::ServerSettings,
     pub knobs: ProxyKnobs,
 }

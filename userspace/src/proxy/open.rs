@@ -41,7 +41,8 @@ pub(super) struct OpenConnection {
 }
 
 impl OpenConnections {
-    /// Enters a connection. To be called before policy is asked: a change in between is then seen by one of the two.
+    /// Enters a connection. To be called before the mesh is loaded that policy is asked of: a change in between is
+    /// then seen by one of the two.
     pub(super) fn enter(
         self: &Arc<Self>,
         pod: &Arc<LocalPod>,

@@ -21,7 +21,7 @@ use super::{
     tls::ExpectedServer,
 };
 use crate::{
-    mesh::{Destination, LoadBalancerMode, Mesh, Service, TunnelProtocol, Workload},
+    mesh::{Destination, LoadBalancerMode, Mesh, Revision, Service, TunnelProtocol, Workload},
     policy::{Decision, DenyReason},
     telemetry::{Direction, FlowPath, Reporter, ResponseFlags},
 };
@@ -41,6 +41,8 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream) {
     let Ok(Arrival { source, destination }) = Arrival::of(&stream) else {
         return;
     };
+    // Before the mesh: who sees a revision finds a mesh at least that new.
+    let known = ours.context.mesh.revision() > Revision::default() || !ours.context.knobs.awaits_mesh();
     let mesh = ours.context.mesh.load();
     let client = ours.pod.workload(&mesh).cloned();
     let mut report = Report::new(&ours.context.telemetry, source, destination);
@@ -52,7 +54,12 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream) {
         report.refused("port 15001 of the pod belongs to the agent");
         return;
     }
-    let route = route(&mesh, &ours.context.network, destination, client.as_deref());
+    // Without a mesh nothing is known to be outside of it, and a pod of it must not be reached in plaintext.
+    let route = if known {
+        route(&mesh, &ours.context.network, destination, client.as_deref())
+    } else {
+        Route::Nowhere("the mesh is not known yet")
+    };
     drop(mesh);
     match route {
         Route::Nowhere(reason) => {

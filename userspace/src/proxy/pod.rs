@@ -1,18 +1,37 @@
 //! One pod's listeners and everything that was accepted from them.
+//!
+//! Invariants: what comes in cannot use up what may go out; a listener that ends before it is told to ends the agent, since its pod
+//! would be refused for good.
 
-use std::{io, net::TcpListener as StdListener, sync::Arc, time::Duration};
-
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
+use std::{
+    convert::Infallible,
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
 };
+
+use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
-use super::{Context, Workers, dial, hbone::Stop, hbone_server, inbound, outbound, workers::Worker};
+use super::{
+    Context, Workers,
+    budget::{Budget, Permit},
+    dial,
+    hbone::Stop,
+    hbone_server, inbound, outbound,
+    workers::Worker,
+};
 use crate::{enrol::LocalPod, kernel::PodListeners};
 
-/// Connections that one pod may have in the agent at a time: more are reset, so that a pod harms only itself.
-const CONNECTIONS_PER_POD: usize = 4096;
+/// Connections that one port of a pod may have in the agent at a time: more are reset, so that a pod harms only itself.
+const CONNECTIONS_PER_PORT: usize = 4096;
+/// How many of those to 15006 and 15008 one address may have.
+const CONNECTIONS_PER_SOURCE: usize = 3072;
+/// Connections to 15008 whose client has not proved an identity yet.
+const HANDSHAKES: usize = 512;
+/// How many of those one address may have.
+const HANDSHAKES_PER_SOURCE: usize = 128;
 /// Pause after a failed accept, which mostly means that there are no descriptors left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -34,11 +53,12 @@ pub(super) struct Ours {
     pub stop: Stop,
 }
 
-#[derive(Clone, Copy)]
+/// One of a pod's three ports, with the budget of its connections.
+#[derive(Clone)]
 enum Port {
-    Outbound,
-    Inbound,
-    Hbone,
+    Outbound(Arc<Budget>),
+    Inbound(Arc<Budget>),
+    Hbone { handshakes: Arc<Budget>, tunnels: Arc<Budget> },
 }
 
 impl PodProxy {
@@ -47,16 +67,20 @@ impl PodProxy {
         let worker = workers.next().ok_or_else(|| io::Error::other("there are no data threads"))?;
         let accepting = CancellationToken::new();
         let stop = Stop::default();
-        let permits = Arc::new(Semaphore::new(CONNECTIONS_PER_POD));
         let ours = Ours { context: Arc::clone(context), pod: Arc::clone(&pod), worker: worker.clone(), stop: stop.clone() };
-        let PodListeners { outbound, inbound, hbone } = listeners;
-        for (listener, port) in [(outbound, Port::Outbound), (inbound, Port::Inbound), (hbone, Port::Hbone)] {
-            let (ours, accepting, permits) = (ours.clone(), accepting.clone(), Arc::clone(&permits));
+        let listeners = {
+            // Registering with the thread's poller is all that can fail: here, so that the pod is not enrolled then.
+            let _thread = worker.handle.enter();
+            let PodListeners { outbound, inbound, hbone } = listeners;
+            [TcpListener::from_std(outbound)?, TcpListener::from_std(inbound)?, TcpListener::from_std(hbone)?]
+        };
+        for (listener, port) in listeners.into_iter().zip(ports(context)) {
+            let (ours, accepting) = (ours.clone(), accepting.clone());
+            let watched = Watched { expected: accepting.clone(), failed: context.failed.clone() };
             worker.tasks.spawn_on(
                 async move {
-                    if let Some(Err(error)) = accepting.run_until_cancelled(accept(listener, port, ours, permits)).await {
-                        tracing::error!(%error, "a listener of a pod failed; its connections are refused");
-                    }
+                    let _watched = watched;
+                    accepting.run_until_cancelled(accept(listener, port, ours)).await;
                 },
                 &worker.handle,
             );
@@ -83,37 +107,117 @@ impl PodProxy {
     }
 }
 
-async fn accept(listener: StdListener, port: Port, ours: Ours, permits: Arc<Semaphore>) -> io::Result<()> {
-    let listener = TcpListener::from_std(listener)?;
+fn ports(context: &Context) -> [Port; 3] {
+    if !context.knobs.separates_budgets() {
+        let all = Budget::new(CONNECTIONS_PER_PORT, CONNECTIONS_PER_PORT);
+        // A tunnel would count twice.
+        let tunnels = Budget::new(CONNECTIONS_PER_PORT, CONNECTIONS_PER_PORT);
+        return [Port::Outbound(Arc::clone(&all)), Port::Inbound(Arc::clone(&all)), Port::Hbone { handshakes: all, tunnels }];
+    }
+    [
+        // All from the pod itself.
+        Port::Outbound(Budget::new(CONNECTIONS_PER_PORT, CONNECTIONS_PER_PORT)),
+        Port::Inbound(Budget::new(CONNECTIONS_PER_PORT, CONNECTIONS_PER_SOURCE)),
+        Port::Hbone {
+            handshakes: Budget::new(HANDSHAKES, HANDSHAKES_PER_SOURCE),
+            tunnels: Budget::new(CONNECTIONS_PER_PORT, CONNECTIONS_PER_SOURCE),
+        },
+    ]
+}
+
+impl Port {
+    /// The budget that a connection takes from before anything is known of it.
+    fn budget(&self) -> &Arc<Budget> {
+        match self {
+            Self::Outbound(budget) | Self::Inbound(budget) => budget,
+            Self::Hbone { handshakes, .. } => handshakes,
+        }
+    }
+}
+
+/// Tells when a task ends that was not told to, also by a panic.
+struct Watched {
+    expected: CancellationToken,
+    failed: CancellationToken,
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        if !self.expected.is_cancelled() {
+            tracing::error!("a listener of a pod ended unexpectedly");
+            self.failed.cancel();
+        }
+    }
+}
+
+async fn accept(listener: TcpListener, port: Port, ours: Ours) -> Infallible {
     loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        let (stream, source) = match listener.accept().await {
+            Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!(%error, pod = %ours.pod.uid(), "cannot accept a connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
-        match Arc::clone(&permits).try_acquire_owned() {
-            Ok(permit) => begin(stream, port, &ours, permit),
-            Err(_) => dial::reset(stream),
+        match port.budget().take(canonical(source)) {
+            Some(permit) => begin(stream, &port, &ours, permit),
+            None => dial::reset(stream),
         }
     }
 }
 
-fn begin(stream: TcpStream, port: Port, ours: &Ours, permit: OwnedSemaphorePermit) {
+fn canonical(source: SocketAddr) -> IpAddr {
+    source.ip().to_canonical()
+}
+
+fn begin(stream: TcpStream, port: &Port, ours: &Ours, permit: Permit) {
     let tasks = ours.worker.tasks.clone();
-    let ours = ours.clone();
+    let (ours, port) = (ours.clone(), port.clone());
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "a connection ended before it was looked at");
         return;
     }
     tasks.spawn(async move {
         match port {
-            Port::Outbound => outbound::handle(ours, stream).await,
-            Port::Inbound => inbound::handle_plaintext(ours, stream).await,
-            Port::Hbone => hbone_server::handle(ours, stream).await,
+            Port::Outbound(_) => {
+                outbound::handle(ours, stream).await;
+                drop(permit);
+            }
+            Port::Inbound(_) => {
+                inbound::handle_plaintext(ours, stream).await;
+                drop(permit);
+            }
+            Port::Hbone { tunnels, .. } => hbone_server::handle(ours, stream, permit, &tunnels).await,
         }
-        drop(permit);
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn watched() -> (Watched, CancellationToken, CancellationToken) {
+        let (expected, failed) = (CancellationToken::new(), CancellationToken::new());
+        (Watched { expected: expected.clone(), failed: failed.clone() }, expected, failed)
+    }
+
+    #[tokio::test]
+    async fn a_listener_that_panics_is_told() {
+        let (watched, _expected, failed) = watched();
+        let task = tokio::spawn(async move {
+            let _watched = watched;
+            panic!("for the test");
+        });
+        assert!(task.await.is_err());
+        assert!(failed.is_cancelled());
+    }
+
+    #[tokio::test]
+    async fn a_listener_that_was_told_to_end_is_not() {
+        let (watched, expected, failed) = watched();
+        expected.cancel();
+        drop(watched);
+        assert!(!failed.is_cancelled());
+    }
 }

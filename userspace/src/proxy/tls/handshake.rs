@@ -4,7 +4,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, CommonState, ServerConfig};
@@ -14,6 +14,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
 use super::config::ALPN_HTTP2;
 use super::{HandshakeError, PeerRejection, TestKnobs};
+use crate::identity::{Validity, spiffe};
 use crate::policy::Identity;
 
 /// An authenticated connection from a client.
@@ -22,6 +23,8 @@ pub struct Accepted<S> {
     pub stream: server::TlsStream<S>,
     /// None only where a test knob admits clients without a certificate.
     pub peer: Option<Identity>,
+    /// Until when the peer's certificate holds, by the wall clock.
+    pub not_after: Option<SystemTime>,
 }
 
 /// An authenticated connection to a server.
@@ -52,7 +55,8 @@ where
         Err(HandshakeError::NoCertificate) if !knobs.client_certificate_required() => None,
         Err(error) => return Err(error),
     };
-    Ok(Accepted { stream, peer })
+    let not_after = expiry(state)?;
+    Ok(Accepted { stream, peer, not_after })
 }
 
 /// Opens a connection to the server at `address`. The address is not sent and not compared with anything.
@@ -81,6 +85,17 @@ pub fn peer_identity(state: &CommonState, knobs: TestKnobs) -> Result<Identity, 
     let chain = state.peer_certificates().unwrap_or_default();
     let leaf = chain.first().ok_or(HandshakeError::NoCertificate)?;
     knobs.identity_of(leaf).map_err(|error| HandshakeError::Peer(PeerRejection::Identity(error)))
+}
+
+/// When the peer's certificate expires, if it presented one.
+fn expiry(state: &CommonState) -> Result<Option<SystemTime>, HandshakeError> {
+    let Some(leaf) = state.peer_certificates().unwrap_or_default().first() else {
+        return Ok(None);
+    };
+    let refused = |rejection| HandshakeError::Peer(rejection);
+    let parsed = spiffe::parse(leaf).map_err(|error| refused(error.into()))?;
+    let validity = Validity::of(&parsed).map_err(|error| refused(PeerRejection::Chain(error.to_string())))?;
+    Ok(Some(validity.not_after))
 }
 
 /// rustls refuses a peer that offers other protocols, but lets one pass that offers none.
