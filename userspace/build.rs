@@ -2,7 +2,13 @@
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let source = xtask::ebpf::source();
-    for path in ["src", "abi/src", "Cargo.toml", "Cargo.lock", "abi/Cargo.toml"] {
+    for path in [
+        "src",
+        "abi/src",
+        "Cargo.toml",
+        "Cargo.lock",
+        "abi/Cargo.toml",
+    ] {
         println!("cargo::rerun-if-changed={}", source.join(path).display());
     }
     let object = xtask::ebpf::build()?;

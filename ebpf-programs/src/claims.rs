@@ -54,5 +54,7 @@ fn add(client: u64, delta: i64) -> Option<i64> {
     let quota = QUOTAS.get_ptr_mut(&client)?;
     // The target has no compare-and-swap as Rust's atomics want it, hence the intrinsic.
     // SAFETY: a live map value; only ever accessed atomically.
-    Some(unsafe { atomic_xadd::<i64, i64, { AtomicOrdering::Relaxed }>(&raw mut (*quota).claims, delta) })
+    Some(unsafe {
+        atomic_xadd::<i64, i64, { AtomicOrdering::Relaxed }>(&raw mut (*quota).claims, delta)
+    })
 }

@@ -4,13 +4,15 @@ use core::ptr;
 
 use aya_ebpf::{
     bindings::bpf_sock_addr,
-    helpers::generated::{bpf_get_netns_cookie, bpf_getsockopt, bpf_ktime_get_ns, bpf_set_retval, bpf_setsockopt},
+    helpers::generated::{
+        bpf_get_netns_cookie, bpf_getsockopt, bpf_ktime_get_ns, bpf_set_retval, bpf_setsockopt,
+    },
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
 use culvert_abi::{
-    Endpoint, FlowKey, OWN_PORTS, Pod, Reason, STEER_MARK, SocketState, Verdict, VerdictKey, action, knob, listener_kind, mapped,
-    role, scope,
+    Endpoint, FlowKey, OWN_PORTS, Pod, Reason, STEER_MARK, SocketState, Verdict, VerdictKey,
+    action, knob, listener_kind, mapped, role, scope,
 };
 
 use crate::{
@@ -41,7 +43,11 @@ pub fn connect6(ctx: SockAddrContext) -> i32 {
 enum Choice {
     Direct(Endpoint),
     Steer(Reason),
-    Refuse { reason: Reason, policy: u32, workload: u32 },
+    Refuse {
+        reason: Reason,
+        policy: u32,
+        workload: u32,
+    },
 }
 
 #[inline(always)]
@@ -49,7 +55,10 @@ fn decide(ctx: &SockAddrContext, target: Target) -> i32 {
     let addr = ctx.sock_addr;
     // SAFETY: single volatile reads of context fields.
     let (protocol, sk) = unsafe {
-        (ptr::read_volatile(&raw const (*addr).protocol), (*addr).__bindgen_anon_1.sk)
+        (
+            ptr::read_volatile(&raw const (*addr).protocol),
+            (*addr).__bindgen_anon_1.sk,
+        )
     };
     if protocol != IPPROTO_TCP {
         return PROCEED;
@@ -102,11 +111,17 @@ fn decide(ctx: &SockAddrContext, target: Target) -> i32 {
             PROCEED
         }
         // The reset for a SYN that `inbound` drops would have somebody else's address and never leave: refuse here.
-        Choice::Steer(_) if !listens(cookie, listener_kind::OUTBOUND) && !knob(knob::SKIP_STEERING) => {
+        Choice::Steer(_)
+            if !listens(cookie, listener_kind::OUTBOUND) && !knob(knob::SKIP_STEERING) =>
+        {
             refuse(Reason::RefusedNoAgent)
         }
         Choice::Steer(reason) => steer(addr, state, pod.device, reason),
-        Choice::Refuse { reason, policy, workload } => {
+        Choice::Refuse {
+            reason,
+            policy,
+            workload,
+        } => {
             let key = FlowKey {
                 netns_cookie: 0,
                 client: pod.address,
@@ -124,7 +139,10 @@ fn decide(ctx: &SockAddrContext, target: Target) -> i32 {
 /// Whether a destination on this node may be reached directly.
 #[inline(always)]
 fn judge(pod: &Pod, endpoint: Endpoint, port: u16) -> Choice {
-    if pod.flags & Pod::NO_DIRECT != 0 || endpoint.flags & Endpoint::STEER != 0 || OWN_PORTS.contains(&port) {
+    if pod.flags & Pod::NO_DIRECT != 0
+        || endpoint.flags & Endpoint::STEER != 0
+        || OWN_PORTS.contains(&port)
+    {
         return Choice::Steer(Reason::SteeredNotEligible);
     }
     let by_pod = endpoint.flags & Endpoint::BY_POD != 0;
@@ -212,7 +230,11 @@ fn bound_device(addr: *mut bpf_sock_addr) -> u32 {
     // SAFETY: `sk` is checked; a single volatile read of a field of the kernel's `struct bpf_sock`.
     unsafe {
         let sk = (*addr).__bindgen_anon_1.sk;
-        if sk.is_null() { 0 } else { ptr::read_volatile(&raw const (*sk).bound_dev_if) }
+        if sk.is_null() {
+            0
+        } else {
+            ptr::read_volatile(&raw const (*sk).bound_dev_if)
+        }
     }
 }
 
@@ -238,4 +260,3 @@ fn refuse(reason: Reason) -> i32 {
     unsafe { bpf_set_retval(-ECONNREFUSED) };
     REFUSE
 }
-

@@ -49,7 +49,10 @@ pub fn emit(event: &Event) {
 /// For what must be acted on now, whatever else there is to read.
 #[inline(always)]
 pub fn alarm(event: &Event) {
-    if ALARMS.output(event, u64::from(BPF_RB_FORCE_WAKEUP)).is_err() {
+    if ALARMS
+        .output(event, u64::from(BPF_RB_FORCE_WAKEUP))
+        .is_err()
+    {
         count(Reason::EventLost);
     }
 }

@@ -4,12 +4,15 @@
 use core::ptr;
 
 use aya_ebpf::{
-    bindings::{BPF_SK_LOOKUP_F_NO_REUSEPORT, bpf_sk_lookup, sk_action::SK_DROP, sk_action::SK_PASS},
+    bindings::{
+        BPF_SK_LOOKUP_F_NO_REUSEPORT, bpf_sk_lookup, sk_action::SK_DROP, sk_action::SK_PASS,
+    },
     macros::sk_lookup,
     programs::SkLookupContext,
 };
 use culvert_abi::{
-    FlowKey, HBONE_PORT, INBOUND_PORT, Listener, OUTBOUND_PORT, Reason, claim_kind, knob, listener_kind, mapped,
+    FlowKey, HBONE_PORT, INBOUND_PORT, Listener, OUTBOUND_PORT, Reason, claim_kind, knob,
+    listener_kind, mapped,
 };
 
 use crate::{
@@ -93,13 +96,17 @@ fn decide(ctx: &SkLookupContext) -> Result<Reason, Option<Reason>> {
             }
             claim_kind::PROXY => return Ok(Reason::AdmittedProxy),
             claim_kind::OWN_ADDRESS => return Ok(Reason::AdmittedOwnAddress),
-            claim_kind::STEERED => return assign(ctx, cookie, listener_kind::OUTBOUND, Reason::ToOutbound),
+            claim_kind::STEERED => {
+                return assign(ctx, cookie, listener_kind::OUTBOUND, Reason::ToOutbound);
+            }
             _ => return Err(Some(Reason::DroppedStaleClaim)),
         }
     }
     match local_port {
         HBONE_PORT => assign(ctx, cookie, listener_kind::HBONE, Reason::ToHbone),
-        OUTBOUND_PORT | INBOUND_PORT if !knob(knob::PASS_OWN_PORTS) => Err(Some(Reason::DroppedOwnPort)),
+        OUTBOUND_PORT | INBOUND_PORT if !knob(knob::PASS_OWN_PORTS) => {
+            Err(Some(Reason::DroppedOwnPort))
+        }
         _ if knob(knob::PASS_UNCLAIMED) => Err(None),
         _ => assign(ctx, cookie, listener_kind::INBOUND, Reason::ToPlaintext),
     }
@@ -126,8 +133,17 @@ fn inbound6(lookup: *mut bpf_sk_lookup) -> Result<Reason, Option<Reason>> {
 
 /// Gives the connection to a listener of the agent; without one it fails closed.
 #[inline(always)]
-fn assign(ctx: &SkLookupContext, netns_cookie: u64, kind: u32, reason: Reason) -> Result<Reason, Option<Reason>> {
-    let key = Listener { netns_cookie, kind, padding: 0 };
+fn assign(
+    ctx: &SkLookupContext,
+    netns_cookie: u64,
+    kind: u32,
+    reason: Reason,
+) -> Result<Reason, Option<Reason>> {
+    let key = Listener {
+        netns_cookie,
+        kind,
+        padding: 0,
+    };
     // NO_REUSEPORT: a process of the pod that binds our port with SO_REUSEPORT gets no share of it.
     match LISTENERS.redirect_sk_lookup(ctx, key, u64::from(BPF_SK_LOOKUP_F_NO_REUSEPORT)) {
         Ok(()) => Ok(reason),

@@ -37,7 +37,10 @@ pub fn isolate(ctx: &SockOpsContext, key: &FlowKey, netns: u64, client_end: bool
     // SAFETY: helper call with this program's context.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.ops.cast()) };
     // SAFETY: the context is valid for the length of this program.
-    if ISOLATED.update(cookie, unsafe { &mut *ctx.ops }, 0).is_err() {
+    if ISOLATED
+        .update(cookie, unsafe { &mut *ctx.ops }, 0)
+        .is_err()
+    {
         count(Reason::IsolationFailed);
     }
     let mut event = events::blank(event_kind::ISOLATED, key);
@@ -47,4 +50,3 @@ pub fn isolate(ctx: &SockOpsContext, key: &FlowKey, netns: u64, client_end: bool
     event.client_end = u64::from(client_end);
     events::alarm(&event);
 }
-

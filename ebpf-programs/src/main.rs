@@ -4,7 +4,10 @@
 #![no_std]
 #![no_main]
 #![feature(core_intrinsics)]
-#![allow(internal_features, reason = "claims.rs counts with an atomic intrinsic")]
+#![allow(
+    internal_features,
+    reason = "claims.rs counts with an atomic intrinsic"
+)]
 
 mod address;
 mod claims;

@@ -3,14 +3,17 @@
 use core::{ffi::c_void, ptr};
 
 use aya_ebpf::{
-    bindings::{BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE},
+    bindings::{
+        BPF_F_CLONE, BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE,
+        bpf_map_type::BPF_MAP_TYPE_SK_STORAGE,
+    },
     btf_maps::{Array, HashMap, PerCpuArray, RingBuf, SockHash},
     helpers::generated::{bpf_map_lookup_elem, bpf_sk_release, bpf_sk_storage_get},
     macros::btf_map,
 };
 use culvert_abi::{
-    Address, Claim, Config, Endpoint, Event, Flow, FlowKey, Listener, Pod, Quota, REASON_COUNT, Reason, SocketState, Verdict,
-    VerdictKey,
+    Address, Claim, Config, Endpoint, Event, Flow, FlowKey, Listener, Pod, Quota, REASON_COUNT,
+    Reason, SocketState, Verdict, VerdictKey,
 };
 
 const DEMAND: usize = BPF_F_NO_PREALLOC as usize;
@@ -76,7 +79,11 @@ impl<T> SocketStorage<T> {
             return None;
         }
         // SAFETY: the helper returns null or memory that lives as long as the socket, which outlives the program.
-        unsafe { bpf_sk_storage_get(self.address(), sk, ptr::null_mut(), 0).cast::<T>().as_mut() }
+        unsafe {
+            bpf_sk_storage_get(self.address(), sk, ptr::null_mut(), 0)
+                .cast::<T>()
+                .as_mut()
+        }
     }
 
     /// The socket's state, zeroed when it is new.
@@ -87,7 +94,11 @@ impl<T> SocketStorage<T> {
         }
         let flags = u64::from(BPF_SK_STORAGE_GET_F_CREATE);
         // SAFETY: as in `find`.
-        unsafe { bpf_sk_storage_get(self.address(), sk, ptr::null_mut(), flags).cast::<T>().as_mut() }
+        unsafe {
+            bpf_sk_storage_get(self.address(), sk, ptr::null_mut(), flags)
+                .cast::<T>()
+                .as_mut()
+        }
     }
 
     #[inline(always)]
@@ -99,10 +110,17 @@ impl<T> SocketStorage<T> {
 /// Whether the agent listens for connections of `kind` in a pod.
 #[inline(always)]
 pub fn listens(netns_cookie: u64, kind: u32) -> bool {
-    let key = Listener { netns_cookie, kind, padding: 0 };
+    let key = Listener {
+        netns_cookie,
+        kind,
+        padding: 0,
+    };
     // SAFETY: the helper returns null or a socket with a reference that is given back at once.
     unsafe {
-        let socket = bpf_map_lookup_elem((&raw const LISTENERS).cast_mut().cast(), (&raw const key).cast());
+        let socket = bpf_map_lookup_elem(
+            (&raw const LISTENERS).cast_mut().cast(),
+            (&raw const key).cast(),
+        );
         if socket.is_null() {
             return false;
         }

@@ -4,16 +4,16 @@ use core::{ffi::c_void, ptr};
 
 use aya_ebpf::{
     bindings::{
-        BPF_ANY, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB,
-        BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
+        BPF_ANY, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
+        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
     },
-    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_skc_to_tcp_sock},
+    helpers::generated::{
+        bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_skc_to_tcp_sock,
+    },
     macros::sock_ops,
     programs::SockOpsContext,
 };
-use culvert_abi::{
-    Claim, Flow, FlowKey, OWN_PORTS, Reason, claim_kind, event_kind, knob, role,
-};
+use culvert_abi::{Claim, Flow, FlowKey, OWN_PORTS, Reason, claim_kind, event_kind, knob, role};
 
 use crate::{
     address::Ends,
@@ -82,7 +82,8 @@ fn connecting(ctx: &SockOpsContext) {
     };
     let key = ends.as_client(lookup_netns);
     // SAFETY: helper calls without side effects.
-    let (now, socket_cookie) = unsafe { (bpf_ktime_get_ns(), bpf_get_socket_cookie(ctx.ops.cast())) };
+    let (now, socket_cookie) =
+        unsafe { (bpf_ktime_get_ns(), bpf_get_socket_cookie(ctx.ops.cast())) };
     let claim = Claim {
         client_netns: own_netns,
         server_netns: lookup_netns,
@@ -102,7 +103,10 @@ fn connecting(ctx: &SockOpsContext) {
     state.fin_acked = 0;
     state.received_at_fin_wait = 0;
     // Without this callback the claim of a failed connect would stay: better none at all.
-    if ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32).is_err() {
+    if ctx
+        .set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32)
+        .is_err()
+    {
         return;
     }
     claims::publish(&key, &claim);
@@ -123,11 +127,22 @@ fn connected(ctx: &SockOpsContext) {
     let admitted = unsafe { CLAIMS.get(&state.key) }
         .is_some_and(|claim| claim.sequence == state.sequence && claim.admitted != 0);
     if !admitted && !knob(knob::SKIP_ADMITTED) {
-        isolate(ctx, &state.key, netns_cookie(ctx), true, Reason::IsolatedNotAdmitted);
+        isolate(
+            ctx,
+            &state.key,
+            netns_cookie(ctx),
+            true,
+            Reason::IsolatedNotAdmitted,
+        );
         return;
     }
     // SAFETY: helper call without arguments; single volatile read of a context field.
-    let (now, acked) = unsafe { (bpf_ktime_get_ns(), ptr::read_volatile(&raw const (*ctx.ops).bytes_acked)) };
+    let (now, acked) = unsafe {
+        (
+            bpf_ktime_get_ns(),
+            ptr::read_volatile(&raw const (*ctx.ops).bytes_acked),
+        )
+    };
     state.acked_at_start = acked;
     state.connect_latency_us = (now.saturating_sub(state.opened_ns) / 1000) as u32;
 }
@@ -150,7 +165,10 @@ fn accepted(ctx: &SockOpsContext) {
     let key = ends.as_server(netns);
     let sk = socket(ctx);
     // A child of the agent's listener: `inbound` chose it, the agent judges it.
-    if SOCKETS.find(sk).is_some_and(|state| state.role == role::PROXY) {
+    if SOCKETS
+        .find(sk)
+        .is_some_and(|state| state.role == role::PROXY)
+    {
         // SAFETY: only the client is read.
         if let Some(claim) = unsafe { CLAIMS.get(&key) } {
             let client = claim.client_netns;
@@ -187,11 +205,14 @@ fn admit(ctx: &SockOpsContext, sk: *mut c_void, netns: u64, key: &FlowKey) -> Re
         _ => return Err(Reason::IsolatedNoClaim),
     }
     // SAFETY: the agent replaces endpoints whole.
-    let current = unsafe { ENDPOINTS.get(&key.server) }.is_some_and(|endpoint| endpoint.generation == claim.generation);
+    let current = unsafe { ENDPOINTS.get(&key.server) }
+        .is_some_and(|endpoint| endpoint.generation == claim.generation);
     if !current && !knob(knob::SKIP_GENERATION) {
         return Err(Reason::IsolatedOldGeneration);
     }
-    let state = SOCKETS.find_or_create(sk).ok_or(Reason::IsolatedFlowMapFull)?;
+    let state = SOCKETS
+        .find_or_create(sk)
+        .ok_or(Reason::IsolatedFlowMapFull)?;
     state.role = role::ACCEPTED;
     state.key = *key;
     state.sequence = claim.sequence;
@@ -209,7 +230,9 @@ fn admit(ctx: &SockOpsContext, sk: *mut c_void, netns: u64, key: &FlowKey) -> Re
         source_pod: claim.source_pod,
         reserved: 0,
     };
-    FLOWS.insert(key, &flow, u64::from(BPF_ANY)).map_err(|_| Reason::IsolatedFlowMapFull)?;
+    FLOWS
+        .insert(key, &flow, u64::from(BPF_ANY))
+        .map_err(|_| Reason::IsolatedFlowMapFull)?;
     let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
     if ctx.set_cb_flags(flags as i32).is_err() {
         return Err(Reason::IsolatedFlowMapFull);
@@ -254,7 +277,8 @@ fn state_changed(ctx: &SockOpsContext) {
         return;
     }
     // SAFETY: only the sequence number is read; a flow of another number is a later connection's.
-    let owned = unsafe { FLOWS.get(&state.key) }.is_some_and(|flow| flow.sequence == state.sequence);
+    let owned =
+        unsafe { FLOWS.get(&state.key) }.is_some_and(|flow| flow.sequence == state.sequence);
     if owned {
         let _ = FLOWS.remove(&state.key);
     }
@@ -274,7 +298,9 @@ fn state_changed(ctx: &SockOpsContext) {
     event.workload = state.workload;
     event.sequence = state.sequence;
     event.generation = state.generation;
-    event.bytes_sent = acked.saturating_sub(state.acked_at_start).saturating_sub(fin_acked);
+    event.bytes_sent = acked
+        .saturating_sub(state.acked_at_start)
+        .saturating_sub(fin_acked);
     event.bytes_received = received.saturating_sub(fin_received);
     event.srtt_us = srtt >> 3;
     event.retransmits = retransmits;
@@ -317,4 +343,3 @@ fn write_seq(sk: *mut c_void) -> Option<u32> {
         Some(ptr::read_volatile(tcp.add(offset).cast::<u32>()))
     }
 }
-

@@ -15,10 +15,12 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Node(args) => run_node(&args, &environment),
         Command::Unload(args) => unload(&args, &environment),
-        Command::Client(command) => match cli::run(&command, &environment, &mut std::io::stdout().lock()) {
-            Err(error) if !error.is_closed_pipe() => fail(&error, error.exit_status()),
-            _ => ExitCode::SUCCESS,
-        },
+        Command::Client(command) => {
+            match cli::run(&command, &environment, &mut std::io::stdout().lock()) {
+                Err(error) if !error.is_closed_pipe() => fail(&error, error.exit_status()),
+                _ => ExitCode::SUCCESS,
+            }
+        }
     }
 }
 
@@ -28,7 +30,10 @@ fn run_node(args: &NodeArgs, environment: &Environment) -> ExitCode {
         Err(errors) => return fail(&errors, EXIT_CONFIG),
     };
     if args.print_config {
-        return match std::io::stdout().lock().write_all(config.to_yaml().as_bytes()) {
+        return match std::io::stdout()
+            .lock()
+            .write_all(config.to_yaml().as_bytes())
+        {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(&error, EXIT_FAILED),
         };
@@ -39,7 +44,10 @@ fn run_node(args: &NodeArgs, environment: &Environment) -> ExitCode {
     };
     let cgroup_mount = config::mounts::find(&environment.mountinfo, "cgroup2").unwrap_or_default();
     // Control only; connections have threads of their own.
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build();
     let outcome = match runtime {
         Ok(runtime) => runtime.block_on(node::run(config, cgroup_mount, log.lost_lines())),
         Err(error) => return fail(&error, EXIT_FAILED),

@@ -34,7 +34,9 @@ fn start<'a>(arguments: impl IntoIterator<Item = &'a str>) -> anyhow::Result<()>
     workspace::name_programs(&mut command)?;
     // What the caller's shell has set for another agent must not change what is shown.
     for (name, _) in std::env::vars_os() {
-        if is_of_an_agent(&name.to_string_lossy()) && !matches!(name.to_str(), Some("CULVERT_BINARY" | "CULVERT_PROBE")) {
+        if is_of_an_agent(&name.to_string_lossy())
+            && !matches!(name.to_str(), Some("CULVERT_BINARY" | "CULVERT_PROBE"))
+        {
             command.env_remove(name);
         }
     }
@@ -53,9 +55,24 @@ fn start<'a>(arguments: impl IntoIterator<Item = &'a str>) -> anyhow::Result<()>
 fn is_of_an_agent(name: &str) -> bool {
     const PREFIXES: [&str; 4] = ["CULVERT_", "XDS_", "CA_", "ISTIO_META_"];
     const NAMES: [&str; 18] = [
-        "NODE_NAME", "CLUSTER_ID", "NETWORK", "CLUSTER_DOMAIN", "POD_NAME", "POD_NAMESPACE", "INSTANCE_IP",
-        "SERVICE_ACCOUNT", "TRUST_DOMAIN", "LOCAL_XDS_PATH", "LOCAL_XDS", "SECRET_TTL", "PACKET_MARK",
-        "TERMINATION_GRACE_PERIOD_SECONDS", "POOL_MAX_STREAMS_PER_CONNECTION", "IPV6_ENABLED", "RUST_LOG", "LOG_FORMAT",
+        "NODE_NAME",
+        "CLUSTER_ID",
+        "NETWORK",
+        "CLUSTER_DOMAIN",
+        "POD_NAME",
+        "POD_NAMESPACE",
+        "INSTANCE_IP",
+        "SERVICE_ACCOUNT",
+        "TRUST_DOMAIN",
+        "LOCAL_XDS_PATH",
+        "LOCAL_XDS",
+        "SECRET_TTL",
+        "PACKET_MARK",
+        "TERMINATION_GRACE_PERIOD_SECONDS",
+        "POOL_MAX_STREAMS_PER_CONNECTION",
+        "IPV6_ENABLED",
+        "RUST_LOG",
+        "LOG_FORMAT",
     ];
     PREFIXES.iter().any(|prefix| name.starts_with(prefix)) || NAMES.contains(&name)
 }

@@ -36,11 +36,7 @@ pub struct Rounds {
 pub fn all(pairs: &mut [Pair], plain: &Stage, meshed: &Stage) -> Result<()> {
     learn(meshed)?;
     for pair in pairs {
-        let longest = if pair.allowed {
-            LONGEST
-        } else {
-            LONGEST_PLAIN
-        };
+        let longest = if pair.allowed { LONGEST } else { LONGEST_PLAIN };
         let rounds = rounds(pair, plain, meshed, ROUNDS, longest)?;
         pair.figures = Figures::median(&rounds.with);
         pair.plain = Figures::median(&rounds.without);
@@ -52,7 +48,9 @@ pub fn all(pairs: &mut [Pair], plain: &Stage, meshed: &Stage) -> Result<()> {
 
 /// Lets the agents learn the ways that are measured.
 pub fn learn(meshed: &Stage) -> Result<()> {
-    [ECHO, SINK].into_iter().try_for_each(|port| meshed.learn(port))
+    [ECHO, SINK]
+        .into_iter()
+        .try_for_each(|port| meshed.learn(port))
 }
 
 /// At most `most` rounds of a pair in turns, and no new one after `longest`.

@@ -17,20 +17,39 @@ pub enum EnrolError {
     OtherNetns { uid: PodUid },
     #[error("the network namespace of pod {uid} is enrolled already, as pod {other}")]
     NetnsTaken { uid: PodUid, other: PodUid },
-    #[error("the network namespace of pod {0} is the agent's own: a host-network pod cannot be enrolled")]
+    #[error(
+        "the network namespace of pod {0} is the agent's own: a host-network pod cannot be enrolled"
+    )]
     HostNetwork(PodUid),
     #[error("pod {uid}: address {ip} belongs to pod {other} already")]
-    AddressTaken { uid: PodUid, ip: IpAddr, other: PodUid },
+    AddressTaken {
+        uid: PodUid,
+        ip: IpAddr,
+        other: PodUid,
+    },
     #[error("pod {uid}: no IPv4 address on any interface but loopback of {netns}")]
     NoAddress { uid: PodUid, netns: String },
-    #[error("pod {uid}: {netns} has the addresses {found}, none of them the workload's ({expected}) in the mesh")]
-    OtherAddress { uid: PodUid, netns: String, found: String, expected: String },
-    #[error("pod {0}: its identity is not known: give --namespace and --service-account, or name it in the mesh")]
+    #[error(
+        "pod {uid}: {netns} has the addresses {found}, none of them the pod's ({expected}) by the mesh or by its earlier enrolment"
+    )]
+    OtherAddress {
+        uid: PodUid,
+        netns: String,
+        found: String,
+        expected: String,
+    },
+    #[error(
+        "pod {0}: its identity is not known: give --namespace and --service-account, or name it in the mesh"
+    )]
     NoIdentity(PodUid),
     #[error("pod {uid}: {source}")]
     Identity { uid: PodUid, source: IdentityError },
     #[error("pod {uid}: the request says {asked}, the mesh says {known}")]
-    IdentityConflict { uid: PodUid, asked: Identity, known: Identity },
+    IdentityConflict {
+        uid: PodUid,
+        asked: Identity,
+        known: Identity,
+    },
     #[error("the agent is stopping; no pod is enrolled any more")]
     Stopping,
     #[error("a pod's uid is 1 to 253 characters without control characters or spaces")]

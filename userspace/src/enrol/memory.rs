@@ -48,7 +48,9 @@ struct Remembered {
 impl Memory {
     /// The memory beside an admin socket.
     pub fn beside(admin_socket: &Path) -> Self {
-        Self { path: admin_socket.with_extension("pods.json") }
+        Self {
+            path: admin_socket.with_extension("pods.json"),
+        }
     }
 
     /// The pods to take back. What cannot be read or has gone is left out and said.
@@ -61,7 +63,10 @@ impl Memory {
                 return Vec::new();
             }
         };
-        remembered.into_iter().filter_map(Remembered::verified).collect()
+        remembered
+            .into_iter()
+            .filter_map(Remembered::verified)
+            .collect()
     }
 
     /// Remembers exactly these pods.
@@ -79,7 +84,10 @@ impl Memory {
 
     fn read(&self) -> io::Result<Vec<Remembered>> {
         if fs::metadata(&self.path)?.len() > MOST_BYTES {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "the file is too large"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the file is too large",
+            ));
         }
         Ok(serde_json::from_slice(&fs::read(&self.path)?)?)
     }
@@ -105,8 +113,22 @@ impl Remembered {
             tracing::info!(pod = %self.uid, netns = %self.netns.display(), "a pod that was enrolled before has gone");
             return None;
         }
-        let Self { uid, netns, namespace, name, service_account, ip, .. } = self;
-        let spec = PodSpec { uid: PodUid::new(&uid).ok()?, netns, namespace, name, service_account };
+        let Self {
+            uid,
+            netns,
+            namespace,
+            name,
+            service_account,
+            ip,
+            ..
+        } = self;
+        let spec = PodSpec {
+            uid: PodUid::new(&uid).ok()?,
+            netns,
+            namespace,
+            name,
+            service_account,
+        };
         Some(KnownPod { spec, cookie, ip })
     }
 }
@@ -130,12 +152,15 @@ mod tests {
     fn a_path_that_leads_elsewhere_by_now_is_not_taken_back() {
         let directory = tempfile::tempdir().unwrap();
         let memory = Memory::beside(&directory.path().join("admin.sock"));
-        let pod = |cookie: u64, netns: &str| {
-            serde_json::json!({"uid": "a", "netns": netns, "netns_cookie": cookie, "ip": "10.0.0.1", "namespace": null, "name": null, "service_account": null})
-        };
+        let pod = |cookie: u64, netns: &str| serde_json::json!({"uid": "a", "netns": netns, "netns_cookie": cookie, "ip": "10.0.0.1", "namespace": null, "name": null, "service_account": null});
         let own = "/proc/self/ns/net";
         let cookie = Netns::open(Path::new(own)).unwrap().cookie().0;
-        let pods = serde_json::json!([pod(cookie, own), pod(cookie + 1, own), pod(cookie, "/proc/self/status"), pod(1, "/no/such")]);
+        let pods = serde_json::json!([
+            pod(cookie, own),
+            pod(cookie + 1, own),
+            pod(cookie, "/proc/self/status"),
+            pod(1, "/no/such")
+        ]);
         fs::write(&memory.path, pods.to_string()).unwrap();
         assert_eq!(memory.recall().len(), 1);
     }

@@ -15,8 +15,13 @@ pub struct PodUid(Arc<str>);
 
 impl PodUid {
     pub fn new(text: &str) -> Result<Self, EnrolError> {
-        let fine = (1..=253).contains(&text.len()) && text.chars().all(|c| !c.is_control() && c != ' ');
-        if fine { Ok(Self(text.into())) } else { Err(EnrolError::BadUid) }
+        let fine =
+            (1..=253).contains(&text.len()) && text.chars().all(|c| !c.is_control() && c != ' ');
+        if fine {
+            Ok(Self(text.into()))
+        } else {
+            Err(EnrolError::BadUid)
+        }
     }
 
     pub fn as_str(&self) -> &str {
@@ -49,20 +54,28 @@ impl PodSpec {
 
     /// Who the pod is. What the request says and what the mesh says must agree.
     pub fn identity(&self, mesh: &Mesh, trust_domain: &str) -> Result<Identity, EnrolError> {
-        let known = self.workload(mesh).map(|workload| workload.identity().clone());
+        let known = self
+            .workload(mesh)
+            .map(|workload| workload.identity().clone());
         let asked = match (&self.namespace, &self.service_account) {
             (Some(namespace), Some(account)) => {
                 let domain = known.as_ref().map_or(trust_domain, Identity::trust_domain);
-                let identity = Identity::new(domain, namespace, account)
-                    .map_err(|source| EnrolError::Identity { uid: self.uid.clone(), source })?;
+                let identity = Identity::new(domain, namespace, account).map_err(|source| {
+                    EnrolError::Identity {
+                        uid: self.uid.clone(),
+                        source,
+                    }
+                })?;
                 Some(identity)
             }
             _ => None,
         };
         match (asked, known) {
-            (Some(asked), Some(known)) if asked != known => {
-                Err(EnrolError::IdentityConflict { uid: self.uid.clone(), asked, known })
-            }
+            (Some(asked), Some(known)) if asked != known => Err(EnrolError::IdentityConflict {
+                uid: self.uid.clone(),
+                asked,
+                known,
+            }),
             (Some(identity), _) | (None, Some(identity)) => Ok(identity),
             (None, None) => Err(EnrolError::NoIdentity(self.uid.clone())),
         }
@@ -95,6 +108,10 @@ impl LocalPod {
 
     /// What a later agent needs to serve this pod again.
     pub fn known(&self) -> KnownPod {
-        KnownPod { spec: self.spec.clone(), cookie: self.cookie(), ip: self.ip }
+        KnownPod {
+            spec: self.spec.clone(),
+            cookie: self.cookie(),
+            ip: self.ip,
+        }
     }
 }

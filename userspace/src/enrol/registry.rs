@@ -24,7 +24,10 @@ impl Registry {
     }
 
     pub fn by_cookie(&self, cookie: NetnsCookie) -> Option<Arc<LocalPod>> {
-        self.read().values().find(|pod| pod.cookie() == cookie).cloned()
+        self.read()
+            .values()
+            .find(|pod| pod.cookie() == cookie)
+            .cloned()
     }
 
     /// All pods, by uid.
@@ -35,7 +38,7 @@ impl Registry {
     }
 
     /// Whether a pod may be added. `Ok(false)` when this very pod is there already.
-    pub fn check(&self, uid: &PodUid, netns: &Netns, ip: IpAddr) -> Result<bool, EnrolError> {
+    pub fn check(&self, uid: &PodUid, netns: &Netns) -> Result<bool, EnrolError> {
         let pods = self.read();
         if let Some(pod) = pods.get(uid) {
             return if pod.cookie() == netns.cookie() {
@@ -44,16 +47,29 @@ impl Registry {
                 Err(EnrolError::OtherNetns { uid: uid.clone() })
             };
         }
-        for pod in pods.values() {
-            let other = || pod.uid().clone();
-            if pod.cookie() == netns.cookie() {
-                return Err(EnrolError::NetnsTaken { uid: uid.clone(), other: other() });
-            }
-            if pod.ip == ip {
-                return Err(EnrolError::AddressTaken { uid: uid.clone(), ip, other: other() });
-            }
+        if let Some(pod) = pods.values().find(|pod| pod.cookie() == netns.cookie()) {
+            return Err(EnrolError::NetnsTaken {
+                uid: uid.clone(),
+                other: pod.uid().clone(),
+            });
         }
-        if pods.len() >= MOST_PODS { Err(EnrolError::TooMany(pods.len())) } else { Ok(true) }
+        if pods.len() >= MOST_PODS {
+            Err(EnrolError::TooMany(pods.len()))
+        } else {
+            Ok(true)
+        }
+    }
+
+    /// Whether nobody has this address yet.
+    pub fn check_address(&self, uid: &PodUid, ip: IpAddr) -> Result<(), EnrolError> {
+        match self.read().values().find(|pod| pod.ip == ip) {
+            Some(pod) => Err(EnrolError::AddressTaken {
+                uid: uid.clone(),
+                ip,
+                other: pod.uid().clone(),
+            }),
+            None => Ok(()),
+        }
     }
 
     pub fn insert(&self, pod: Arc<LocalPod>) {

@@ -1,16 +1,15 @@
 //! Setting a pod up and taking it down: namespace, routing, listeners, hook.
 
-use std::{
-    net::IpAddr,
-    path::Path,
-    sync::Arc,
-};
+use std::{net::IpAddr, path::Path, sync::Arc};
 
 use nix::net::if_::InterfaceFlags;
 
-use super::{EnrolError, LocalPod, PodSpec};
+use super::{EnrolError, KnownPod, LocalPod, PodSpec};
 use crate::{
-    kernel::{Attachment, Kernel, Netns, PodAddress, PodListeners, PodRouting, PodSockets, SocketDestroyer},
+    kernel::{
+        Attachment, Kernel, Netns, PodAddress, PodListeners, PodRouting, PodSockets,
+        SocketDestroyer,
+    },
     mesh::Mesh,
     policy::Identity,
 };
@@ -23,25 +22,45 @@ pub struct Enrolment {
 }
 
 impl Enrolment {
-    /// Opens the pod's namespace and finds its address: the one the mesh names, if it names any, else the first one there is.
-    pub fn examine(spec: &PodSpec, mesh: &Mesh) -> Result<(Arc<Netns>, PodAddress), EnrolError> {
+    /// Opens the pod's namespace.
+    pub fn open(spec: &PodSpec) -> Result<Arc<Netns>, EnrolError> {
         let netns = Netns::open(&spec.netns)?;
         let own = Netns::open(Path::new("/proc/self/ns/net"))?;
         if own.cookie() == netns.cookie() {
             return Err(EnrolError::HostNetwork(spec.uid.clone()));
         }
+        Ok(Arc::new(netns))
+    }
+
+    /// Finds the pod's address: the one it was enrolled with before, else the one the mesh names, else the first there is.
+    pub fn address(
+        spec: &PodSpec,
+        netns: &Netns,
+        mesh: &Mesh,
+        before: Option<&KnownPod>,
+    ) -> Result<PodAddress, EnrolError> {
         let found = netns.run(addresses).unwrap_or_default();
-        let known = spec.workload(mesh).map(|workload| workload.addresses.as_slice()).unwrap_or_default();
+        let named = || {
+            spec.workload(mesh)
+                .map(|workload| workload.addresses.as_slice())
+                .unwrap_or_default()
+        };
+        let known = before.map_or_else(named, |before| std::slice::from_ref(&before.ip));
         let address = match found.as_slice() {
             [] => {
                 let netns = spec.netns.display().to_string();
-                return Err(EnrolError::NoAddress { uid: spec.uid.clone(), netns });
+                return Err(EnrolError::NoAddress {
+                    uid: spec.uid.clone(),
+                    netns,
+                });
             }
             [first, ..] if known.is_empty() => Some(first),
-            all => all.iter().find(|address| known.contains(&IpAddr::V4(address.ip))),
+            all => all
+                .iter()
+                .find(|address| known.contains(&IpAddr::V4(address.ip))),
         };
         match address {
-            Some(address) => Ok((Arc::new(netns), *address)),
+            Some(address) => Ok(*address),
             None => Err(EnrolError::OtherAddress {
                 uid: spec.uid.clone(),
                 netns: spec.netns.display().to_string(),
@@ -65,12 +84,28 @@ impl Enrolment {
         let sockets = PodSockets::new(Arc::clone(&netns), Arc::clone(kernel.tables()), packet_mark);
         let destroyer = SocketDestroyer::new(&netns)?;
         let routing = PodRouting::install(&netns, address, packet_mark)?;
-        let attached = sockets.listen().and_then(|listeners| Ok((listeners, kernel.attach_pod(&netns)?)));
+        let attached = sockets
+            .listen()
+            .and_then(|listeners| Ok((listeners, kernel.attach_pod(&netns)?)));
         match attached {
             Ok((listeners, attachment)) => {
                 let PodAddress { ip, device } = address;
-                let pod = LocalPod { spec, ip: IpAddr::V4(ip), device, identity, sockets, destroyer };
-                Ok((Self { pod: Arc::new(pod), routing, attachment }, listeners))
+                let pod = LocalPod {
+                    spec,
+                    ip: IpAddr::V4(ip),
+                    device,
+                    identity,
+                    sockets,
+                    destroyer,
+                };
+                Ok((
+                    Self {
+                        pod: Arc::new(pod),
+                        routing,
+                        attachment,
+                    },
+                    listeners,
+                ))
             }
             Err(error) => {
                 sockets.unlisten();
@@ -105,10 +140,16 @@ fn addresses() -> Vec<PodAddress> {
             let device = nix::net::if_::if_nametoindex(interface.interface_name.as_str()).ok()?;
             Some(PodAddress { ip, device })
         })
-        .filter(|PodAddress { ip, .. }| !ip.is_loopback() && !ip.is_link_local() && !ip.is_unspecified())
+        .filter(|PodAddress { ip, .. }| {
+            !ip.is_loopback() && !ip.is_link_local() && !ip.is_unspecified()
+        })
         .collect()
 }
 
 fn list<T: ToString>(addresses: impl IntoIterator<Item = T>) -> String {
-    addresses.into_iter().map(|address| address.to_string()).collect::<Vec<_>>().join(", ")
+    addresses
+        .into_iter()
+        .map(|address| address.to_string())
+        .collect::<Vec<_>>()
+        .join(", ")
 }

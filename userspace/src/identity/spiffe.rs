@@ -39,7 +39,9 @@ pub fn first_identity_of(certificate: &CertificateDer<'_>) -> Result<Identity, S
     let names = certificate
         .subject_alternative_name()
         .map_err(|error| SpiffeError::MalformedNames(error.to_string()))?;
-    let names = names.iter().flat_map(|extension| &extension.value.general_names);
+    let names = names
+        .iter()
+        .flat_map(|extension| &extension.value.general_names);
     let uris = names.filter_map(|name| match name {
         GeneralName::URI(uri) => Some(*uri),
         _ => None,

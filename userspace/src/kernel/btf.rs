@@ -22,7 +22,8 @@ const KIND_ENUM64: u32 = 19;
 
 /// Byte offset of `member` in `struct name` of the running kernel.
 pub fn member_offset(name: &str, member: &str) -> Result<u64, KernelError> {
-    let bytes = std::fs::read(Path::new(VMLINUX)).map_err(|error| KernelError::Btf(format!("cannot be read ({error})")))?;
+    let bytes = std::fs::read(Path::new(VMLINUX))
+        .map_err(|error| KernelError::Btf(format!("cannot be read ({error})")))?;
     find(&bytes, name, member)
         .ok_or_else(|| KernelError::Btf(format!("does not describe `{member}` of `struct {name}`")))
 }
@@ -52,7 +53,11 @@ fn find(bytes: &[u8], structure: &str, member: &str) -> Option<u64> {
                 if text(strings, word(types, entry)? as usize)? == member.as_bytes() {
                     let offset = word(types, entry + 8)?;
                     // With the flag set the upper byte is the size of a bit field.
-                    let bits = if flag == 1 { offset & 0x00ff_ffff } else { offset };
+                    let bits = if flag == 1 {
+                        offset & 0x00ff_ffff
+                    } else {
+                        offset
+                    };
                     return (bits % 8 == 0).then_some(u64::from(bits / 8));
                 }
             }
@@ -74,7 +79,9 @@ fn section(bytes: &[u8], header: usize, field: usize) -> Option<&[u8]> {
 }
 
 fn word(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_le_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?))
+    Some(u32::from_le_bytes(
+        bytes.get(at..at.checked_add(4)?)?.try_into().ok()?,
+    ))
 }
 
 fn text(strings: &[u8], at: usize) -> Option<&[u8]> {

@@ -39,13 +39,22 @@ impl SocketDestroyer {
         netns
             .run(|| -> io::Result<Socket> {
                 let kind = Type::from(libc::SOCK_RAW).cloexec();
-                let netlink = Socket::new(Domain::from(libc::AF_NETLINK), kind, Some(Protocol::from(NETLINK_SOCK_DIAG)))?;
+                let netlink = Socket::new(
+                    Domain::from(libc::AF_NETLINK),
+                    kind,
+                    Some(Protocol::from(NETLINK_SOCK_DIAG)),
+                )?;
                 netlink.set_read_timeout(Some(ANSWER_DEADLINE))?;
                 Ok(netlink)
             })
             .and_then(|netlink| netlink)
-            .map(|netlink| Self { netlink: Mutex::new((netlink, 0)) })
-            .map_err(|source| KernelError::Netns { doing: "open sock_diag", source })
+            .map(|netlink| Self {
+                netlink: Mutex::new((netlink, 0)),
+            })
+            .map_err(|source| KernelError::Netns {
+                doing: "open sock_diag",
+                source,
+            })
     }
 
     /// Whether this kernel can destroy sockets at all.
@@ -67,10 +76,12 @@ impl SocketDestroyer {
             let mut answer = [0u8; 256];
             // A netlink socket reads one message at a time.
             let length = (&*socket).read(&mut answer)?;
-            let (found, code) = answer
-                .get(..length)
-                .and_then(status)
-                .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "sock_diag sent an unexpected answer"))?;
+            let (found, code) = answer.get(..length).and_then(status).ok_or_else(|| {
+                io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    "sock_diag sent an unexpected answer",
+                )
+            })?;
             if found != *sequence {
                 continue;
             }
@@ -81,14 +92,21 @@ impl SocketDestroyer {
                 errno => Err(io::Error::from_raw_os_error(errno)),
             };
         }
-        Err(io::Error::new(io::ErrorKind::TimedOut, "sock_diag did not answer"))
+        Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "sock_diag did not answer",
+        ))
     }
 }
 
 fn request(local: SocketAddr, remote: SocketAddr, cookie: u64, sequence: u32) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(REQUEST_LENGTH);
     // A dual-stack socket holds an IPv4 connection as IPv6; the kernel finds either by the IPv4 addresses.
-    let family = if local.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 } as u8;
+    let family = if local.is_ipv4() {
+        libc::AF_INET
+    } else {
+        libc::AF_INET6
+    } as u8;
     bytes.extend((REQUEST_LENGTH as u32).to_ne_bytes());
     bytes.extend(SOCK_DESTROY.to_ne_bytes());
     bytes.extend(NLM_F_REQUEST_ACK.to_ne_bytes());

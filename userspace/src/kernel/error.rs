@@ -9,27 +9,49 @@ pub enum KernelError {
     NotBpffs { path: PathBuf },
     #[error("{} is not a cgroup v2 directory: set CULVERT_CGROUP_ROOT to one", path.display())]
     NotCgroup { path: PathBuf },
-    #[error("this agent (cgroup {own}) does not run inside CULVERT_CGROUP_ROOT {root}: its own connections would not be recognised; start it in a cgroup below")]
+    #[error(
+        "this agent (cgroup {own}) does not run inside CULVERT_CGROUP_ROOT {root}: its own connections would not be recognised; start it in a cgroup below"
+    )]
     OutsideCgroupRoot { own: String, root: String },
     #[error("cannot {doing} {}: {source}", path.display())]
-    File { doing: &'static str, path: PathBuf, source: io::Error },
-    #[error("the kernel's type information (/sys/kernel/btf/vmlinux) {0}: a kernel with CONFIG_DEBUG_INFO_BTF is needed")]
+    File {
+        doing: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+    #[error(
+        "the kernel's type information (/sys/kernel/btf/vmlinux) {0}: a kernel with CONFIG_DEBUG_INFO_BTF is needed"
+    )]
     Btf(String),
     #[error("the kernel refused the program `{program}`: {detail}")]
-    Program { program: &'static str, detail: String },
+    Program {
+        program: &'static str,
+        detail: String,
+    },
     #[error("cannot attach `{program}` to {target}: {detail}")]
-    Attach { program: &'static str, target: String, detail: String },
+    Attach {
+        program: &'static str,
+        target: String,
+        detail: String,
+    },
     #[error("map {map}: {detail}")]
     Map { map: &'static str, detail: String },
     #[error("map {map} pinned at {} has another type or size than this version's: run `culvert unload` with the version that made it", path.display())]
     MapLayout { map: &'static str, path: PathBuf },
     #[error("cannot {doing} in the pod's network namespace: {source}")]
-    Netns { doing: &'static str, source: io::Error },
+    Netns {
+        doing: &'static str,
+        source: io::Error,
+    },
     #[error("{} is not a network namespace", path.display())]
     NotNetns { path: PathBuf },
-    #[error("port {port} of the pod is taken by another process: Culvert needs 15001, 15006 and 15008 ({source})")]
+    #[error(
+        "port {port} of the pod is taken by another process: Culvert needs 15001, 15006 and 15008 ({source})"
+    )]
     Port { port: u16, source: io::Error },
-    #[error("the kernel cannot destroy sockets ({0}): policy changes could not cut open flows; a kernel with CONFIG_INET_DIAG_DESTROY is needed")]
+    #[error(
+        "the kernel cannot destroy sockets ({0}): policy changes could not cut open flows; a kernel with CONFIG_INET_DIAG_DESTROY is needed"
+    )]
     NoSocketDestroy(io::Error),
     #[error("cannot {doing} the pod's routing: {detail}")]
     Routing { doing: &'static str, detail: String },
@@ -37,6 +59,9 @@ pub enum KernelError {
 
 impl KernelError {
     pub(crate) fn map(map: &'static str, error: impl std::fmt::Display) -> Self {
-        Self::Map { map, detail: error.to_string() }
+        Self::Map {
+            map,
+            detail: error.to_string(),
+        }
     }
 }

@@ -73,7 +73,9 @@ impl FlowEvent {
             client_netns: NetnsCookie(event.client_netns),
             sequence: event.sequence,
             reason: match kind {
-                FlowEventKind::Refused | FlowEventKind::Isolated => Reason::from_index(event.reason),
+                FlowEventKind::Refused | FlowEventKind::Isolated => {
+                    Reason::from_index(event.reason)
+                }
                 FlowEventKind::Opened | FlowEventKind::Closed => None,
             },
             policy: event.policy,
@@ -110,7 +112,12 @@ impl EventStream {
     pub(super) fn open(events: Map, alarms: Map) -> Result<Self, KernelError> {
         let mut interval = tokio::time::interval(READ_INTERVAL);
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        Ok(Self { events: watch("EVENTS", events)?, alarms: watch("ALARMS", alarms)?, interval, more: false })
+        Ok(Self {
+            events: watch("EVENTS", events)?,
+            alarms: watch("ALARMS", alarms)?,
+            interval,
+            more: false,
+        })
     }
 
     /// Waits until there is something to read or the interval is over, then hands a batch to `each`, alarms first. A pod that

@@ -36,22 +36,37 @@ pub struct Netns {
 impl Netns {
     /// Opens a namespace by the path of its file, such as `/run/netns/NAME` or `/proc/PID/ns/net`.
     pub fn open(path: &Path) -> Result<Self, KernelError> {
-        let failed = |source| KernelError::File { doing: "open network namespace", path: path.to_owned(), source };
+        let failed = |source| KernelError::File {
+            doing: "open network namespace",
+            path: path.to_owned(),
+            source,
+        };
         // Not following into devices or FIFOs: opening one of those could block.
         if !std::fs::metadata(path).map_err(failed)?.is_file() {
-            return Err(KernelError::NotNetns { path: path.to_owned() });
+            return Err(KernelError::NotNetns {
+                path: path.to_owned(),
+            });
         }
         let file = File::open(path).map_err(failed)?;
         if !sys::is_network_namespace(&file) {
-            return Err(KernelError::NotNetns { path: path.to_owned() });
+            return Err(KernelError::NotNetns {
+                path: path.to_owned(),
+            });
         }
         let inode = file.metadata().map_err(failed)?.ino();
         let cookie = within(file.as_fd(), || -> io::Result<u64> {
             sys::netns_cookie(Socket::new(Domain::IPV4, Type::DGRAM, None)?)
         })
         .and_then(|cookie| cookie)
-        .map_err(|source| KernelError::Netns { doing: "read the cookie", source })?;
-        Ok(Self { file, cookie: NetnsCookie(cookie), inode })
+        .map_err(|source| KernelError::Netns {
+            doing: "read the cookie",
+            source,
+        })?;
+        Ok(Self {
+            file,
+            cookie: NetnsCookie(cookie),
+            inode,
+        })
     }
 
     pub fn cookie(&self) -> NetnsCookie {

@@ -15,7 +15,18 @@ const BPFFS_MAGIC: i64 = 0xcafe_4a11;
 
 /// Every map of the kernel part, by its name in the object.
 pub const MAPS: [&str; 13] = [
-    "CONFIG", "PODS", "ENDPOINTS", "VERDICTS", "CLAIMS", "QUOTAS", "FLOWS", "LISTENERS", "ISOLATED", "EVENTS", "ALARMS", "COUNTERS",
+    "CONFIG",
+    "PODS",
+    "ENDPOINTS",
+    "VERDICTS",
+    "CLAIMS",
+    "QUOTAS",
+    "FLOWS",
+    "LISTENERS",
+    "ISOLATED",
+    "EVENTS",
+    "ALARMS",
+    "COUNTERS",
     "SOCKETS",
 ];
 
@@ -27,10 +38,19 @@ pub struct Pins {
 
 impl Pins {
     pub fn create(pin_dir: &Path) -> Result<Self, KernelError> {
-        let pins = Self { root: pin_dir.join(format!("v{LAYOUT_VERSION}")) };
-        for directory in [pins.root.join("maps"), pins.root.join("links"), pins.root.join("pods")] {
-            fs::create_dir_all(&directory)
-                .map_err(|source| KernelError::File { doing: "create pin directory", path: directory.clone(), source })?;
+        let pins = Self {
+            root: pin_dir.join(format!("v{LAYOUT_VERSION}")),
+        };
+        for directory in [
+            pins.root.join("maps"),
+            pins.root.join("links"),
+            pins.root.join("pods"),
+        ] {
+            fs::create_dir_all(&directory).map_err(|source| KernelError::File {
+                doing: "create pin directory",
+                path: directory.clone(),
+                source,
+            })?;
         }
         let found = nix::sys::statfs::statfs(&pins.root).map_err(|error| KernelError::File {
             doing: "examine pin directory",
@@ -39,7 +59,9 @@ impl Pins {
         })?;
         if found.filesystem_type().0 != BPFFS_MAGIC {
             let _ = fs::remove_dir_all(&pins.root);
-            return Err(KernelError::NotBpffs { path: pin_dir.to_owned() });
+            return Err(KernelError::NotBpffs {
+                path: pin_dir.to_owned(),
+            });
         }
         Ok(pins)
     }
@@ -72,12 +94,15 @@ impl Pins {
         let Ok(link) = sys::object_get(path) else {
             return false;
         };
-        sys::link_target(&link).is_ok_and(|found| found == target) && sys::link_update(&link, program).is_ok()
+        sys::link_target(&link).is_ok_and(|found| found == target)
+            && sys::link_update(&link, program).is_ok()
     }
 
     /// Whether a pinned link is attached to nothing any more, because its target is gone.
     pub fn is_detached(path: &Path) -> bool {
-        sys::object_get(path).and_then(sys::link_target).is_ok_and(|target| target == 0)
+        sys::object_get(path)
+            .and_then(sys::link_target)
+            .is_ok_and(|target| target == 0)
     }
 
     /// Forgets a pin; without another reference the kernel detaches what it names.

@@ -6,13 +6,10 @@
 //!
 //! The first of the routes names the pod's own device, so that it serves sockets that are bound to it, or bind to it after
 //! they were steered; the kernel delivers what is local through the loopback device all the same. It vanishes when the
-//! device goes down: the second names the loopback device, which does not.
+//! device goes down: the second names the loopback device, which does not. The last refuses: without it, a socket that is
+//! bound to any other device would find no route here, and one in the pod's own tables.
 
-use std::{
-    fs, io,
-    net::Ipv4Addr,
-    thread,
-};
+use std::{fs, io, net::Ipv4Addr, thread};
 
 use culvert_abi::{MARK_MASK, STEER_MARK};
 use rtnetlink::{
@@ -53,11 +50,16 @@ pub struct PodRouting {
 
 impl PodRouting {
     /// Sets the pod up. Leftovers of an earlier agent are replaced.
-    pub fn install(netns: &Netns, address: PodAddress, packet_mark: u32) -> Result<Self, KernelError> {
+    pub fn install(
+        netns: &Netns,
+        address: PodAddress,
+        packet_mark: u32,
+    ) -> Result<Self, KernelError> {
         let previous = on_thread(netns, "set up", || {
             let mut previous = Vec::new();
             for path in SYSCTLS {
-                let old = fs::read_to_string(path).map_err(|error| format!("read {path}: {error}"))?;
+                let old =
+                    fs::read_to_string(path).map_err(|error| format!("read {path}: {error}"))?;
                 fs::write(path, "1").map_err(|error| format!("write {path}: {error}"))?;
                 previous.push((path, old.trim().to_owned()));
             }
@@ -68,15 +70,28 @@ impl PodRouting {
                     add_rule(&handle, mark).await?;
                 }
                 for (priority, device) in [(1, address.device), (2, loopback(&handle).await?)] {
-                    let route = to_the_pod().output_interface(device).pref_source(address.ip).priority(priority).build();
+                    let route = to_the_pod()
+                        .output_interface(device)
+                        .pref_source(address.ip)
+                        .priority(priority)
+                        .build();
                     let added = handle.route().add(route).execute().await;
                     added.map_err(|error| format!("add local route: {error}"))?;
                 }
+                let added = handle
+                    .route()
+                    .add(nowhere().priority(3).build())
+                    .execute()
+                    .await;
+                added.map_err(|error| format!("add unreachable route: {error}"))?;
                 Ok(())
             })?;
             Ok(previous)
         })?;
-        Ok(Self { packet_mark, previous })
+        Ok(Self {
+            packet_mark,
+            previous,
+        })
     }
 
     /// Undoes [`Self::install`].
@@ -103,7 +118,8 @@ fn on_thread<T: Send>(
     thread::scope(|scope| {
         scope
             .spawn(|| {
-                sys::enter_network_namespace(netns).map_err(|error| format!("enter namespace: {error}"))?;
+                sys::enter_network_namespace(netns)
+                    .map_err(|error| format!("enter namespace: {error}"))?;
                 work()
             })
             .join()
@@ -118,7 +134,8 @@ fn with_netlink<T>(work: impl AsyncFnOnce(Handle) -> Result<T, String>) -> Resul
         .build()
         .map_err(|error: io::Error| format!("start a runtime: {error}"))?;
     runtime.block_on(async {
-        let (connection, handle, _) = rtnetlink::new_connection().map_err(|error| format!("open netlink: {error}"))?;
+        let (connection, handle, _) =
+            rtnetlink::new_connection().map_err(|error| format!("open netlink: {error}"))?;
         let driver = tokio::spawn(connection);
         let result = work(handle).await;
         driver.abort();
@@ -128,7 +145,13 @@ fn with_netlink<T>(work: impl AsyncFnOnce(Handle) -> Result<T, String>) -> Resul
 
 async fn loopback(handle: &Handle) -> Result<u32, String> {
     use futures_util::TryStreamExt as _;
-    let found = handle.link().get().match_name("lo".to_owned()).execute().try_next().await;
+    let found = handle
+        .link()
+        .get()
+        .match_name("lo".to_owned())
+        .execute()
+        .try_next()
+        .await;
     found
         .map_err(|error| format!("find lo: {error}"))?
         .map(|link| link.header.index)
@@ -138,7 +161,12 @@ async fn loopback(handle: &Handle) -> Result<u32, String> {
 async fn loopback_up(handle: &Handle) -> Result<(), String> {
     let index = loopback(handle).await?;
     let link = rtnetlink::LinkUnspec::new_with_index(index).up().build();
-    handle.link().set(link).execute().await.map_err(|error| format!("set lo up: {error}"))
+    handle
+        .link()
+        .set(link)
+        .execute()
+        .await
+        .map_err(|error| format!("set lo up: {error}"))
 }
 
 /// Everything is the pod's own.
@@ -147,6 +175,14 @@ fn to_the_pod() -> RouteMessageBuilder<Ipv4Addr> {
         .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
         .kind(RouteType::Local)
         .scope(RouteScope::Host)
+        .table_id(TABLE)
+}
+
+/// Nothing leaves.
+fn nowhere() -> RouteMessageBuilder<Ipv4Addr> {
+    RouteMessageBuilder::<Ipv4Addr>::new()
+        .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
+        .kind(RouteType::Unreachable)
         .table_id(TABLE)
 }
 
@@ -166,7 +202,10 @@ fn rule(mark: u32) -> RuleMessage {
 async fn add_rule(handle: &Handle, mark: u32) -> Result<(), String> {
     let mut request = handle.rule().add();
     *request.message_mut() = rule(mark);
-    request.execute().await.map_err(|error| format!("add rule for mark {mark:#x}: {error}"))
+    request
+        .execute()
+        .await
+        .map_err(|error| format!("add rule for mark {mark:#x}: {error}"))
 }
 
 /// What is absent need not be removed, hence no error.
@@ -174,6 +213,7 @@ async fn remove(handle: &Handle, packet_mark: u32) {
     for mark in [STEER_MARK, packet_mark] {
         while handle.rule().del(rule(mark)).execute().await.is_ok() {}
     }
-    let route = to_the_pod().build();
-    while handle.route().del(route.clone()).execute().await.is_ok() {}
+    for route in [to_the_pod().build(), nowhere().build()] {
+        while handle.route().del(route.clone()).execute().await.is_ok() {}
+    }
 }

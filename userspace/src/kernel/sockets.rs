@@ -36,7 +36,11 @@ pub struct PodSockets {
 
 impl PodSockets {
     pub fn new(netns: Arc<Netns>, tables: Arc<Tables>, packet_mark: u32) -> Self {
-        Self { netns, tables, packet_mark }
+        Self {
+            netns,
+            tables,
+            packet_mark,
+        }
     }
 
     pub fn netns(&self) -> &Arc<Netns> {
@@ -48,12 +52,20 @@ impl PodSockets {
         let outbound = self.listener(OUTBOUND_PORT, listener_kind::OUTBOUND)?;
         let inbound = self.listener(INBOUND_PORT, listener_kind::INBOUND)?;
         let hbone = self.listener(HBONE_PORT, listener_kind::HBONE)?;
-        Ok(PodListeners { outbound, inbound, hbone })
+        Ok(PodListeners {
+            outbound,
+            inbound,
+            hbone,
+        })
     }
 
     /// Takes the listeners away from `inbound`.
     pub fn unlisten(&self) {
-        for kind in [listener_kind::OUTBOUND, listener_kind::INBOUND, listener_kind::HBONE] {
+        for kind in [
+            listener_kind::OUTBOUND,
+            listener_kind::INBOUND,
+            listener_kind::HBONE,
+        ] {
             self.tables.remove_listener(self.netns.cookie(), kind);
         }
     }
@@ -62,7 +74,11 @@ impl PodSockets {
         let socket = self
             .netns
             .run(|| -> io::Result<Socket> {
-                let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
+                let socket = Socket::new(
+                    Domain::IPV4,
+                    Type::STREAM.nonblocking().cloexec(),
+                    Some(Protocol::TCP),
+                )?;
                 socket.set_reuse_address(true)?;
                 // Connections accepted here have addresses that are not the pod's.
                 socket.set_ip_transparent_v4(true)?;
@@ -79,21 +95,33 @@ impl PodSockets {
             .and_then(|socket| socket)
             .map_err(|source| KernelError::Port { port, source })?;
         self.tables.mark_proxy(&socket)?;
-        socket.listen(BACKLOG).map_err(|source| KernelError::Port { port, source })?;
-        self.tables.put_listener(self.netns.cookie(), kind, &socket)?;
+        socket
+            .listen(BACKLOG)
+            .map_err(|source| KernelError::Port { port, source })?;
+        self.tables
+            .put_listener(self.netns.cookie(), kind, &socket)?;
         Ok(socket.into())
     }
 
     /// A socket for a connection that leaves the pod.
     pub fn outgoing(&self) -> io::Result<Socket> {
         let socket = self.netns.run(|| {
-            Socket::new(Domain::IPV4, Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))
+            Socket::new(
+                Domain::IPV4,
+                Type::STREAM.nonblocking().cloexec(),
+                Some(Protocol::TCP),
+            )
         })??;
         self.tables.mark_proxy(&socket).map_err(io::Error::other)?;
         socket.set_tcp_nodelay(true)?;
-        // A peer that vanished silently is noticed: soon when there is something to send, in a while when there is not.
-        socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED))?;
         socket.set_tcp_keepalive(&keepalive())?;
+        Ok(socket)
+    }
+
+    /// A socket for a tunnel, whose other end always reads: one that does not for a while is gone.
+    pub fn tunnel(&self) -> io::Result<Socket> {
+        let socket = self.outgoing()?;
+        socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED))?;
         Ok(socket)
     }
 
@@ -113,5 +141,8 @@ impl PodSockets {
 
 /// A peer that is silent for [`IDLE`] is asked whether it is still there.
 fn keepalive() -> TcpKeepalive {
-    TcpKeepalive::new().with_time(IDLE).with_interval(IDLE / 10).with_retries(9)
+    TcpKeepalive::new()
+        .with_time(IDLE)
+        .with_interval(IDLE / 10)
+        .with_retries(9)
 }

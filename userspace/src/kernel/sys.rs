@@ -34,7 +34,13 @@ pub fn object_get(path: &Path) -> io::Result<OwnedFd> {
         padding: u32,
     }
     let path = CString::new(path.as_os_str().as_bytes())?;
-    let attributes = Attributes { path: path.as_ptr() as u64, fd: 0, flags: 0, path_fd: 0, padding: 0 };
+    let attributes = Attributes {
+        path: path.as_ptr() as u64,
+        fd: 0,
+        flags: 0,
+        path_fd: 0,
+        padding: 0,
+    };
     let fd = bpf(BPF_OBJ_GET, &attributes)?;
     // SAFETY: the kernel returned a descriptor that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
@@ -85,20 +91,39 @@ pub fn link_target(link: impl AsFd) -> io::Result<u64> {
     };
     bpf(BPF_OBJ_GET_INFO_BY_FD, &attributes)?;
     // A namespace link reports a 32-bit inode followed by the attach type.
-    Ok(if info.kind == NETNS_LINK { info.target & 0xffff_ffff } else { info.target })
+    Ok(if info.kind == NETNS_LINK {
+        info.target & 0xffff_ffff
+    } else {
+        info.target
+    })
 }
 
 fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<i32> {
     // SAFETY: `attributes` is a live, fully initialised structure of the size that is passed.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attributes), size_of::<T>()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as i32) }
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_ref(attributes),
+            size_of::<T>(),
+        )
+    };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result as i32)
+    }
 }
 
 /// Waits until every eBPF program that is running now has left (an RCU grace period).
 pub fn wait_for_running_programs() -> io::Result<()> {
     // SAFETY: no pointers are passed.
     let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 /// The kernel's name for the namespace of a socket; never reused while the machine runs.
@@ -115,7 +140,11 @@ pub fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
             &raw mut length,
         )
     };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(cookie) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(cookie)
+    }
 }
 
 /// Whether a descriptor names a network namespace.
@@ -129,7 +158,11 @@ pub fn is_network_namespace(fd: impl AsFd) -> bool {
 pub fn enter_network_namespace(fd: impl AsFd) -> io::Result<()> {
     // SAFETY: no pointers are passed.
     let result = unsafe { libc::setns(fd.as_fd().as_raw_fd(), libc::CLONE_NEWNET) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 /// The clock that the eBPF programs read.

@@ -9,7 +9,8 @@ use std::{
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockHash};
 use culvert_abi::{
-    Address, Claim, Config, Endpoint, Flow, FlowKey, Listener, Pod, Quota, Reason, SocketState, Verdict, VerdictKey, role,
+    Address, Claim, Config, Endpoint, Flow, FlowKey, Listener, Pod, Quota, Reason, SocketState,
+    Verdict, VerdictKey, role,
 };
 
 use super::{KernelError, NetnsCookie, sys};
@@ -49,13 +50,23 @@ pub struct Tables {
 }
 
 impl Tables {
-    pub(super) fn open(mut take: impl FnMut(&'static str) -> Result<Map, KernelError>) -> Result<Self, KernelError> {
+    pub(super) fn open(
+        mut take: impl FnMut(&'static str) -> Result<Map, KernelError>,
+    ) -> Result<Self, KernelError> {
         macro_rules! table {
             ($name:literal) => {
-                take($name)?.try_into().map_err(|error: MapError| KernelError::map($name, error))?
+                take($name)?
+                    .try_into()
+                    .map_err(|error: MapError| KernelError::map($name, error))?
             };
         }
-        let nothing = Config { heartbeat_ns: 0, verdict_max_age_ns: 0, knobs: 0, padding: 0, reserved: [0; 2] };
+        let nothing = Config {
+            heartbeat_ns: 0,
+            verdict_max_age_ns: 0,
+            knobs: 0,
+            padding: 0,
+            reserved: [0; 2],
+        };
         Ok(Self {
             config: Mutex::new((table!("CONFIG"), nothing)),
             pods: Mutex::new(table!("PODS")),
@@ -70,7 +81,11 @@ impl Tables {
         })
     }
 
-    pub(super) fn configure(&self, verdict_max_age: Duration, knobs: u32) -> Result<(), KernelError> {
+    pub(super) fn configure(
+        &self,
+        verdict_max_age: Duration,
+        knobs: u32,
+    ) -> Result<(), KernelError> {
         {
             let mut config = lock(&self.config);
             config.1.verdict_max_age_ns = nanoseconds(verdict_max_age);
@@ -84,21 +99,39 @@ impl Tables {
         let mut config = lock(&self.config);
         config.1.heartbeat_ns = nanoseconds(sys::monotonic_now());
         let value = config.1;
-        config.0.set(0, value, 0).map_err(|error| KernelError::map("CONFIG", error))
+        config
+            .0
+            .set(0, value, 0)
+            .map_err(|error| KernelError::map("CONFIG", error))
     }
 
     /// Enters or changes a pod.
     pub fn put_pod(&self, cookie: NetnsCookie, pod: Pod) -> Result<(), KernelError> {
         // A count that is there is the kernel part's business.
-        match lock(&self.quotas).insert(cookie.0, Quota { claims: 0, window_ns: 0, refusals: 0 }, BPF_NOEXIST) {
-            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EEXIST) => {}
+        match lock(&self.quotas).insert(
+            cookie.0,
+            Quota {
+                claims: 0,
+                window_ns: 0,
+                refusals: 0,
+            },
+            BPF_NOEXIST,
+        ) {
+            Err(MapError::SyscallError(error))
+                if error.io_error.raw_os_error() == Some(libc::EEXIST) => {}
             result => result.map_err(|error| KernelError::map("QUOTAS", error))?,
         }
-        lock(&self.pods).insert(cookie.0, pod, 0).map_err(|error| KernelError::map("PODS", error))
+        lock(&self.pods)
+            .insert(cookie.0, pod, 0)
+            .map_err(|error| KernelError::map("PODS", error))
     }
 
     pub fn pods(&self) -> Vec<(NetnsCookie, Pod)> {
-        lock(&self.pods).iter().flatten().map(|(cookie, pod)| (NetnsCookie(cookie), pod)).collect()
+        lock(&self.pods)
+            .iter()
+            .flatten()
+            .map(|(cookie, pod)| (NetnsCookie(cookie), pod))
+            .collect()
     }
 
     pub fn remove_pod(&self, cookie: NetnsCookie) -> Result<(), KernelError> {
@@ -118,7 +151,10 @@ impl Tables {
 
     /// Removes the addresses of a namespace that is gone.
     pub fn remove_endpoints_of(&self, cookie: NetnsCookie) -> Result<(), KernelError> {
-        let gone = self.endpoints().into_iter().filter(|(_, endpoint)| endpoint.netns_cookie == cookie.0);
+        let gone = self
+            .endpoints()
+            .into_iter()
+            .filter(|(_, endpoint)| endpoint.netns_cookie == cookie.0);
         for (address, _) in gone {
             absent_is_fine("ENDPOINTS", lock(&self.endpoints).remove(&address))?;
         }
@@ -130,14 +166,23 @@ impl Tables {
     }
 
     pub fn put_verdict(&self, key: VerdictKey, verdict: Verdict) -> Result<(), KernelError> {
-        lock(&self.verdicts).insert(key, verdict, 0).map_err(|error| KernelError::map("VERDICTS", error))
+        lock(&self.verdicts)
+            .insert(key, verdict, 0)
+            .map_err(|error| KernelError::map("VERDICTS", error))
     }
 
     /// Deletes the verdicts that `is_void` names.
-    pub fn sweep_verdicts(&self, mut is_void: impl FnMut(&VerdictKey, &Verdict) -> bool) -> Result<usize, KernelError> {
+    pub fn sweep_verdicts(
+        &self,
+        mut is_void: impl FnMut(&VerdictKey, &Verdict) -> bool,
+    ) -> Result<usize, KernelError> {
         let mut verdicts = lock(&self.verdicts);
-        let void: Vec<_> =
-            verdicts.iter().flatten().filter(|(key, verdict)| is_void(key, verdict)).map(|(key, _)| key).collect();
+        let void: Vec<_> = verdicts
+            .iter()
+            .flatten()
+            .filter(|(key, verdict)| is_void(key, verdict))
+            .map(|(key, _)| key)
+            .collect();
         for key in &void {
             absent_is_fine("VERDICTS", verdicts.remove(key))?;
         }
@@ -160,19 +205,36 @@ impl Tables {
     }
 
     pub fn flows(&self) -> Vec<OpenFlow> {
-        lock(&self.flows).iter().flatten().map(|(key, flow)| OpenFlow { key, flow }).collect()
+        lock(&self.flows)
+            .iter()
+            .flatten()
+            .map(|(key, flow)| OpenFlow { key, flow })
+            .collect()
     }
 
     /// Makes `socket` the listener that `inbound` gives connections of `kind` to.
-    pub(super) fn put_listener(&self, cookie: NetnsCookie, kind: u32, socket: impl AsFd) -> Result<(), KernelError> {
-        let key = Listener { netns_cookie: cookie.0, kind, padding: 0 };
+    pub(super) fn put_listener(
+        &self,
+        cookie: NetnsCookie,
+        kind: u32,
+        socket: impl AsFd,
+    ) -> Result<(), KernelError> {
+        let key = Listener {
+            netns_cookie: cookie.0,
+            kind,
+            padding: 0,
+        };
         lock(&self.listeners)
             .insert(key, std::os::fd::AsRawFd::as_raw_fd(&socket.as_fd()), 0)
             .map_err(|error| KernelError::map("LISTENERS", error))
     }
 
     pub(super) fn remove_listener(&self, cookie: NetnsCookie, kind: u32) {
-        let key = Listener { netns_cookie: cookie.0, kind, padding: 0 };
+        let key = Listener {
+            netns_cookie: cookie.0,
+            kind,
+            padding: 0,
+        };
         // Closing the socket removes it as well.
         let _ = lock(&self.listeners).remove(&key);
     }
@@ -211,7 +273,10 @@ impl Tables {
         Reason::ALL
             .into_iter()
             .map(|reason| {
-                let total = self.counters.get(&(reason as u32), 0).map_or(0, |values| values.iter().sum());
+                let total = self
+                    .counters
+                    .get(&(reason as u32), 0)
+                    .map_or(0, |values| values.iter().sum());
                 (reason, total)
             })
             .collect()
@@ -229,14 +294,20 @@ pub(crate) fn address(ip: IpAddr) -> Address {
 /// The inverse of [`address`], with a port.
 pub fn socket_address(address: Address, port: u16) -> SocketAddr {
     let ip = Ipv6Addr::from(address);
-    let ip = ip.to_ipv4_mapped().map_or(IpAddr::V6(ip), |ip: Ipv4Addr| IpAddr::V4(ip));
+    let ip = ip
+        .to_ipv4_mapped()
+        .map_or(IpAddr::V6(ip), |ip: Ipv4Addr| IpAddr::V4(ip));
     SocketAddr::new(ip, port)
 }
 
 fn absent_is_fine(name: &'static str, result: Result<(), MapError>) -> Result<(), KernelError> {
     match result {
         Ok(()) | Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(()),
-        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        Err(MapError::SyscallError(error))
+            if error.io_error.raw_os_error() == Some(libc::ENOENT) =>
+        {
+            Ok(())
+        }
         Err(error) => Err(KernelError::map(name, error)),
     }
 }

@@ -43,7 +43,13 @@ pub struct DirectFlows {
 
 impl DirectFlows {
     pub fn new(enforcer: Arc<Enforcer>, pods: Arc<Pods>, context: Arc<Context>) -> Self {
-        Self { enforcer, pods, context, open: HashMap::new(), reconciled: Instant::now() }
+        Self {
+            enforcer,
+            pods,
+            context,
+            open: HashMap::new(),
+            reconciled: Instant::now(),
+        }
     }
 
     /// Reads events until `shutdown`.
@@ -67,7 +73,8 @@ impl DirectFlows {
     /// Lets go of flows that ended without telling; dropped, they count as closed.
     fn reconcile(&mut self) {
         let open = self.enforcer.open_flows();
-        self.open.retain(|name, followed| open.contains(name) || followed.since.elapsed() < RECONCILE);
+        self.open
+            .retain(|name, followed| open.contains(name) || followed.since.elapsed() < RECONCILE);
         self.reconciled = Instant::now();
     }
 
@@ -79,7 +86,14 @@ impl DirectFlows {
                 if self.open.len() < FOLLOWED {
                     let source = telemetry.opened(&record);
                     let destination = telemetry.metrics.opened(&as_destination(&record));
-                    self.open.insert((event.key, event.sequence), Open { source, destination, since: Instant::now() });
+                    self.open.insert(
+                        (event.key, event.sequence),
+                        Open {
+                            source,
+                            destination,
+                            since: Instant::now(),
+                        },
+                    );
                 }
             }
             FlowEventKind::Closed => {
@@ -105,7 +119,10 @@ impl DirectFlows {
             }
             FlowEventKind::Refused => {
                 let mut record = self.record(event);
-                record.policy = self.enforcer.policy(event.policy).map(|name| name.to_string());
+                record.policy = self
+                    .enforcer
+                    .policy(event.policy)
+                    .map(|name| name.to_string());
                 record.error = Some("policy denies (known verdict)".to_owned());
                 record.response_flags = ResponseFlags::Deny;
                 telemetry.failed(record);
@@ -134,8 +151,10 @@ impl DirectFlows {
         let workload = source.as_deref().and_then(|pod| pod.workload(&mesh));
         record.source = Arc::new(Party::of(workload.map(AsRef::as_ref), identity));
         let destination = mesh.workload_by_ip(&self.context.network, event.server.ip());
-        record.destination =
-            Arc::new(Party::of(destination.map(AsRef::as_ref), destination.map(|workload| workload.identity())));
+        record.destination = Arc::new(Party::of(
+            destination.map(AsRef::as_ref),
+            destination.map(|workload| workload.identity()),
+        ));
         record
     }
 }

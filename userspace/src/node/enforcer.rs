@@ -51,7 +51,7 @@ struct State {
     revoked: HashSet<FlowName>,
     /// Open flows are judged.
     started: bool,
-    /// Something could not be written or cut.
+    /// Something could not be written or cut, or is still to be judged.
     dirty: bool,
 }
 
@@ -78,7 +78,10 @@ impl View {
         let Some(workload) = workload else {
             return false;
         };
-        let source = self.pods.get(&NetnsCookie(flow.flow.client_netns)).map(|(pod, _)| pod.identity.clone());
+        let source = self
+            .pods
+            .get(&NetnsCookie(flow.flow.client_netns))
+            .map(|(pod, _)| pod.identity.clone());
         let connection = Connection::new(source, flow.client().ip(), flow.server());
         self.mesh.authorize(workload, &connection).is_allowed()
     }
@@ -87,8 +90,18 @@ impl View {
     fn cut(&self, flow: &OpenFlow) -> io::Result<()> {
         let (client, server) = (flow.client(), flow.server());
         let ends = [
-            (flow.flow.server_netns, server, client, flow.flow.server_socket),
-            (flow.flow.client_netns, client, server, flow.flow.client_socket),
+            (
+                flow.flow.server_netns,
+                server,
+                client,
+                flow.flow.server_socket,
+            ),
+            (
+                flow.flow.client_netns,
+                client,
+                server,
+                flow.flow.client_socket,
+            ),
         ];
         let mut result = Ok(());
         for (netns, local, remote, cookie) in ends {
@@ -110,7 +123,10 @@ struct Numbers<T> {
 
 impl<T: Hash + Eq + Clone> Numbers<T> {
     fn new() -> Self {
-        Self { numbers: HashMap::new(), next: 1 }
+        Self {
+            numbers: HashMap::new(),
+            next: 1,
+        }
     }
 
     fn of(&mut self, name: &T) -> u32 {
@@ -124,7 +140,10 @@ impl<T: Hash + Eq + Clone> Numbers<T> {
     }
 
     fn name(&self, number: u32) -> Option<&T> {
-        self.numbers.iter().find(|(_, known)| **known == number).map(|(name, _)| name)
+        self.numbers
+            .iter()
+            .find(|(_, known)| **known == number)
+            .map(|(name, _)| name)
     }
 
     fn retain(&mut self, keep: impl Fn(&T) -> bool) {
@@ -136,14 +155,27 @@ impl Enforcer {
     /// Takes the tables over. What an earlier agent decided is void: its numbers mean nothing to this one.
     pub fn new(tables: Arc<Tables>, skip_sweep: bool) -> Result<Self, KernelError> {
         // Unique over the agents of one boot.
-        let mut next_generation = u64::try_from(sys::monotonic_now().as_nanos()).unwrap_or(u64::MAX / 2);
+        let mut next_generation =
+            u64::try_from(sys::monotonic_now().as_nanos()).unwrap_or(u64::MAX / 2);
         // Pods stay in the mesh (their traffic goes to an agent or nowhere), but as nobody in particular.
         for (cookie, pod) in tables.pods() {
-            tables.put_pod(cookie, Pod { identity: 0, workload: 0, pod: 0, ..pod })?;
+            tables.put_pod(
+                cookie,
+                Pod {
+                    identity: 0,
+                    workload: 0,
+                    pod: 0,
+                    ..pod
+                },
+            )?;
         }
         for (address, endpoint) in tables.endpoints() {
             next_generation += 1;
-            let closed = Endpoint { generation: next_generation, flags: Endpoint::STEER, ..endpoint };
+            let closed = Endpoint {
+                generation: next_generation,
+                flags: Endpoint::STEER,
+                ..endpoint
+            };
             tables.put_endpoint(socket_address(address, 0).ip(), closed)?;
         }
         tables.sweep_verdicts(|_, _| true)?;
@@ -159,7 +191,11 @@ impl Enforcer {
             started: false,
             dirty: false,
         };
-        Ok(Self { tables, skip_sweep, state: Mutex::new(state) })
+        Ok(Self {
+            tables,
+            skip_sweep,
+            state: Mutex::new(state),
+        })
     }
 
     /// Enters a pod: from now on its connections are decided, as client and as server.
@@ -171,18 +207,26 @@ impl Enforcer {
             number,
             workload: None,
             applicable: Applicable::default(),
-            endpoint: Endpoint { netns_cookie: pod.cookie().0, workload: 0, flags: 0, generation: 0 },
+            endpoint: Endpoint {
+                netns_cookie: pod.cookie().0,
+                workload: 0,
+                flags: 0,
+                generation: 0,
+            },
             pod,
         };
         state.refresh(&mut enrolled);
         let cookie = enrolled.pod.cookie();
-        self.tables.put_endpoint(enrolled.pod.ip, enrolled.endpoint)?;
+        self.tables
+            .put_endpoint(enrolled.pod.ip, enrolled.endpoint)?;
         let entry = state.pod_entry(&enrolled);
         if let Err(error) = self.tables.put_pod(cookie, entry) {
             self.tables.remove_endpoint(enrolled.pod.ip)?;
             return Err(error);
         }
         state.pods.insert(cookie, enrolled);
+        // It may have open flows of an earlier enrolment, which nobody has judged while it was away.
+        state.dirty |= state.started;
         Ok(())
     }
 
@@ -195,13 +239,21 @@ impl Enforcer {
             self.tables.remove_pod(cookie)?;
             self.tables.remove_claims(cookie)?;
             state.pods.remove(&cookie);
-            let used: HashSet<_> = state.pods.values().map(|other| other.pod.identity.clone()).collect();
+            let used: HashSet<_> = state
+                .pods
+                .values()
+                .map(|other| other.pod.identity.clone())
+                .collect();
             state.identities.retain(|identity| used.contains(identity));
-            let used: HashSet<_> =
-                state.pods.values().filter_map(|other| Some(Arc::clone(&other.workload.as_ref()?.uid))).collect();
+            let used: HashSet<_> = state
+                .pods
+                .values()
+                .filter_map(|other| Some(Arc::clone(&other.workload.as_ref()?.uid)))
+                .collect();
             state.workloads.retain(|uid| used.contains(uid));
             let generations = state.generations();
-            self.tables.sweep_verdicts(|key, _| !generations.contains_key(&key.workload))?;
+            self.tables
+                .sweep_verdicts(|key, _| !generations.contains_key(&key.workload))?;
             state.view()
         };
         if let Some(view) = view {
@@ -248,7 +300,11 @@ impl Enforcer {
                 }
             }
             state.pods = pods;
-            if changed && !self.skip_sweep { state.view() } else { None }
+            if changed && !self.skip_sweep {
+                state.view()
+            } else {
+                None
+            }
         };
         let Some(view) = view else {
             return failed.map_or(Ok(0), Err);
@@ -262,13 +318,19 @@ impl Enforcer {
         cut += self.sweep(&view);
         let mut state = self.state();
         let generations = state.generations();
-        self.tables.sweep_verdicts(|key, verdict| generations.get(&key.workload) != Some(&verdict.generation))?;
-        let policies: HashSet<_> = state.mesh.policies().map(|policy| policy.name.clone()).collect();
+        self.tables.sweep_verdicts(|key, verdict| {
+            generations.get(&key.workload) != Some(&verdict.generation)
+        })?;
+        let policies: HashSet<_> = state
+            .mesh
+            .policies()
+            .map(|policy| policy.name.clone())
+            .collect();
         state.policies.retain(|name| policies.contains(name));
         failed.map_or(Ok(cut), Err)
     }
 
-    /// Tries again what failed before, if anything did.
+    /// Tries again what failed before, and judges the flows of pods that have come since, if there is any of that.
     pub fn retry(&self) -> Result<usize, KernelError> {
         let mesh = {
             let state = self.state();
@@ -287,7 +349,11 @@ impl Enforcer {
 
     /// The direct flows that are open now.
     pub fn open_flows(&self) -> HashSet<FlowName> {
-        self.tables.flows().iter().map(|flow| (flow.key, flow.flow.sequence)).collect()
+        self.tables
+            .flows()
+            .iter()
+            .map(|flow| (flow.key, flow.flow.sequence))
+            .collect()
     }
 
     /// Whether this flow was cut by us; asked once, when its end is reported.
@@ -298,8 +364,16 @@ impl Enforcer {
     /// Destroys a connection that was established without a valid claim.
     pub fn destroy_isolated(&self, event: &FlowEvent) {
         let (client, server) = (event.client, event.server);
-        let (local, remote) = if event.socket.client_end { (client, server) } else { (server, client) };
-        let pod = self.state().pods.get(&event.socket.netns).map(|enrolled| Arc::clone(&enrolled.pod));
+        let (local, remote) = if event.socket.client_end {
+            (client, server)
+        } else {
+            (server, client)
+        };
+        let pod = self
+            .state()
+            .pods
+            .get(&event.socket.netns)
+            .map(|enrolled| Arc::clone(&enrolled.pod));
         if let Some(pod) = pod
             && let Err(error) = pod.destroyer.destroy(local, remote, event.socket.cookie)
         {
@@ -340,8 +414,12 @@ impl Judge for Enforcer {
     /// `None` when the destination is not a pod that may be reached directly: its own agent decides.
     fn judge(&self, source: &LocalPod, destination: SocketAddr) -> Option<Evaluation> {
         let mut state = self.state();
-        let enrolled = state.pods.values().find(|enrolled| enrolled.pod.ip == destination.ip())?;
-        if enrolled.endpoint.flags & Endpoint::STEER != 0 || OWN_PORTS.contains(&destination.port()) {
+        let enrolled = state
+            .pods
+            .values()
+            .find(|enrolled| enrolled.pod.ip == destination.ip())?;
+        if enrolled.endpoint.flags & Endpoint::STEER != 0 || OWN_PORTS.contains(&destination.port())
+        {
             return None;
         }
         let workload = Arc::clone(enrolled.workload.as_ref()?);
@@ -352,17 +430,28 @@ impl Judge for Enforcer {
             Decision::Allow(permit) => (action::ALLOW, permit.policy().cloned()),
             Decision::Deny(reason) => (action::DENY, super::policy_of(reason).cloned()),
         };
-        let number = state.pods.get(&source.cookie()).map(|enrolled| enrolled.number)?;
+        let number = state
+            .pods
+            .get(&source.cookie())
+            .map(|enrolled| enrolled.number)?;
         let by_pod = endpoint.flags & Endpoint::BY_POD != 0;
         let key = VerdictKey {
-            source: if by_pod { number } else { state.identities.of(&source.identity) },
+            source: if by_pod {
+                number
+            } else {
+                state.identities.of(&source.identity)
+            },
             workload: endpoint.workload,
             port: destination.port(),
             scope: if by_pod { scope::POD } else { scope::IDENTITY },
             padding: 0,
         };
         let policy = policy.map_or(0, |name| state.policies.of(&name));
-        let verdict = Verdict { generation: endpoint.generation, action, policy };
+        let verdict = Verdict {
+            generation: endpoint.generation,
+            action,
+            policy,
+        };
         if let Err(error) = self.tables.put_verdict(key, verdict) {
             // Without a verdict the next connection comes here again: slower, not wrong.
             tracing::warn!(%error, "a verdict could not be cached");
@@ -375,7 +464,10 @@ impl State {
     /// Reads a pod's workload and policies anew; true if anything that verdicts depend on is different.
     fn refresh(&mut self, enrolled: &mut Enrolled) -> bool {
         let workload = enrolled.pod.workload(&self.mesh).cloned();
-        let applicable = workload.as_ref().map(|workload| self.mesh.policies_for(workload)).unwrap_or_default();
+        let applicable = workload
+            .as_ref()
+            .map(|workload| self.mesh.policies_for(workload))
+            .unwrap_or_default();
         let first = enrolled.endpoint.generation == 0;
         if !first && workload == enrolled.workload && applicable == enrolled.applicable {
             return false;
@@ -398,7 +490,9 @@ impl State {
         self.next_generation += 1;
         enrolled.endpoint.generation = self.next_generation;
         enrolled.endpoint.flags = flags;
-        enrolled.endpoint.workload = workload.as_ref().map_or(0, |workload| self.workloads.of(&workload.uid));
+        enrolled.endpoint.workload = workload
+            .as_ref()
+            .map_or(0, |workload| self.workloads.of(&workload.uid));
         enrolled.workload = workload;
         enrolled.applicable = applicable;
         true
@@ -427,7 +521,12 @@ impl State {
             pods: self
                 .pods
                 .iter()
-                .map(|(cookie, enrolled)| (*cookie, (Arc::clone(&enrolled.pod), enrolled.workload.clone())))
+                .map(|(cookie, enrolled)| {
+                    (
+                        *cookie,
+                        (Arc::clone(&enrolled.pod), enrolled.workload.clone()),
+                    )
+                })
                 .collect(),
         })
     }
@@ -440,6 +539,9 @@ impl State {
     }
 
     fn generations(&self) -> HashMap<u32, u64> {
-        self.pods.values().map(|enrolled| (enrolled.endpoint.workload, enrolled.endpoint.generation)).collect()
+        self.pods
+            .values()
+            .map(|enrolled| (enrolled.endpoint.workload, enrolled.endpoint.generation))
+            .collect()
     }
 }

@@ -11,9 +11,13 @@ use crate::{
 
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
-    #[error("no source of certificates: give --dev-ca DIR (a development CA; istiod's comes in a later version)")]
+    #[error(
+        "no source of certificates: give --dev-ca DIR (a development CA; istiod's comes in a later version)"
+    )]
     NoCa,
-    #[error("no source of the mesh: set LOCAL_XDS_PATH to a mesh file (istiod's xDS comes in a later version)")]
+    #[error(
+        "no source of the mesh: set LOCAL_XDS_PATH to a mesh file (istiod's xDS comes in a later version)"
+    )]
     NoMesh,
     #[error("CULVERT_TEST_KNOBS: unknown knob `{0}`")]
     UnknownKnob(String),

@@ -10,7 +10,8 @@ use tokio_util::sync::CancellationToken;
 use super::{pods::Pods, readiness::Readiness};
 use crate::{
     admin::{
-        AdminError, AdminHandler, ErrorKind, FlowsQuery, HttpState, PodAdd, PodInfo, PodRemove, PodState, Status,
+        AdminError, AdminHandler, ErrorKind, FlowsQuery, HttpState, PodAdd, PodInfo, PodRemove,
+        PodState, Status,
     },
     config::Config,
     enrol::{EnrolError, KnownPod, LocalPod, PodSpec, PodUid},
@@ -43,13 +44,24 @@ impl Handler {
 
     fn list(&self) -> Vec<PodInfo> {
         let served = self.parts.pods.all();
-        served.iter().map(|pod| info(pod)).chain(self.parts.pods.waiting().into_iter().map(waits)).collect()
+        served
+            .iter()
+            .map(|pod| info(pod))
+            .chain(self.parts.pods.waiting().into_iter().map(waits))
+            .collect()
     }
 
     fn pending_parts(&self) -> Vec<String> {
         let pods = self.parts.pods.waiting();
-        let pods = pods.into_iter().map(|(pod, reason)| format!("pod {}: {reason}", pod.spec.uid));
-        self.parts.readiness.pending().into_iter().chain(pods).collect()
+        let pods = pods
+            .into_iter()
+            .map(|(pod, reason)| format!("pod {}: {reason}", pod.spec.uid));
+        self.parts
+            .readiness
+            .pending()
+            .into_iter()
+            .chain(pods)
+            .collect()
     }
 
     fn held(&self) -> Vec<String> {
@@ -60,9 +72,15 @@ impl Handler {
             .held()
             .into_iter()
             .map(|(identity, certificate)| match certificate {
-                Some(certificate) if certificate.validity().expired(now) => format!("{identity}: expired"),
+                Some(certificate) if certificate.validity().expired(now) => {
+                    format!("{identity}: expired")
+                }
                 Some(certificate) => {
-                    let left = certificate.validity().not_after.duration_since(now).unwrap_or_default();
+                    let left = certificate
+                        .validity()
+                        .not_after
+                        .duration_since(now)
+                        .unwrap_or_default();
                     format!("{identity}: valid for {} s", left.as_secs())
                 }
                 None => format!("{identity}: not issued yet"),
@@ -82,12 +100,21 @@ impl AdminHandler for Handler {
             name: pod.name,
             service_account: pod.service_account,
         };
-        self.parts.pods.add(spec).await.map(|pod| info(&pod)).map_err(|error| refuse(&error))
+        self.parts
+            .pods
+            .add(spec)
+            .await
+            .map(|pod| info(&pod))
+            .map_err(|error| refuse(&error))
     }
 
     async fn pod_remove(&self, pod: PodRemove) -> Result<(), AdminError> {
         let uid = PodUid::new(&pod.uid).map_err(|error| refuse(&error))?;
-        self.parts.pods.remove(&uid).await.map_err(|error| refuse(&error))
+        self.parts
+            .pods
+            .remove(&uid)
+            .await
+            .map_err(|error| refuse(&error))
     }
 
     async fn pod_list(&self) -> Vec<PodInfo> {
@@ -177,7 +204,9 @@ fn refuse(error: &EnrolError) -> AdminError {
         | EnrolError::NoIdentity(_)
         | EnrolError::Identity { .. }
         | EnrolError::BadUid
-        | EnrolError::Kernel(KernelError::NotNetns { .. } | KernelError::File { .. }) => ErrorKind::BadRequest,
+        | EnrolError::Kernel(KernelError::NotNetns { .. } | KernelError::File { .. }) => {
+            ErrorKind::BadRequest
+        }
         EnrolError::Stopping | EnrolError::TooMany(_) | EnrolError::Kernel(_) => ErrorKind::Failed,
     };
     AdminError::new(kind, error.to_string())

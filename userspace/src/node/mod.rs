@@ -50,7 +50,11 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Runs the agent until SIGTERM, SIGINT or `/quitquitquit`.
 ///
 /// `lost_lines` counts what the log could not keep up with, for the metrics.
-pub async fn run(config: Config, cgroup_mount: PathBuf, lost_lines: Arc<AtomicU64>) -> Result<(), NodeError> {
+pub async fn run(
+    config: Config,
+    cgroup_mount: PathBuf,
+    lost_lines: Arc<AtomicU64>,
+) -> Result<(), NodeError> {
     let started = Instant::now();
     limits::raise_open_files();
     let knobs = knobs::Knobs::of(&config)?;
@@ -96,8 +100,14 @@ pub async fn run(config: Config, cgroup_mount: PathBuf, lost_lines: Arc<AtomicU6
             let counters = tables.counters();
             let lost = culvert_abi::Reason::EventLost;
             KernelCounters {
-                lost_events: counters.iter().find(|(reason, _)| *reason == lost).map_or(0, |(_, count)| *count),
-                decisions: counters.into_iter().map(|(reason, count)| (reason.name(), count)).collect(),
+                lost_events: counters
+                    .iter()
+                    .find(|(reason, _)| *reason == lost)
+                    .map_or(0, |(_, count)| *count),
+                decisions: counters
+                    .into_iter()
+                    .map(|(reason, count)| (reason.name(), count))
+                    .collect(),
             }
         });
     }
@@ -126,7 +136,9 @@ pub async fn run(config: Config, cgroup_mount: PathBuf, lost_lines: Arc<AtomicU6
         open: Arc::clone(&open),
         failed: failed.clone(),
         server: hbone::ServerSettings {
-            grace: config.termination_grace_period.saturating_sub(Duration::from_secs(5)),
+            grace: config
+                .termination_grace_period
+                .saturating_sub(Duration::from_secs(5)),
             ..hbone::ServerSettings::default()
         },
         knobs: knobs.proxy,
@@ -140,10 +152,25 @@ pub async fn run(config: Config, cgroup_mount: PathBuf, lost_lines: Arc<AtomicU6
 
     let readiness = Arc::new(Readiness::new(source.clone()));
     count_mesh_updates(&mut tasks, &control, source.clone(), Arc::clone(&telemetry));
-    let pods = Arc::new(Pods::new(kernel, Arc::clone(&enforcer), workers, Arc::clone(&context), &config));
-    follow_mesh(&mut tasks, &control, Arc::clone(&enforcer), Arc::clone(&context));
+    let pods = Arc::new(Pods::new(
+        kernel,
+        Arc::clone(&enforcer),
+        workers,
+        Arc::clone(&context),
+        &config,
+    ));
+    follow_mesh(
+        &mut tasks,
+        &control,
+        Arc::clone(&enforcer),
+        Arc::clone(&context),
+    );
     {
-        let feeder = direct_flows::DirectFlows::new(Arc::clone(&enforcer), Arc::clone(&pods), Arc::clone(&context));
+        let feeder = direct_flows::DirectFlows::new(
+            Arc::clone(&enforcer),
+            Arc::clone(&pods),
+            Arc::clone(&context),
+        );
         let control = control.clone();
         tasks.spawn(async move {
             feeder.run(events, control).await;
@@ -169,8 +196,12 @@ pub async fn run(config: Config, cgroup_mount: PathBuf, lost_lines: Arc<AtomicU6
         match tokio::task::spawn_blocking(move || enforcer.start()).await {
             Ok(Ok(0)) => {}
             Ok(Ok(cut)) => tracing::info!(cut, "direct flows that policy forbids by now were cut"),
-            Ok(Err(error)) => tracing::error!(%error, "the kernel part could not be brought in line with the mesh"),
-            Err(error) => tracing::error!(%error, "the kernel part was not brought in line with the mesh"),
+            Ok(Err(error)) => {
+                tracing::error!(%error, "the kernel part could not be brought in line with the mesh")
+            }
+            Err(error) => {
+                tracing::error!(%error, "the kernel part was not brought in line with the mesh")
+            }
         }
     }
     {
@@ -203,10 +234,17 @@ pub async fn run(config: Config, cgroup_mount: PathBuf, lost_lines: Arc<AtomicU6
 
     let outcome = supervise(&shutdown, &failed, &mut tasks).await;
     shutdown.cancel();
-    pods.stop(config.termination_grace_period.saturating_sub(Duration::from_secs(5))).await;
+    pods.stop(
+        config
+            .termination_grace_period
+            .saturating_sub(Duration::from_secs(5)),
+    )
+    .await;
     control.cancel();
     while tasks.join_next().await.is_some() {}
-    tracing::info!("the agent has stopped; direct flows go on, and their hooks stay until `culvert unload`");
+    tracing::info!(
+        "the agent has stopped; direct flows go on, and their hooks stay until `culvert unload`"
+    );
     outcome
 }
 
@@ -218,7 +256,10 @@ fn certificates(config: &Config) -> Result<Certificates, NodeError> {
         "certificates come from a development CA whose key lies on this disk: not for production"
     );
     let issuer = DevCaIssuer::new(Arc::new(ca), config.secret_ttl);
-    Ok(Certificates::new(Arc::new(issuer), RenewalSettings::default()))
+    Ok(Certificates::new(
+        Arc::new(issuer),
+        RenewalSettings::default(),
+    ))
 }
 
 fn mesh_source(
@@ -261,7 +302,9 @@ fn count_mesh_updates(
 
 async fn wait_for_mesh(mut source: watch::Receiver<LocalFileStatus>) {
     // An error means that the watcher has ended, which the supervisor notices.
-    let _ = source.wait_for(|status| status.revision.is_some() || status.error.is_some()).await;
+    let _ = source
+        .wait_for(|status| status.revision.is_some() || status.error.is_some())
+        .await;
 }
 
 /// Brings kernel and open connections in line with each new mesh.
@@ -302,7 +345,9 @@ fn follow_mesh(
                     tracing::info!(direct, proxied, "policy changed: open connections were cut");
                 }
                 Ok((_, Ok(_))) => {}
-                Ok((_, Err(error))) => tracing::error!(%error, "the kernel part could not follow a change of the mesh"),
+                Ok((_, Err(error))) => {
+                    tracing::error!(%error, "the kernel part could not follow a change of the mesh")
+                }
                 Err(error) => tracing::error!(%error, "a change of the mesh was not applied"),
             }
         }
@@ -319,6 +364,8 @@ async fn supervise(
     let mut terminate = signal(SignalKind::terminate()).map_err(NodeError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(NodeError::Signals)?;
     tokio::select! {
+        // In this order: once the end was asked for, parts end as they should.
+        biased;
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
         () = shutdown.cancelled() => Ok(()),

@@ -44,11 +44,22 @@ struct Waiting {
 }
 
 impl Pods {
-    pub fn new(kernel: Kernel, enforcer: Arc<Enforcer>, workers: Workers, context: Arc<Context>, config: &Config) -> Self {
+    pub fn new(
+        kernel: Kernel,
+        enforcer: Arc<Enforcer>,
+        workers: Workers,
+        context: Arc<Context>,
+        config: &Config,
+    ) -> Self {
         Self {
             registry: Registry::default(),
             memory: Memory::beside(&config.admin_socket),
-            running: Mutex::new(Running { kernel, workers: Some(workers), pods: HashMap::new(), waiting: HashMap::new() }),
+            running: Mutex::new(Running {
+                kernel,
+                workers: Some(workers),
+                pods: HashMap::new(),
+                waiting: HashMap::new(),
+            }),
             waiting: RwLock::default(),
             enforcer,
             context,
@@ -62,16 +73,27 @@ impl Pods {
     pub async fn restore(&self) {
         let mut running = self.running.lock().await;
         for known in self.memory.recall() {
-            if let Err(error) = self.enrol(&mut running, known.spec.clone(), Some(&known)) {
+            if let Err(error) = self
+                .enrol(&mut running, known.spec.clone(), Some(&known))
+                .await
+            {
                 tracing::warn!(pod = %known.spec.uid, %error, "a pod that was enrolled before cannot be served yet; its traffic is refused");
-                running.waiting.insert(known.spec.uid.clone(), Waiting { known, reason: error.to_string() });
+                running.waiting.insert(
+                    known.spec.uid.clone(),
+                    Waiting {
+                        known,
+                        reason: error.to_string(),
+                    },
+                );
             }
         }
         self.remember(&running);
         match running.kernel.prune() {
             Ok(0) => {}
             Ok(pruned) => tracing::info!(pruned, "removed what was left of pods that have gone"),
-            Err(error) => tracing::warn!(%error, "cannot remove what is left of pods that have gone"),
+            Err(error) => {
+                tracing::warn!(%error, "cannot remove what is left of pods that have gone")
+            }
         }
     }
 
@@ -79,10 +101,23 @@ impl Pods {
     pub async fn retry(&self) {
         let mut running = self.running.lock().await;
         for (uid, waiting) in std::mem::take(&mut running.waiting) {
-            match self.enrol(&mut running, waiting.known.spec.clone(), Some(&waiting.known)) {
+            match self
+                .enrol(
+                    &mut running,
+                    waiting.known.spec.clone(),
+                    Some(&waiting.known),
+                )
+                .await
+            {
                 Ok(_) => {}
                 Err(error) => {
-                    running.waiting.insert(uid, Waiting { known: waiting.known, reason: error.to_string() });
+                    running.waiting.insert(
+                        uid,
+                        Waiting {
+                            known: waiting.known,
+                            reason: error.to_string(),
+                        },
+                    );
                 }
             }
         }
@@ -93,55 +128,70 @@ impl Pods {
             .pods
             .values()
             .map(|(enrolment, _)| enrolment.pod.known())
-            .chain(running.waiting.values().map(|waiting| waiting.known.clone()))
+            .chain(
+                running
+                    .waiting
+                    .values()
+                    .map(|waiting| waiting.known.clone()),
+            )
             .collect();
         self.memory.store(&pods);
-        self.context.telemetry.metrics.pods(running.pods.len(), running.waiting.len());
-        *self.waiting.write().unwrap_or_else(PoisonError::into_inner) =
-            running.waiting.values().map(|waiting| (waiting.known.clone(), waiting.reason.clone())).collect();
+        self.context
+            .telemetry
+            .metrics
+            .pods(running.pods.len(), running.waiting.len());
+        *self.waiting.write().unwrap_or_else(PoisonError::into_inner) = running
+            .waiting
+            .values()
+            .map(|waiting| (waiting.known.clone(), waiting.reason.clone()))
+            .collect();
     }
 
     /// Enrols a pod; a second request for the same pod changes nothing.
     pub async fn add(&self, spec: PodSpec) -> Result<Arc<LocalPod>, EnrolError> {
         let mut running = self.running.lock().await;
         let uid = spec.uid.clone();
-        let pod = self.enrol(&mut running, spec, None)?;
+        let pod = self.enrol(&mut running, spec, None).await?;
         if running.waiting.remove(&uid).is_some() {
             self.remember(&running);
         }
         Ok(pod)
     }
 
-    /// `known` is what an earlier enrolment of the pod found: the address must be the same.
-    fn enrol(
+    /// `known` is what an earlier enrolment of the pod found.
+    async fn enrol(
         &self,
         running: &mut Running,
         spec: PodSpec,
         known: Option<&KnownPod>,
     ) -> Result<Arc<LocalPod>, EnrolError> {
-        let Running { kernel, workers, pods, .. } = running;
+        let Running {
+            kernel,
+            workers,
+            pods,
+            ..
+        } = running;
         let workers = workers.as_ref().ok_or(EnrolError::Stopping)?;
         let mesh = self.context.mesh.load();
-        let identity = spec.identity(&mesh, &self.trust_domain)?;
-        let (netns, address) = Enrolment::examine(&spec, &mesh)?;
-        let ip = address.ip;
-        drop(mesh);
         let uid = spec.uid.clone();
-        if let Some(known) = known
-            && known.ip != IpAddr::V4(ip)
-        {
-            return Err(EnrolError::OtherAddress {
-                uid,
-                netns: spec.netns.display().to_string(),
-                found: ip.to_string(),
-                expected: known.ip.to_string(),
-            });
-        }
-        if !self.registry.check(&uid, &netns, IpAddr::V4(ip))? {
+        let identity = spec.identity(&mesh, &self.trust_domain)?;
+        let netns = Enrolment::open(&spec)?;
+        if !self.registry.check(&uid, &netns)? {
             return self.registry.by_uid(&uid).ok_or(EnrolError::Unknown(uid));
         }
+        let address = Enrolment::address(&spec, &netns, &mesh, known)?;
+        drop(mesh);
+        let ip = IpAddr::V4(address.ip);
+        self.registry.check_address(&uid, ip)?;
         let (enrolment, listeners) = tokio::task::block_in_place(|| {
-            Enrolment::begin(kernel, spec, netns, address, identity.clone(), self.packet_mark)
+            Enrolment::begin(
+                kernel,
+                spec,
+                netns,
+                address,
+                identity.clone(),
+                self.packet_mark,
+            )
         })?;
         let pod = Arc::clone(&enrolment.pod);
         self.context.certificates.acquire(&identity);
@@ -150,12 +200,16 @@ impl Pods {
             Err(source) => {
                 self.context.certificates.release(&identity);
                 enrolment.end()?;
-                return Err(KernelError::Netns { doing: "accept connections", source }.into());
+                return Err(KernelError::Netns {
+                    doing: "accept connections",
+                    source,
+                }
+                .into());
             }
         };
         // The pod's connections are decided from here on.
         if let Err(error) = self.enforcer.add(Arc::clone(&pod)) {
-            proxy.close();
+            proxy.close().await;
             self.context.certificates.release(&identity);
             enrolment.end()?;
             return Err(error.into());
@@ -175,20 +229,32 @@ impl Pods {
             self.remember(&running);
             return Ok(forgotten?);
         }
-        let (enrolment, proxy) = running.pods.remove(uid).ok_or_else(|| EnrolError::Unknown(uid.clone()))?;
+        let (enrolment, proxy) = running
+            .pods
+            .remove(uid)
+            .ok_or_else(|| EnrolError::Unknown(uid.clone()))?;
         let pod = Arc::clone(&enrolment.pod);
         self.registry.remove(uid);
         let removed = self.enforcer.remove(&pod);
         // Before the routing that brings its connections here: a steered socket must not find another way.
-        proxy.close();
+        proxy.close().await;
         let ended = tokio::task::block_in_place(|| enrolment.end());
         self.context.certificates.release(&pod.identity);
         self.remember(&running);
         let mesh = self.context.mesh.load();
         if let Some(workload) = pod.workload(&mesh) {
-            let others = running.pods.values().filter_map(|(other, _)| other.pod.workload(&mesh));
-            if !others.into_iter().any(|other| other.workload_name == workload.workload_name) {
-                self.context.telemetry.metrics.forget_workload(&workload.namespace, &workload.workload_name);
+            let others = running
+                .pods
+                .values()
+                .filter_map(|(other, _)| other.pod.workload(&mesh));
+            if !others
+                .into_iter()
+                .any(|other| other.workload_name == workload.workload_name)
+            {
+                self.context
+                    .telemetry
+                    .metrics
+                    .forget_workload(&workload.namespace, &workload.workload_name);
             }
         }
         tracing::info!(pod = %uid, "pod released");
@@ -198,7 +264,10 @@ impl Pods {
 
     /// The pods that cannot be served yet, with the reason.
     pub fn waiting(&self) -> Vec<(KnownPod, String)> {
-        self.waiting.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.waiting
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     pub fn all(&self) -> Vec<Arc<LocalPod>> {

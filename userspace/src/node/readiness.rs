@@ -29,7 +29,10 @@ impl Readiness {
         let status = self.mesh.borrow();
         match (&status.revision, &status.error) {
             (Some(revision), None) => format!("local file, revision {}", revision.0),
-            (Some(revision), Some(error)) => format!("local file, revision {} still in force: {error}", revision.0),
+            (Some(revision), Some(error)) => format!(
+                "local file, revision {} still in force: {error}",
+                revision.0
+            ),
             (None, Some(error)) => format!("local file: {error}"),
             (None, None) => "local file, not read yet".to_owned(),
         }
@@ -37,6 +40,11 @@ impl Readiness {
 
     /// What an operator should know.
     pub fn warnings(&self) -> Vec<String> {
-        self.mesh.borrow().error.iter().map(|error| format!("the mesh file is not in effect: {error}")).collect()
+        self.mesh
+            .borrow()
+            .error
+            .iter()
+            .map(|error| format!("the mesh file is not in effect: {error}"))
+            .collect()
     }
 }

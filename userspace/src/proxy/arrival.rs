@@ -19,8 +19,12 @@ pub(super) struct Arrival {
 
 impl Arrival {
     pub fn of(stream: &TcpStream) -> io::Result<Self> {
-        let canonical = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
-        Ok(Self { source: canonical(stream.peer_addr()?), destination: canonical(stream.local_addr()?) })
+        let canonical =
+            |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
+        Ok(Self {
+            source: canonical(stream.peer_addr()?),
+            destination: canonical(stream.local_addr()?),
+        })
     }
 }
 

@@ -33,7 +33,11 @@ pub(super) struct Permit {
 impl Budget {
     /// At most `most` connections, of which one address may have `most_of_one`.
     pub fn new(most: usize, most_of_one: usize) -> Arc<Self> {
-        Arc::new(Self { most, most_of_one, taken: Mutex::default() })
+        Arc::new(Self {
+            most,
+            most_of_one,
+            taken: Mutex::default(),
+        })
     }
 
     /// A place for a connection from `source`, if there is one.
@@ -45,7 +49,10 @@ impl Budget {
         }
         taken.all += 1;
         taken.by_source.insert(source, of_source + 1);
-        Some(Permit { budget: Arc::clone(self), source })
+        Some(Permit {
+            budget: Arc::clone(self),
+            source,
+        })
     }
 
     fn taken(&self) -> MutexGuard<'_, Taken> {
@@ -77,7 +84,9 @@ mod tests {
     #[test]
     fn one_address_gets_its_share_and_all_together_the_whole() {
         let budget = Budget::new(5, 2);
-        let mut held: Vec<_> = [1, 1, 2, 2, 3].map(|last| budget.take(address(last)).unwrap()).into();
+        let mut held: Vec<_> = [1, 1, 2, 2, 3]
+            .map(|last| budget.take(address(last)).unwrap())
+            .into();
         assert!(budget.take(address(4)).is_none(), "beyond the whole");
         held.pop();
         assert!(budget.take(address(1)).is_none(), "beyond the share");

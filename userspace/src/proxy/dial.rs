@@ -11,16 +11,38 @@ use crate::{enrol::LocalPod, kernel::PodSockets};
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A connection out of the pod, with the pod's address as source.
-pub(super) async fn out_of_pod(sockets: PodSockets, destination: SocketAddr) -> io::Result<TcpStream> {
+pub(super) async fn out_of_pod(
+    sockets: PodSockets,
+    destination: SocketAddr,
+) -> io::Result<TcpStream> {
     connect(sockets.outgoing()?, destination).await
 }
 
+/// A tunnel out of the pod, with the pod's address as source.
+pub(super) async fn tunnel(sockets: PodSockets, destination: SocketAddr) -> io::Result<TcpStream> {
+    connect(sockets.tunnel()?, destination).await
+}
+
 /// A connection to the pod's application that shows it `client` as its peer.
-pub(super) async fn to_application(pod: &LocalPod, client: SocketAddr, target: SocketAddr) -> io::Result<TcpStream> {
+pub(super) async fn to_application(
+    pod: &LocalPod,
+    client: SocketAddr,
+    target: SocketAddr,
+) -> io::Result<TcpStream> {
     match connect(pod.sockets.to_application(client)?, target).await {
         // The client's port is in use towards this target, by a connection that is just ending: another port will do.
-        Err(error) if matches!(error.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse) => {
-            connect(pod.sockets.to_application(SocketAddr::new(client.ip(), 0))?, target).await
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse
+            ) =>
+        {
+            connect(
+                pod.sockets
+                    .to_application(SocketAddr::new(client.ip(), 0))?,
+                target,
+            )
+            .await
         }
         result => result,
     }
@@ -35,7 +57,12 @@ async fn connect(socket: Socket, destination: SocketAddr) -> io::Result<TcpStrea
     let stream = TcpStream::from_std(socket.into())?;
     timeout(CONNECT_DEADLINE, stream.writable())
         .await
-        .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {CONNECT_DEADLINE:?}")))??;
+        .map_err(|_| {
+            io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("no answer within {CONNECT_DEADLINE:?}"),
+            )
+        })??;
     match stream.take_error()? {
         Some(error) => Err(error),
         None => Ok(stream),

@@ -1,22 +1,18 @@
 //! Port 15008: tunnels from other agents, each stream one connection to this pod's application.
 
 use std::{
-    future::pending,
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use tokio::{
-    net::TcpStream,
-    time::{sleep, timeout},
-};
+use tokio::{net::TcpStream, time::timeout};
 
 use super::{
     arrival::{Arrival, names_application},
     budget::{Budget, Permit},
     dial,
-    hbone::{Incoming, Refusal, Stop, serve},
+    hbone::{Incoming, Refusal, serve},
     inbound,
     pod::Ours,
     report::Report,
@@ -30,11 +26,13 @@ use crate::{
 /// From the TCP connection to the end of the TLS handshake.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Longest wait between two looks at the clock, which may be set meanwhile.
-const CLOCK_CHECK: Duration = Duration::from_secs(60);
-
 /// One connection. It holds `handshake` until its client has proved an identity, then a place among `tunnels`.
-pub(super) async fn handle(ours: Ours, stream: TcpStream, handshake: Permit, tunnels: &Arc<Budget>) {
+pub(super) async fn handle(
+    ours: Ours,
+    stream: TcpStream,
+    handshake: Permit,
+    tunnels: &Arc<Budget>,
+) {
     let Ok(arrival) = Arrival::of(&stream) else {
         return;
     };
@@ -44,7 +42,12 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream, handshake: Permit, tun
         report.failed(flags, &error);
     };
     // A pod that has just been enrolled may be reached before its first certificate is there.
-    let certificate = match timeout(HANDSHAKE_DEADLINE, ours.context.certificates.ready(&ours.pod.identity)).await {
+    let certificate = match timeout(
+        HANDSHAKE_DEADLINE,
+        ours.context.certificates.ready(&ours.pod.identity),
+    )
+    .await
+    {
         Ok(Ok(certificate)) => certificate,
         Ok(Err(error)) => {
             dial::reset(stream);
@@ -52,7 +55,10 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream, handshake: Permit, tun
         }
         Err(_) => {
             dial::reset(stream);
-            return failed(ResponseFlags::IdentityFailure, "the pod has no certificate yet".to_owned());
+            return failed(
+                ResponseFlags::IdentityFailure,
+                "the pod has no certificate yet".to_owned(),
+            );
         }
     };
     let config = match tls::server_config(&certificate, ours.context.knobs.tls) {
@@ -73,56 +79,82 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream, handshake: Permit, tun
     let source_ip = arrival.source.ip();
     let Some(_place) = tunnels.take(source_ip) else {
         dial::reset(accepted.stream.into_inner().0);
-        return failed(ResponseFlags::Connect, "the pod has too many tunnels, or too many from this address".to_owned());
+        return failed(
+            ResponseFlags::Connect,
+            "the pod has too many tunnels, or too many from this address".to_owned(),
+        );
     };
     drop(handshake);
-    let peer = accepted.peer;
+    let client = Client {
+        identity: accepted.peer,
+        not_after: accepted.not_after,
+        ip: source_ip,
+    };
     let tunnel = arrival.destination;
     let per_stream = ours.clone();
-    let handler = move |incoming: Incoming| stream_into_pod(per_stream.clone(), incoming, peer.clone(), source_ip, tunnel);
-    let stop = Stop { drain: ours.stop.drain.child_token(), close: ours.stop.close.child_token() };
-    let (drain, not_after) = (stop.drain.clone(), accepted.not_after);
-    let expiry = async {
-        match not_after {
-            Some(not_after) if ours.context.knobs.ends_expired_tunnels() => passed(not_after).await,
-            _ => pending().await,
-        }
-        tracing::debug!(peer = %arrival.source, "a tunnel is drained: its client's certificate has expired");
-        drain.cancel();
-        pending().await
+    let handler = move |incoming: Incoming| {
+        stream_into_pod(per_stream.clone(), incoming, client.clone(), tunnel)
     };
-    let end = tokio::select! {
-        end = serve(accepted.stream, ours.context.server, stop, handler) => end,
-        () = expiry => return,
-    };
+    let end = serve(
+        accepted.stream,
+        ours.context.server,
+        ours.stop.clone(),
+        handler,
+    )
+    .await;
     tracing::debug!(peer = %arrival.source, %end, "a tunnel ended");
 }
 
-/// Waits until a moment by the wall clock.
-async fn passed(moment: SystemTime) {
-    while let Ok(left) = moment.duration_since(SystemTime::now())
-        && !left.is_zero()
-    {
-        sleep(left.min(CLOCK_CHECK)).await;
-    }
+/// Who a tunnel comes from.
+#[derive(Clone)]
+struct Client {
+    identity: Option<Identity>,
+    /// The end of the certificate that proved it.
+    not_after: Option<SystemTime>,
+    ip: IpAddr,
 }
 
 /// One CONNECT.
-async fn stream_into_pod(ours: Ours, incoming: Incoming, peer: Option<Identity>, source_ip: IpAddr, tunnel: SocketAddr) {
+async fn stream_into_pod(ours: Ours, incoming: Incoming, client: Client, tunnel: SocketAddr) {
+    let Client {
+        identity: peer,
+        not_after,
+        ip: source_ip,
+    } = client;
     let target = incoming.connect().target;
     // Only the port is taken from the peer's claim, and only when it names the address that the tunnel comes from.
     let claim = incoming.connect().forwarded.as_deref();
-    let source = forwarded(claim, |address| address.ip().to_canonical() == source_ip || !ours.context.knobs.checks_forwarded())
-        .unwrap_or(SocketAddr::new(source_ip, 0));
+    let source = forwarded(claim, |address| {
+        address.ip().to_canonical() == source_ip || !ours.context.knobs.checks_forwarded()
+    })
+    .unwrap_or(SocketAddr::new(source_ip, 0));
     let mesh = ours.context.mesh.load();
     let mut report = Report::new(&ours.context.telemetry, source, tunnel);
     report.describe(Direction::Inbound, Reporter::Destination, FlowPath::Hbone);
     report.inside_tunnel(target);
-    report.destination(ours.pod.workload(&mesh).map(AsRef::as_ref), Some(&ours.pod.identity));
-    report.source(mesh.workload_by_ip(&ours.context.network, source_ip).map(AsRef::as_ref), peer.as_ref());
+    report.destination(
+        ours.pod.workload(&mesh).map(AsRef::as_ref),
+        Some(&ours.pod.identity),
+    );
+    report.source(
+        mesh.workload_by_ip(&ours.context.network, source_ip)
+            .map(AsRef::as_ref),
+        peer.as_ref(),
+    );
     if !names_application(&ours.pod, target) && ours.context.knobs.checks_authority() {
         incoming.refuse(Refusal::BadRequest);
         report.refused("the request names an address or port that is not this pod's application");
+        return;
+    }
+    // What is open goes on, as it would with a direct flow; a client that is still who it was opens a new tunnel.
+    if not_after.is_some_and(|not_after| not_after <= SystemTime::now())
+        && ours.context.knobs.refuses_expired_clients()
+    {
+        incoming.refuse(Refusal::Denied);
+        report.failed(
+            ResponseFlags::TlsFailure,
+            "the client's certificate has expired since the tunnel was opened",
+        );
         return;
     }
     let connection = Connection::new(peer, source_ip, target);
@@ -147,7 +179,11 @@ async fn stream_into_pod(ours: Ours, incoming: Incoming, peer: Option<Identity>,
         }
     };
     match incoming.accept() {
-        Ok(stream) => report.carry(stream, application, &open.cancel, || open.was_revoked()).await,
+        Ok(stream) => {
+            report
+                .carry(stream, application, &open.cancel, || open.was_revoked())
+                .await
+        }
         Err(error) => {
             dial::reset(application);
             report.unreachable(&format!("the client's agent went away: {error}"));
@@ -156,7 +192,10 @@ async fn stream_into_pod(ours: Ours, incoming: Incoming, peer: Option<Identity>,
 }
 
 /// The first `for="address:port"` that is admissible.
-fn forwarded(forwarded: Option<&str>, admissible: impl Fn(&SocketAddr) -> bool) -> Option<SocketAddr> {
+fn forwarded(
+    forwarded: Option<&str>,
+    admissible: impl Fn(&SocketAddr) -> bool,
+) -> Option<SocketAddr> {
     forwarded
         .into_iter()
         .flat_map(|value| value.split([',', ';']))
@@ -184,7 +223,11 @@ mod tests {
             (None, 0),
         ] {
             let found = forwarded(header, |address| address.ip() == source);
-            assert_eq!(found.map_or(0, |address| address.port()), port, "{header:?}");
+            assert_eq!(
+                found.map_or(0, |address| address.port()),
+                port,
+                "{header:?}"
+            );
         }
     }
 }

@@ -31,7 +31,9 @@ pub(super) enum Denial {
 impl Denial {
     pub fn policy(&self) -> Option<&PolicyName> {
         match self {
-            Self::Policy(DenyReason::MatchedDeny(name) | DenyReason::UnknownPolicy(name)) => Some(name),
+            Self::Policy(DenyReason::MatchedDeny(name) | DenyReason::UnknownPolicy(name)) => {
+                Some(name)
+            }
             Self::Policy(DenyReason::NoAllowMatched) | Self::UnknownWorkload => None,
         }
     }
@@ -59,8 +61,13 @@ pub(super) fn authorize(
 }
 
 /// Enters a connection among the open ones, if policy allows it; then also the name of the policy, if one had to.
-pub(super) fn admit(ours: &Ours, connection: &Connection) -> Result<(OpenConnection, Option<PolicyName>), Denial> {
-    let Context { open, mesh, knobs, .. } = &*ours.context;
+pub(super) fn admit(
+    ours: &Ours,
+    connection: &Connection,
+) -> Result<(OpenConnection, Option<PolicyName>), Denial> {
+    let Context {
+        open, mesh, knobs, ..
+    } = &*ours.context;
     // In this order: a mesh that replaces the one that is asked here finds the connection among the open ones.
     let entered = open.enter(&ours.pod, connection, &ours.stop.close);
     let policy = authorize(&mesh.load(), &ours.pod, connection, *knobs)?;
@@ -72,12 +79,26 @@ pub(super) async fn handle_plaintext(ours: Ours, stream: TcpStream) {
     let Ok(arrival) = Arrival::of(&stream) else {
         return;
     };
-    let Arrival { source, destination } = arrival;
+    let Arrival {
+        source,
+        destination,
+    } = arrival;
     let mesh = ours.context.mesh.load();
     let mut report = Report::new(&ours.context.telemetry, source, destination);
-    report.describe(Direction::Inbound, Reporter::Destination, FlowPath::Plaintext);
-    report.destination(ours.pod.workload(&mesh).map(AsRef::as_ref), Some(&ours.pod.identity));
-    report.source(mesh.workload_by_ip(&ours.context.network, source.ip()).map(AsRef::as_ref), None);
+    report.describe(
+        Direction::Inbound,
+        Reporter::Destination,
+        FlowPath::Plaintext,
+    );
+    report.destination(
+        ours.pod.workload(&mesh).map(AsRef::as_ref),
+        Some(&ours.pod.identity),
+    );
+    report.source(
+        mesh.workload_by_ip(&ours.context.network, source.ip())
+            .map(AsRef::as_ref),
+        None,
+    );
     if !names_application(&ours.pod, destination) {
         dial::reset(stream);
         report.refused("the destination is not this pod's application");
@@ -99,7 +120,11 @@ pub(super) async fn handle_plaintext(ours: Ours, stream: TcpStream) {
     // The client's own port is taken in this namespace, by the very connection that was accepted.
     let seen_as = SocketAddr::new(source.ip(), 0);
     match dial::to_application(&ours.pod, seen_as, destination).await {
-        Ok(application) => report.carry(stream, application, &open.cancel, || open.was_revoked()).await,
+        Ok(application) => {
+            report
+                .carry(stream, application, &open.cancel, || open.was_revoked())
+                .await
+        }
         Err(error) => {
             dial::reset(stream);
             report.unreachable(&format!("the application refused: {error}"));

@@ -54,5 +54,5 @@ knob! {
     reauthorizes, skip_reauthorization;
     awaits_mesh, skip_mesh_wait;
     separates_budgets, share_budgets;
-    ends_expired_tunnels, keep_expired_tunnels;
+    refuses_expired_clients, keep_expired_tunnels;
 }

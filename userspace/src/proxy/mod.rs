@@ -7,8 +7,8 @@
 mod arrival;
 mod budget;
 mod dial;
-mod hbone_server;
 pub mod hbone;
+mod hbone_server;
 mod inbound;
 mod knobs;
 mod open;
@@ -30,11 +30,7 @@ pub use pod::PodProxy;
 pub use workers::Workers;
 
 use crate::{
-    enrol::LocalPod,
-    identity::Certificates,
-    mesh::Store,
-    policy::Evaluation,
-    telemetry::Telemetry,
+    enrol::LocalPod, identity::Certificates, mesh::Store, policy::Evaluation, telemetry::Telemetry,
 };
 
 /// Decides about connections to pods of this node on behalf of the kernel part, which remembers it.

@@ -61,7 +61,12 @@ impl OpenConnections {
         table.next = table.next.wrapping_add(1);
         let id = table.next;
         table.open.insert(id, entry);
-        OpenConnection { owner: Arc::clone(self), id, cancel, revoked }
+        OpenConnection {
+            owner: Arc::clone(self),
+            id,
+            cancel,
+            revoked,
+        }
     }
 
     /// Cuts what `mesh` forbids; returns how many.

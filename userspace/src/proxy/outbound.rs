@@ -30,19 +30,32 @@ use crate::{
 #[derive(Debug)]
 enum Route {
     /// Through a tunnel to this workload.
-    Tunnel { workload: Arc<Workload>, target: SocketAddr, service: Option<Arc<Service>> },
+    Tunnel {
+        workload: Arc<Workload>,
+        target: SocketAddr,
+        service: Option<Arc<Service>>,
+    },
     /// As plain TCP.
-    Plain { workload: Option<Arc<Workload>>, target: SocketAddr, service: Option<Arc<Service>> },
+    Plain {
+        workload: Option<Arc<Workload>>,
+        target: SocketAddr,
+        service: Option<Arc<Service>>,
+    },
     /// Nowhere.
     Nowhere(&'static str),
 }
 
 pub(super) async fn handle(ours: Ours, stream: TcpStream) {
-    let Ok(Arrival { source, destination }) = Arrival::of(&stream) else {
+    let Ok(Arrival {
+        source,
+        destination,
+    }) = Arrival::of(&stream)
+    else {
         return;
     };
     // Before the mesh: who sees a revision finds a mesh at least that new.
-    let known = ours.context.mesh.revision() > Revision::default() || !ours.context.knobs.awaits_mesh();
+    let known =
+        ours.context.mesh.revision() > Revision::default() || !ours.context.knobs.awaits_mesh();
     let mesh = ours.context.mesh.load();
     let client = ours.pod.workload(&mesh).cloned();
     let mut report = Report::new(&ours.context.telemetry, source, destination);
@@ -66,12 +79,20 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream) {
             dial::reset(stream);
             report.unreachable(reason);
         }
-        Route::Plain { workload, target, service } => {
+        Route::Plain {
+            workload,
+            target,
+            service,
+        } => {
             report.destination(workload.as_deref(), None);
             report.service(service.as_deref());
             passthrough::carry(&ours, stream, target, report).await;
         }
-        Route::Tunnel { workload, target, service } => {
+        Route::Tunnel {
+            workload,
+            target,
+            service,
+        } => {
             report.describe(Direction::Outbound, Reporter::Source, FlowPath::Hbone);
             report.destination(Some(&workload), Some(workload.identity()));
             report.service(service.as_deref());
@@ -87,7 +108,17 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream) {
                 report.denied(&format!("policy denies: {reason}"), policy);
                 return;
             }
-            tunnel(&ours, stream, source, &workload, target, service.as_deref(), client.as_deref(), report).await;
+            tunnel(
+                &ours,
+                stream,
+                source,
+                &workload,
+                target,
+                service.as_deref(),
+                client.as_deref(),
+                report,
+            )
+            .await;
         }
     }
 }
@@ -95,13 +126,23 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream) {
 /// Decides the way: service by its rules, workload by what it speaks, everything else as it is.
 fn route(mesh: &Mesh, network: &str, destination: SocketAddr, client: Option<&Workload>) -> Route {
     match mesh.lookup(network, destination.ip(), client) {
-        Destination::Unknown => Route::Plain { workload: None, target: destination, service: None },
+        Destination::Unknown => Route::Plain {
+            workload: None,
+            target: destination,
+            service: None,
+        },
         Destination::Workload(workload) => to_workload(workload, destination, network, None),
         Destination::Service(service) if service.waypoint.is_some() => {
             Route::Nowhere("the service is behind a waypoint, which this version cannot reach yet")
         }
-        Destination::Service(service) if service.load_balancer.mode == LoadBalancerMode::Passthrough => {
-            Route::Plain { workload: None, target: destination, service: Some(service) }
+        Destination::Service(service)
+            if service.load_balancer.mode == LoadBalancerMode::Passthrough =>
+        {
+            Route::Plain {
+                workload: None,
+                target: destination,
+                service: Some(service),
+            }
         }
         Destination::Service(service) => {
             match mesh.choose_endpoint(&service, destination.port(), client, &mut random) {
@@ -112,23 +153,43 @@ fn route(mesh: &Mesh, network: &str, destination: SocketAddr, client: Option<&Wo
     }
 }
 
-fn to_workload(workload: Arc<Workload>, target: SocketAddr, network: &str, service: Option<Arc<Service>>) -> Route {
+fn to_workload(
+    workload: Arc<Workload>,
+    target: SocketAddr,
+    network: &str,
+    service: Option<Arc<Service>>,
+) -> Route {
     if service.is_none() && workload.waypoint.is_some() {
-        return Route::Nowhere("the workload is behind a waypoint, which this version cannot reach yet");
+        return Route::Nowhere(
+            "the workload is behind a waypoint, which this version cannot reach yet",
+        );
     }
     if *workload.network != *network {
-        return Route::Nowhere("the workload is on another network, which this version cannot reach yet");
+        return Route::Nowhere(
+            "the workload is on another network, which this version cannot reach yet",
+        );
     }
     if OWN_PORTS.contains(&target.port()) && workload.protocol == TunnelProtocol::Hbone {
         return Route::Nowhere("the port belongs to the agent of the destination");
     }
     match workload.protocol {
-        TunnelProtocol::Hbone => Route::Tunnel { workload, target, service },
-        TunnelProtocol::Tcp => Route::Plain { workload: Some(workload), target, service },
+        TunnelProtocol::Hbone => Route::Tunnel {
+            workload,
+            target,
+            service,
+        },
+        TunnelProtocol::Tcp => Route::Plain {
+            workload: Some(workload),
+            target,
+            service,
+        },
     }
 }
 
-#[expect(clippy::too_many_arguments, reason = "each is one thing that the request or the report names")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "each is one thing that the request or the report names"
+)]
 async fn tunnel(
     ours: &Ours,
     stream: TcpStream,
@@ -145,7 +206,10 @@ async fn tunnel(
         Ok(certificate) if !certificate.validity().expired(SystemTime::now()) => certificate,
         Ok(_) => {
             dial::reset(stream);
-            return report.failed(ResponseFlags::IdentityFailure, "the pod's certificate has expired");
+            return report.failed(
+                ResponseFlags::IdentityFailure,
+                "the pod's certificate has expired",
+            );
         }
         Err(error) => {
             dial::reset(stream);
@@ -165,7 +229,7 @@ async fn tunnel(
         traceparent: None,
     };
     let sockets = ours.pod.sockets.clone();
-    let dial = move || dial::out_of_pod(sockets.clone(), tunnel_address);
+    let dial = move || dial::tunnel(sockets.clone(), tunnel_address);
     let connecting = ours.worker.pool.connect(&key, &certificate, &request, dial);
     let connected = tokio::select! {
         connected = connecting => connected,
@@ -175,7 +239,11 @@ async fn tunnel(
         }
     };
     match connected {
-        Ok(upstream) => report.carry(stream, upstream, &ours.stop.close, || false).await,
+        Ok(upstream) => {
+            report
+                .carry(stream, upstream, &ours.stop.close, || false)
+                .await
+        }
         Err(error) => {
             dial::reset(stream);
             report.failed(flags(&error), &error.to_string());
@@ -186,7 +254,9 @@ async fn tunnel(
 /// Whom the tunnel's other end may be.
 fn expected(workload: &Workload, service: Option<&Service>) -> ExpectedServer {
     let mut identities = vec![workload.identity().clone()];
-    let names = service.into_iter().flat_map(|service| service.subject_alt_names.iter());
+    let names = service
+        .into_iter()
+        .flat_map(|service| service.subject_alt_names.iter());
     identities.extend(names.filter_map(|name| crate::policy::Identity::parse(name).ok()));
     ExpectedServer::any_of(identities)
 }
@@ -206,7 +276,9 @@ fn baggage(client: &Workload) -> String {
     let encoded = |text: &str| {
         text.bytes()
             .map(|byte| match byte {
-                b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' => char::from(byte).to_string(),
+                b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' => {
+                    char::from(byte).to_string()
+                }
                 _ => format!("%{byte:02X}"),
             })
             .collect::<String>()

@@ -8,7 +8,11 @@ use super::{dial, pod::Ours, report::Report};
 
 pub(super) async fn carry(ours: &Ours, stream: TcpStream, destination: SocketAddr, report: Report) {
     match dial::out_of_pod(ours.pod.sockets.clone(), destination).await {
-        Ok(upstream) => report.carry(stream, upstream, &ours.stop.close, || false).await,
+        Ok(upstream) => {
+            report
+                .carry(stream, upstream, &ours.stop.close, || false)
+                .await
+        }
         Err(error) => {
             dial::reset(stream);
             report.unreachable(&format!("cannot connect to {destination}: {error}"));

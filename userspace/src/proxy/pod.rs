@@ -11,8 +11,11 @@ use std::{
     time::Duration,
 };
 
-use tokio::net::{TcpListener, TcpStream};
-use tokio_util::sync::CancellationToken;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::timeout,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     Context, Workers,
@@ -34,6 +37,8 @@ const HANDSHAKES: usize = 512;
 const HANDSHAKES_PER_SOURCE: usize = 128;
 /// Pause after a failed accept, which mostly means that there are no descriptors left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// How long cutting a pod's connections may take.
+const CLOSING: Duration = Duration::from_secs(1);
 
 /// The proxy of one pod.
 pub struct PodProxy {
@@ -42,6 +47,8 @@ pub struct PodProxy {
     /// No new connections.
     accepting: CancellationToken,
     stop: Stop,
+    /// The connections of this pod.
+    open: TaskTracker,
 }
 
 /// What a connection of a pod needs beside the [`Context`].
@@ -51,6 +58,7 @@ pub(super) struct Ours {
     pub pod: Arc<LocalPod>,
     pub worker: Worker,
     pub stop: Stop,
+    pub open: TaskTracker,
 }
 
 /// One of a pod's three ports, with the budget of its connections.
@@ -58,34 +66,70 @@ pub(super) struct Ours {
 enum Port {
     Outbound(Arc<Budget>),
     Inbound(Arc<Budget>),
-    Hbone { handshakes: Arc<Budget>, tunnels: Arc<Budget> },
+    Hbone {
+        handshakes: Arc<Budget>,
+        tunnels: Arc<Budget>,
+    },
 }
 
 impl PodProxy {
     /// Starts to accept.
-    pub fn start(workers: &Workers, context: &Arc<Context>, pod: Arc<LocalPod>, listeners: PodListeners) -> io::Result<Self> {
-        let worker = workers.next().ok_or_else(|| io::Error::other("there are no data threads"))?;
+    pub fn start(
+        workers: &Workers,
+        context: &Arc<Context>,
+        pod: Arc<LocalPod>,
+        listeners: PodListeners,
+    ) -> io::Result<Self> {
+        let worker = workers
+            .next()
+            .ok_or_else(|| io::Error::other("there are no data threads"))?;
         let accepting = CancellationToken::new();
         let stop = Stop::default();
-        let ours = Ours { context: Arc::clone(context), pod: Arc::clone(&pod), worker: worker.clone(), stop: stop.clone() };
+        let ours = Ours {
+            context: Arc::clone(context),
+            pod: Arc::clone(&pod),
+            worker: worker.clone(),
+            stop: stop.clone(),
+            open: TaskTracker::new(),
+        };
+        let open = ours.open.clone();
         let listeners = {
             // Registering with the thread's poller is all that can fail: here, so that the pod is not enrolled then.
             let _thread = worker.handle.enter();
-            let PodListeners { outbound, inbound, hbone } = listeners;
-            [TcpListener::from_std(outbound)?, TcpListener::from_std(inbound)?, TcpListener::from_std(hbone)?]
+            let PodListeners {
+                outbound,
+                inbound,
+                hbone,
+            } = listeners;
+            [
+                TcpListener::from_std(outbound)?,
+                TcpListener::from_std(inbound)?,
+                TcpListener::from_std(hbone)?,
+            ]
         };
         for (listener, port) in listeners.into_iter().zip(ports(context)) {
             let (ours, accepting) = (ours.clone(), accepting.clone());
-            let watched = Watched { expected: accepting.clone(), failed: context.failed.clone() };
+            let watched = Watched {
+                expected: accepting.clone(),
+                failed: context.failed.clone(),
+            };
             worker.tasks.spawn_on(
                 async move {
                     let _watched = watched;
-                    accepting.run_until_cancelled(accept(listener, port, ours)).await;
+                    accepting
+                        .run_until_cancelled(accept(listener, port, ours))
+                        .await;
                 },
                 &worker.handle,
             );
         }
-        Ok(Self { pod, worker, accepting, stop })
+        Ok(Self {
+            pod,
+            worker,
+            accepting,
+            stop,
+            open,
+        })
     }
 
     pub fn pod(&self) -> &Arc<LocalPod> {
@@ -98,12 +142,16 @@ impl PodProxy {
         self.stop.drain.cancel();
     }
 
-    /// Cuts everything.
-    pub fn close(self) {
+    /// Cuts everything, and waits until it is cut.
+    pub async fn close(self) {
         self.accepting.cancel();
         self.stop.close.cancel();
         let uid = Arc::<str>::from(self.pod.uid().as_str());
         self.worker.pool.close_where(|key| key.source == uid);
+        self.open.close();
+        if timeout(CLOSING, self.open.wait()).await.is_err() {
+            tracing::warn!(pod = %self.pod.uid(), "connections of a pod did not end in time");
+        }
     }
 }
 
@@ -112,7 +160,14 @@ fn ports(context: &Context) -> [Port; 3] {
         let all = Budget::new(CONNECTIONS_PER_PORT, CONNECTIONS_PER_PORT);
         // A tunnel would count twice.
         let tunnels = Budget::new(CONNECTIONS_PER_PORT, CONNECTIONS_PER_PORT);
-        return [Port::Outbound(Arc::clone(&all)), Port::Inbound(Arc::clone(&all)), Port::Hbone { handshakes: all, tunnels }];
+        return [
+            Port::Outbound(Arc::clone(&all)),
+            Port::Inbound(Arc::clone(&all)),
+            Port::Hbone {
+                handshakes: all,
+                tunnels,
+            },
+        ];
     }
     [
         // All from the pod itself.
@@ -178,7 +233,7 @@ fn begin(stream: TcpStream, port: &Port, ours: &Ours, permit: Permit) {
         tracing::debug!(%error, "a connection ended before it was looked at");
         return;
     }
-    tasks.spawn(async move {
+    let carrying = ours.open.clone().track_future(async move {
         match port {
             Port::Outbound(_) => {
                 outbound::handle(ours, stream).await;
@@ -188,9 +243,12 @@ fn begin(stream: TcpStream, port: &Port, ours: &Ours, permit: Permit) {
                 inbound::handle_plaintext(ours, stream).await;
                 drop(permit);
             }
-            Port::Hbone { tunnels, .. } => hbone_server::handle(ours, stream, permit, &tunnels).await,
+            Port::Hbone { tunnels, .. } => {
+                hbone_server::handle(ours, stream, permit, &tunnels).await
+            }
         }
     });
+    tasks.spawn(carrying);
 }
 
 #[cfg(test)]
@@ -199,7 +257,14 @@ mod tests {
 
     fn watched() -> (Watched, CancellationToken, CancellationToken) {
         let (expected, failed) = (CancellationToken::new(), CancellationToken::new());
-        (Watched { expected: expected.clone(), failed: failed.clone() }, expected, failed)
+        (
+            Watched {
+                expected: expected.clone(),
+                failed: failed.clone(),
+            },
+            expected,
+            failed,
+        )
     }
 
     #[tokio::test]

@@ -1,10 +1,6 @@
 //! What becomes of one connection, told to telemetry whichever way it ends.
 
-use std::{
-    net::SocketAddr,
-    sync::Arc,
-    time::Instant,
-};
+use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use tokio_util::sync::CancellationToken;
 
@@ -12,7 +8,9 @@ use super::relay::{IntoSide, RelayCounters, RelayEnd, relay};
 use crate::{
     mesh::{Service, Workload},
     policy::{Identity, PolicyName},
-    telemetry::{Direction, FlowPath, FlowRecord, Party, Reporter, ResponseFlags, Security, Telemetry},
+    telemetry::{
+        Direction, FlowPath, FlowRecord, Party, Reporter, ResponseFlags, Security, Telemetry,
+    },
 };
 
 /// A connection that has not ended yet.
@@ -24,7 +22,11 @@ pub(super) struct Report {
 
 impl Report {
     pub fn new(telemetry: &Arc<Telemetry>, source: SocketAddr, destination: SocketAddr) -> Self {
-        Self { telemetry: Arc::clone(telemetry), record: FlowRecord::new(source, destination), started: Instant::now() }
+        Self {
+            telemetry: Arc::clone(telemetry),
+            record: FlowRecord::new(source, destination),
+            started: Instant::now(),
+        }
     }
 
     pub fn describe(&mut self, direction: Direction, reporter: Reporter, path: FlowPath) {
@@ -46,7 +48,8 @@ impl Report {
     }
 
     pub fn service(&mut self, service: Option<&Service>) {
-        self.record.service = service.map(|service| Arc::new(crate::telemetry::ServiceName::of(service)));
+        self.record.service =
+            service.map(|service| Arc::new(crate::telemetry::ServiceName::of(service)));
     }
 
     /// The client's side of a tunnel.
@@ -82,14 +85,20 @@ impl Report {
         self.record.bytes_received = outcome.sent;
         match outcome.end {
             RelayEnd::Closed => {}
-            RelayEnd::ClientReset(error) => self.record.error = Some(format!("the client's side failed: {error}")),
-            RelayEnd::UpstreamReset(error) => self.record.error = Some(format!("the server's side failed: {error}")),
+            RelayEnd::ClientReset(error) => {
+                self.record.error = Some(format!("the client's side failed: {error}"))
+            }
+            RelayEnd::UpstreamReset(error) => {
+                self.record.error = Some(format!("the server's side failed: {error}"))
+            }
             RelayEnd::Cancelled if was_revoked() => {
                 self.record.error = Some("policy changed and denies".to_owned());
                 self.record.response_flags = ResponseFlags::Deny;
                 self.telemetry.metrics.revoked(self.record.path);
             }
-            RelayEnd::Cancelled => self.record.error = Some("the agent or the pod stopped".to_owned()),
+            RelayEnd::Cancelled => {
+                self.record.error = Some("the agent or the pod stopped".to_owned())
+            }
         }
         self.record.duration = self.started.elapsed();
         self.telemetry.closed(open, self.record);

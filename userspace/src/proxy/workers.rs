@@ -37,26 +37,36 @@ impl Workers {
         let mut workers = Vec::new();
         let mut threads = Vec::new();
         for number in 0..count.max(1) {
-            let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+            let runtime = runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
             workers.push(Worker {
                 handle: runtime.handle().clone(),
                 pool: Arc::new(Pool::new(settings, knobs)),
                 tasks: TaskTracker::new(),
             });
             let (stop, stopped) = oneshot::channel::<()>();
-            let thread = thread::Builder::new().name(format!("data-{number}")).spawn(move || {
-                let _ = runtime.block_on(stopped);
-                runtime.shutdown_background();
-            })?;
+            let thread = thread::Builder::new()
+                .name(format!("data-{number}"))
+                .spawn(move || {
+                    let _ = runtime.block_on(stopped);
+                    runtime.shutdown_background();
+                })?;
             threads.push((stop, thread));
         }
-        Ok(Self { workers, threads, next: AtomicUsize::new(0) })
+        Ok(Self {
+            workers,
+            threads,
+            next: AtomicUsize::new(0),
+        })
     }
 
     /// The thread for the next pod, in turn.
     pub(super) fn next(&self) -> Option<Worker> {
         let turn = self.next.fetch_add(1, Ordering::Relaxed);
-        self.workers.get(turn.checked_rem(self.workers.len())?).cloned()
+        self.workers
+            .get(turn.checked_rem(self.workers.len())?)
+            .cloned()
     }
 
     /// Waits for the pods' tasks, which their owners have told to end, then ends the threads.
@@ -69,7 +79,9 @@ impl Workers {
             }
         };
         if tokio::time::timeout(deadline, finishing).await.is_err() {
-            tracing::warn!("connections were still open when the grace period ended; they are reset");
+            tracing::warn!(
+                "connections were still open when the grace period ended; they are reset"
+            );
         }
         for (stop, thread) in self.threads {
             let _ = stop.send(());

@@ -14,7 +14,10 @@ pub struct Telemetry {
 impl Telemetry {
     /// A connection is established; hand the result to [`Self::closed`].
     pub fn opened(&self, record: &FlowRecord) -> OpenFlow {
-        self.feed.publish(FlowEvent::Opened { time_ms: now_ms(), flow: record.clone() });
+        self.feed.publish(FlowEvent::Opened {
+            time_ms: now_ms(),
+            flow: record.clone(),
+        });
         self.metrics.opened(record)
     }
 
@@ -22,18 +25,26 @@ impl Telemetry {
     pub fn closed(&self, open: OpenFlow, record: FlowRecord) {
         open.close(&record);
         log_connection(&record);
-        self.feed.publish(FlowEvent::Closed { time_ms: now_ms(), flow: record });
+        self.feed.publish(FlowEvent::Closed {
+            time_ms: now_ms(),
+            flow: record,
+        });
     }
 
     /// A connection was refused or could not be established.
     pub fn failed(&self, record: FlowRecord) {
         self.metrics.failed(&record);
         log_connection(&record);
-        self.feed.publish(FlowEvent::Closed { time_ms: now_ms(), flow: record });
+        self.feed.publish(FlowEvent::Closed {
+            time_ms: now_ms(),
+            flow: record,
+        });
     }
 }
 
 fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

@@ -13,7 +13,10 @@ impl Party {
     pub fn of(workload: Option<&Workload>, identity: Option<&Identity>) -> Self {
         let known = |text: &Arc<str>| (!text.is_empty()).then(|| text.to_string());
         let Some(workload) = workload else {
-            return Self { identity: identity.cloned(), ..Self::default() };
+            return Self {
+                identity: identity.cloned(),
+                ..Self::default()
+            };
         };
         Self {
             name: known(&workload.name),

@@ -23,7 +23,8 @@ pub struct Accepted<S> {
     pub stream: server::TlsStream<S>,
     /// None only where a test knob admits clients without a certificate.
     pub peer: Option<Identity>,
-    /// Until when the peer's certificate holds, by the wall clock.
+    /// Until when the peer's certificate holds, by the wall clock. None only where a test knob
+    /// switches that off.
     pub not_after: Option<SystemTime>,
 }
 
@@ -55,8 +56,16 @@ where
         Err(HandshakeError::NoCertificate) if !knobs.client_certificate_required() => None,
         Err(error) => return Err(error),
     };
-    let not_after = expiry(state)?;
-    Ok(Accepted { stream, peer, not_after })
+    let not_after = if knobs.chain_verified() {
+        expiry(state)?
+    } else {
+        None
+    };
+    Ok(Accepted {
+        stream,
+        peer,
+        not_after,
+    })
 }
 
 /// Opens a connection to the server at `address`. The address is not sent and not compared with anything.
@@ -84,7 +93,9 @@ where
 pub fn peer_identity(state: &CommonState, knobs: TestKnobs) -> Result<Identity, HandshakeError> {
     let chain = state.peer_certificates().unwrap_or_default();
     let leaf = chain.first().ok_or(HandshakeError::NoCertificate)?;
-    knobs.identity_of(leaf).map_err(|error| HandshakeError::Peer(PeerRejection::Identity(error)))
+    knobs
+        .identity_of(leaf)
+        .map_err(|error| HandshakeError::Peer(PeerRejection::Identity(error)))
 }
 
 /// When the peer's certificate expires, if it presented one.
@@ -94,7 +105,8 @@ fn expiry(state: &CommonState) -> Result<Option<SystemTime>, HandshakeError> {
     };
     let refused = |rejection| HandshakeError::Peer(rejection);
     let parsed = spiffe::parse(leaf).map_err(|error| refused(error.into()))?;
-    let validity = Validity::of(&parsed).map_err(|error| refused(PeerRejection::Chain(error.to_string())))?;
+    let validity =
+        Validity::of(&parsed).map_err(|error| refused(PeerRejection::Chain(error.to_string())))?;
     Ok(Some(validity.not_after))
 }
 

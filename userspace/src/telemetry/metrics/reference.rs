@@ -128,9 +128,16 @@ pub fn metrics_reference() -> String {
         TRAFFIC_LABELS.join("`, `"),
         super::traffic::MAX_SERIES,
     );
-    out.push_str("\n## Reasons of `culvert_kernel_decisions_total`\n\n| reason | meaning |\n| --- | --- |\n");
+    out.push_str(
+        "\n## Reasons of `culvert_kernel_decisions_total`\n\n| reason | meaning |\n| --- | --- |\n",
+    );
     for reason in culvert_abi::Reason::ALL {
-        let _ = writeln!(out, "| `{}` | {} |", reason.name(), reason.describe().trim());
+        let _ = writeln!(
+            out,
+            "| `{}` | {} |",
+            reason.name(),
+            reason.describe().trim()
+        );
     }
     out
 }

@@ -276,7 +276,8 @@ impl std::fmt::Debug for OpenFlow {
 impl OpenFlow {
     pub(super) fn new(state: Arc<super::State>, record: &FlowRecord) -> Self {
         let (id, live) = state.traffic.opened(record);
-        let second_end = record.path == FlowPath::Direct && record.reporter == Reporter::Destination;
+        let second_end =
+            record.path == FlowPath::Direct && record.reporter == Reporter::Destination;
         let path = (!second_end).then_some(record.path);
         if let Some(path) = path {
             state.flows.add(path.as_str(), 1);
