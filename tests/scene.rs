@@ -4,7 +4,10 @@
 use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use culvert_harness::{Agent, AgentOptions, Fabric, FabricOptions, Match, Mesh, Node, Pod, Policy, Proc, Workload, wait_until};
+use culvert_harness::{
+    Agent, AgentOptions, Fabric, FabricOptions, Match, Mesh, Node, Pod, Policy, Proc, Workload,
+    wait_until,
+};
 use serde_json::Value;
 
 pub const NAMESPACE: &str = "demo";
@@ -57,7 +60,10 @@ impl Scene {
     }
 
     pub fn without(knobs: &'static str) -> Result<Self> {
-        Self::with(Setting { knobs, ..Setting::default() })
+        Self::with(Setting {
+            knobs,
+            ..Setting::default()
+        })
     }
 
     pub fn with(setting: Setting) -> Result<Self> {
@@ -68,8 +74,8 @@ impl Scene {
         let server_a = node1.pod("server-a")?;
         let intruder = node1.pod("intruder")?;
         let server_b = node2.pod("server-b")?;
-        let workloads =
-            [&client, &server_a, &intruder, &server_b].map(|pod| Workload::of_pod(pod, NAMESPACE, pod.name()));
+        let workloads = [&client, &server_a, &intruder, &server_b]
+            .map(|pod| Workload::of_pod(pod, NAMESPACE, pod.name()));
         let mesh = Mesh {
             workloads: workloads.to_vec(),
             policies: setting.policies.unwrap_or_else(|| vec![only("client")]),
@@ -77,24 +83,48 @@ impl Scene {
         };
         mesh.write(&Agent::default_mesh_file(&node1))?;
         let mut options = AgentOptions::default();
-        options.env.extend(setting.env.into_iter().map(|(name, value)| (name.to_owned(), value)));
+        options.env.extend(
+            setting
+                .env
+                .into_iter()
+                .map(|(name, value)| (name.to_owned(), value)),
+        );
         if !setting.knobs.is_empty() {
-            options.env.insert("CULVERT_TEST_KNOBS".to_owned(), setting.knobs.to_owned());
+            options
+                .env
+                .insert("CULVERT_TEST_KNOBS".to_owned(), setting.knobs.to_owned());
         }
         let agent1 = node1.start_agent(options.clone())?;
         let agent2 = node2.start_agent(options)?;
         agent1.ready()?;
         agent2.ready()?;
-        let scene = Self { mesh, agent1, agent2, client, server_a, intruder, server_b, node1, node2, fabric };
+        let scene = Self {
+            mesh,
+            agent1,
+            agent2,
+            client,
+            server_a,
+            intruder,
+            server_b,
+            node1,
+            node2,
+            fabric,
+        };
         for pod in [&scene.client, &scene.server_a, &scene.intruder] {
             scene.agent1.enrol_as(pod, scene.workload(pod)?)?;
         }
-        scene.agent2.enrol_as(&scene.server_b, scene.workload(&scene.server_b)?)?;
+        scene
+            .agent2
+            .enrol_as(&scene.server_b, scene.workload(&scene.server_b)?)?;
         Ok(scene)
     }
 
     pub fn workload(&self, pod: &Pod) -> Result<&Workload> {
-        let found = self.mesh.workloads.iter().find(|workload| workload.name == pod.name());
+        let found = self
+            .mesh
+            .workloads
+            .iter()
+            .find(|workload| workload.name == pod.name());
         found.with_context(|| format!("{} is not in the mesh", pod.name()))
     }
 
@@ -109,7 +139,9 @@ impl Scene {
         let before = [mesh_status(agents[0])?, mesh_status(agents[1])?];
         self.mesh.write(&self.mesh_file())?;
         for (agent, before) in agents.into_iter().zip(before) {
-            wait_until(SOON, "the agent to read the mesh", || Ok((mesh_status(agent)? != before).then_some(())))?;
+            wait_until(SOON, "the agent to read the mesh", || {
+                Ok((mesh_status(agent)? != before).then_some(()))
+            })?;
         }
         Ok(())
     }
@@ -126,7 +158,9 @@ pub fn mesh_status(agent: &Agent) -> Result<String> {
 }
 
 pub fn status(agent: &Agent) -> Result<Value> {
-    Ok(serde_json::from_str(&agent.cli(["status", "--json"])?.success()?)?)
+    Ok(serde_json::from_str(
+        &agent.cli(["status", "--json"])?.success()?,
+    )?)
 }
 
 /// A server of the probe program in `pod`, listening on [`PORT`].
@@ -135,7 +169,10 @@ pub fn serve(pod: &Pod, mode: &str) -> Result<Proc> {
 }
 
 pub fn serve_on(pod: &Pod, mode: &str, port: u16) -> Result<Proc> {
-    let server = pod.probe()?.args(["serve", "--port", &port.to_string(), "--mode", mode]).spawn()?;
+    let server = pod
+        .probe()?
+        .args(["serve", "--port", &port.to_string(), "--mode", mode])
+        .spawn()?;
     server.wait_for_line("listening", SOON)?;
     Ok(server)
 }
@@ -146,7 +183,11 @@ pub fn connect(from: &Pod, to: &Pod, more: &[&str]) -> Result<Value> {
 }
 
 pub fn connect_to(from: &Pod, to: &str, more: &[&str]) -> Result<Value> {
-    from.probe()?.args(["connect", "--to", to]).args(more).run(SOON)?.json()
+    from.probe()?
+        .args(["connect", "--to", to])
+        .args(more)
+        .run(SOON)?
+        .json()
 }
 
 /// Sends a word to an echo server and reads it back.
@@ -156,14 +197,34 @@ pub fn echo(from: &Pod, to: &Pod) -> Result<Value> {
 
 /// A held connection, for driving a live flow step by step.
 pub fn hold(from: &Pod, to: &Pod) -> Result<Proc> {
-    let held = from.probe()?.args(["connect", "--to", &to.at(PORT), "--hold"]).stdin().spawn()?;
+    let held = from
+        .probe()?
+        .args(["connect", "--to", &to.at(PORT), "--hold"])
+        .stdin()
+        .spawn()?;
     let connected = held.wait_for_event("connected", SOON)?;
     ensure!(text(&connected, "connect") == "ok", "{connected}");
     Ok(held)
 }
 
+/// Takes a pod with an address of the node's choice off the link: nothing reaches it, and what it sends is lost.
+pub fn unplug(pod: &Pod) -> Result<()> {
+    let address = pod.address().to_string();
+    let host = address.rsplit('.').next().context("an IPv4 address")?;
+    let port = format!("p{host}");
+    pod.node()
+        .command("ip")
+        .args(["link", "set", &port, "nomaster"])
+        .run(SOON)?
+        .success()
+        .map(drop)
+}
+
 pub fn text<'a>(report: &'a Value, field: &str) -> &'a str {
-    report.get(field).and_then(Value::as_str).unwrap_or_default()
+    report
+        .get(field)
+        .and_then(Value::as_str)
+        .unwrap_or_default()
 }
 
 /// Whether the probe exchanged its word with the server.
@@ -173,5 +234,7 @@ pub fn answered(report: &Value) -> bool {
 
 /// Whether the connection was accepted and then reset, which the client may notice at any of its steps.
 pub fn was_reset(report: &Value) -> bool {
-    ["connect", "send", "read"].iter().any(|step| ["ECONNRESET", "EPIPE"].contains(&text(report, step)))
+    ["connect", "send", "read"]
+        .iter()
+        .any(|step| ["ECONNRESET", "EPIPE"].contains(&text(report, step)))
 }

@@ -26,9 +26,6 @@ pub type Address = [u8; 16];
 /// Most claims one pod may have in flight; more are refused, so that a pod harms only itself.
 pub const CLAIMS_PER_POD: i64 = 4096;
 
-/// Mark of the agent's own sockets inside a pod, and of istio-cni's rules: default of `PACKET_MARK`.
-pub const PROXY_MARK: u32 = 0x539;
-
 /// Mark that `connect` puts on a steered socket; the pod's rule routes it to the loopback device.
 pub const STEER_MARK: u32 = 0x53a;
 

@@ -122,43 +122,6 @@ fn ipv6_is_refused_in_both_directions_and_never_plaintext() -> Result<()> {
     Ok(())
 }
 
-/// A socket bound to the pod's device is routed by it, not by the agent's rule.
-fn bound_to_a_device(scene: &Scene) -> Result<(Value, bool)> {
-    let _server = serve(&scene.server_b, "echo")?;
-    let capture = scene.fabric.capture()?;
-    let marker = "culvert-device-marker";
-    let report = connect_to(
-        &scene.client,
-        &scene.server_b.at(PORT),
-        &["--device", "eth0", "--send", marker, "--read", "5"],
-    )?;
-    Ok((report, capture.contains(marker.as_bytes())?))
-}
-
-#[test]
-fn a_socket_bound_to_a_device_does_not_leave_in_plaintext() -> Result<()> {
-    let scene = Scene::without("skip-policy")?;
-    let (report, leaked) = bound_to_a_device(&scene)?;
-    assert!(!leaked, "{report}");
-    // Nor is it needed on the direct path.
-    let _server = serve(&scene.server_a, "echo")?;
-    scene.warm(&scene.client, &scene.server_a)?;
-    let report = connect(
-        &scene.client,
-        &scene.server_a,
-        &["--device", "eth0", "--send", "hello", "--read", "5"],
-    )?;
-    assert!(answered(&report), "{report}");
-    Ok(())
-}
-
-#[test]
-fn twin_without_steering_a_socket_bound_to_a_device_leaves_in_plaintext() -> Result<()> {
-    let (report, leaked) = bound_to_a_device(&Scene::without("skip-steering,skip-policy")?)?;
-    assert!(leaked, "{report}");
-    Ok(())
-}
-
 #[test]
 fn multipath_tcp_takes_the_same_ways() -> Result<()> {
     let scene = Scene::new()?;

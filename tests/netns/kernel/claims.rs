@@ -2,7 +2,9 @@
 
 use anyhow::Result;
 use culvert_harness::wait_until;
-use culvert_tests::scene::{PORT, SOON, Scene, answered, connect, connect_to, echo, serve, text};
+use culvert_tests::scene::{
+    PORT, SOON, Scene, answered, connect, connect_to, echo, serve, text, unplug,
+};
 
 use crate::kernel_tables::{claims, decisions, flows, wait_for_no_claims};
 
@@ -22,14 +24,7 @@ fn no_claim_outlives_its_connect() -> Result<()> {
     wait_for_no_claims(&scene.node1)?;
 
     // A server that lost its link does not answer.
-    let port = scene.server_a.address().to_string();
-    let port = format!("p{}", port.rsplit('.').next().unwrap());
-    scene
-        .node1
-        .command("ip")
-        .args(["link", "set", &port, "nomaster"])
-        .run(SOON)?
-        .success()?;
+    unplug(&scene.server_a)?;
     let lost = connect(&scene.client, &scene.server_a, &["--timeout-ms", "300"])?;
     assert_eq!(text(&lost, "connect"), "TIMEOUT", "{lost}");
     wait_for_no_claims(&scene.node1)?;

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use culvert_harness::{Proc, wait_until};
-use culvert_tests::scene::{PORT, SOON, Scene, answered, connect, echo, serve, text};
+use culvert_tests::scene::{PORT, SOON, Scene, answered, connect, echo, serve, text, unplug};
 use serde_json::Value;
 
 use crate::kernel_tables::{claims, decisions, flows, wait_for_claim, wait_for_no_claims};
@@ -67,24 +67,11 @@ impl Forgery {
     }
 }
 
-/// Takes the client off the link: what it sends from now on is lost, and its next claim stays outstanding.
-fn cut_off(scene: &Scene) -> Result<()> {
-    let address = scene.client.address().to_string();
-    let port = format!("p{}", address.rsplit('.').next().unwrap());
-    scene
-        .node1
-        .command("ip")
-        .args(["link", "set", &port, "nomaster"])
-        .run(SOON)?
-        .success()
-        .map(drop)
-}
-
 /// A connect of the client that gets no answer, with its claim outstanding.
 fn unanswered(scene: &Scene) -> Result<Proc> {
     scene.warm(&scene.client, &scene.server_a)?;
     wait_for_no_claims(&scene.node1)?;
-    cut_off(scene)?;
+    unplug(&scene.client)?;
     let (to, port) = (scene.server_a.at(PORT), SOURCE.to_string());
     let arguments = [
         "connect",

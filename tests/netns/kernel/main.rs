@@ -8,6 +8,7 @@
 )]
 
 mod addresses;
+mod admission;
 mod agent_gone;
 mod claims;
 mod enrolment;
@@ -16,6 +17,10 @@ mod heirs;
 mod kernel_tables;
 mod own_ports;
 mod paths;
+mod refusals;
+mod restart;
 mod revocation;
 mod startup;
+mod steering;
 mod verdicts;
+mod waiting;

@@ -1,6 +1,7 @@
 //! The ways a connection may take: direct, through a tunnel, in plaintext.
 
 use anyhow::Result;
+use culvert_harness::wait_until;
 use culvert_tests::scene::{SOON, Scene, answered, echo, serve, text};
 
 #[test]
@@ -23,17 +24,14 @@ fn a_pair_on_one_node_becomes_direct() -> Result<()> {
         ("src.workload", "client"),
         ("dst.workload", "server-a"),
     ];
-    let line = scene
-        .agent1
-        .wait_for_access(mark, &fields, culvert_tests::scene::SOON)?;
+    let line = scene.agent1.wait_for_access(mark, &fields, SOON)?;
     assert_eq!(line.field("bytes_sent"), Some("5".into()), "{line:?}");
     assert_eq!(line.field("bytes_recv"), Some("5".into()), "{line:?}");
-    assert_eq!(
-        scene
-            .agent1
-            .metric("culvert_flows_total", &["path=\"direct\""])?,
-        2.0
-    );
+    wait_until(SOON, "both direct flows to be counted", || {
+        let agent = &scene.agent1;
+        let flows = agent.metric("culvert_flows_total", &["path=\"direct\""])?;
+        Ok((flows == 2.0).then_some(()))
+    })?;
     Ok(())
 }
 

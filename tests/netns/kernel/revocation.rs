@@ -1,8 +1,10 @@
 //! A change of policy: it cuts exactly the open flows that it forbids, and binds new connections at once.
 
 use anyhow::Result;
-use culvert_harness::{Policy, Proc, wait_until};
-use culvert_tests::scene::{SOON, Scene, Setting, answered, echo, hold, only, serve, text};
+use culvert_harness::{Match, Pod, Policy, Proc, TcpState, wait_until};
+use culvert_tests::scene::{
+    NAMESPACE, SOON, Scene, Setting, answered, echo, hold, only, serve, text,
+};
 use serde_json::Value;
 
 use crate::{
@@ -96,6 +98,50 @@ fn a_policy_change_cuts_the_flow_it_forbids_and_no_other() -> Result<()> {
         1.0
     );
     assert_eq!(flows(&stage.scene.node1)?.len(), 1);
+    Ok(())
+}
+
+/// Policy that an address may pass, too: a pod that is not enrolled has nothing else to show.
+fn and_from(outsider: &Pod, account: &str) -> Vec<Policy> {
+    let source = Match::source(&format!("{}/32", outsider.address()));
+    let outside = Policy::allow(NAMESPACE, "the-outsider").when(source);
+    vec![only(account), outside]
+}
+
+#[test]
+fn the_listeners_of_both_pods_survive_the_cut_of_a_flow() -> Result<()> {
+    let mut scene = Scene::with(Setting {
+        policies: Some(both()),
+        ..Setting::default()
+    })?;
+    let outsider = scene.node1.pod("outsider")?;
+    let servers = [&scene.client, &scene.server_a, &scene.intruder];
+    let _servers: Vec<_> = servers
+        .iter()
+        .map(|pod| serve(pod, "echo"))
+        .collect::<Result<_>>()?;
+    let listening = |pod: &Pod| -> Result<Vec<_>> {
+        let sockets = pod.sockets()?.into_iter();
+        let mut found: Vec<_> = sockets
+            .filter(|socket| socket.state == TcpState::Listen)
+            .map(|socket| (socket.local.port(), socket.inode))
+            .collect();
+        found.sort_unstable();
+        Ok(found)
+    };
+    let before = [listening(&scene.intruder)?, listening(&scene.server_a)?];
+    scene.warm(&scene.intruder, &scene.server_a)?;
+    let doomed = hold(&scene.intruder, &scene.server_a)?;
+    goes_on(&doomed, "before")?;
+    scene.change_mesh(|mesh| mesh.policies = and_from(&outsider, "client"))?;
+    doomed.wait_for_event("end", SOON)?;
+    for pod in [&scene.intruder, &scene.server_a, &scene.client] {
+        let report = echo(&outsider, pod)?;
+        assert!(answered(&report), "{}: {report}", pod.name());
+    }
+    let after = [listening(&scene.intruder)?, listening(&scene.server_a)?];
+    assert_eq!(before, after);
+    assert!(answered(&echo(&scene.client, &scene.server_a)?));
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use culvert_abi::{Verdict, VerdictKey, action};
-use culvert_harness::{Match, Policy, Proc};
+use culvert_harness::{Match, Policy, Proc, wait_until};
 use culvert_tests::scene::{
     NAMESPACE, SOON, Scene, Setting, answered, connect, echo, only, principal, serve, text,
     was_reset,
@@ -60,13 +60,11 @@ fn a_denied_pod_is_refused_before_the_application_reads_a_byte() -> Result<()> {
         "source_principal=\"spiffe://cluster.local/ns/demo/sa/intruder\"",
         "reporter=\"source\"",
     ];
-    assert_eq!(
-        scene
-            .agent1
-            .metric("istio_tcp_connections_failed_total", &denied)?,
-        3.0
-    );
-    Ok(())
+    wait_until(SOON, "all three refusals to be counted", || {
+        let agent = &scene.agent1;
+        let failed = agent.metric("istio_tcp_connections_failed_total", &denied)?;
+        Ok((failed == 3.0).then_some(()))
+    })
 }
 
 #[test]

@@ -6,11 +6,16 @@ use std::{
 };
 
 use anyhow::Result;
-use culvert_harness::{Pod, Workload, wait_until};
-use culvert_tests::scene::{NAMESPACE, SOON, Scene, Setting, answered, echo, hold, serve, text};
+use culvert_harness::{Pod, wait_until};
+use culvert_tests::scene::{PORT, SOON, Scene, Setting, answered, echo, hold, serve, text};
 use nix::sys::signal::Signal;
 
 use super::peer::TUNNEL_PORT;
+
+/// Connections to a pod's tunnel port that one address may have before it has proved an identity.
+const SHARE: usize = 128;
+/// What all ports of a pod have together where a knob makes them share.
+const ALL: usize = 4096;
 
 /// Connections to a tunnel port that never say a word, and what became of each.
 fn silent(from: &Pod, to: &Pod, count: usize) -> Result<Vec<std::io::Result<TcpStream>>> {
@@ -27,28 +32,30 @@ fn peers_that_do_not_speak_hold_nobody_up() -> Result<()> {
     let scene = Scene::new()?;
     let _server = serve(&scene.server_b, "echo")?;
     let stranger = scene.node1.pod("stranger")?;
-    let silent = silent(&stranger, &scene.server_b, 200)?;
+    // As many as one address may have.
+    let silent = silent(&stranger, &scene.server_b, SHARE)?;
     assert!(answered(&echo(&scene.client, &scene.server_b)?));
     assert!(silent.iter().all(Result::is_ok));
     Ok(())
 }
 
-#[test]
-fn a_pod_with_too_many_connections_leaves_the_others_alone() -> Result<()> {
-    let mut scene = Scene::with(Setting {
+/// Somebody without a certificate takes every place it can get at `server-b`'s tunnel port. Tells whether others still reach
+/// `server-b`, and whether it still reaches others.
+fn one_takes_all(knobs: &'static str) -> Result<(bool, bool)> {
+    let scene = Scene::with(Setting {
+        knobs,
         policies: Some(Vec::new()),
         ..Setting::default()
     })?;
-    let other = scene.node2.pod("other")?;
-    scene.change_mesh(|mesh| {
-        mesh.workloads
-            .push(Workload::of_pod(&other, NAMESPACE, "other"))
-    })?;
-    scene.agent2.enrol_as(&other, scene.workload(&other)?)?;
-    let _server = serve(&other, "echo")?;
+    let _servers = (
+        serve(&scene.server_b, "echo")?,
+        serve(&scene.client, "echo")?,
+    );
     let stranger = scene.node1.pod("stranger")?;
-    let most = 4096;
-    let held = silent(&stranger, &scene.server_b, most + 200)?;
+    let most = if knobs.is_empty() { SHARE } else { ALL };
+    let held = silent(&stranger, &scene.server_b, ALL + 100)?;
+    let into = answered(&echo(&scene.client, &scene.server_b)?);
+    let out = answered(&echo(&scene.server_b, &scene.client)?);
     // What is beyond the limit is reset, not kept waiting.
     for beyond in &held[most..] {
         let end = beyond
@@ -62,7 +69,54 @@ fn a_pod_with_too_many_connections_leaves_the_others_alone() -> Result<()> {
             });
         assert_eq!(end, Err(std::io::ErrorKind::ConnectionReset));
     }
-    assert!(answered(&echo(&scene.client, &other)?));
+    Ok((into, out))
+}
+
+#[test]
+fn a_stranger_with_too_many_connections_leaves_the_pod_and_others_alone() -> Result<()> {
+    assert_eq!(one_takes_all("")?, (true, true));
+    Ok(())
+}
+
+#[test]
+fn twin_a_stranger_with_too_many_connections_shuts_the_pod_off_when_its_ports_share_a_budget()
+-> Result<()> {
+    assert_eq!(one_takes_all("share-budgets")?, (false, false));
+    Ok(())
+}
+
+/// Lines of `ss` about established connections with this local address.
+fn timers(pod: &Pod, local: &str) -> Result<Vec<String>> {
+    let listed = pod.command("ss").args(["-Htno", "state", "established"]);
+    let listed = listed.run(SOON)?.success()?;
+    let of_local = |line: &&str| line.split_whitespace().nth(2) == Some(local);
+    Ok(listed.lines().filter(of_local).map(str::to_owned).collect())
+}
+
+#[test]
+fn a_client_that_vanishes_is_noticed_on_every_port() -> Result<()> {
+    let scene = Scene::with(Setting {
+        policies: Some(Vec::new()),
+        ..Setting::default()
+    })?;
+    let _server = serve(&scene.server_b, "echo")?;
+    let stranger = scene.node1.pod("stranger")?;
+    let _tunnelled = hold(&scene.client, &scene.server_b)?;
+    let _plaintext = hold(&stranger, &scene.server_b)?;
+    let server = scene.server_b.at(PORT);
+    for (pod, local) in [
+        (&scene.client, server.clone()),
+        (&scene.server_b, scene.server_b.at(TUNNEL_PORT)),
+        (&scene.server_b, server),
+    ] {
+        wait_until(SOON, "a connection that is probed", || {
+            let timers = timers(pod, &local)?;
+            Ok(timers
+                .iter()
+                .any(|line| line.contains("timer:(keepalive,"))
+                .then_some(()))
+        })?;
+    }
     Ok(())
 }
 

@@ -2,8 +2,12 @@
 
 use super::access::accepted_from;
 use anyhow::Result;
-use culvert_harness::{Agent, AgentOptions, Fabric, Mesh, mesh::replace_file, wait_until};
-use culvert_tests::scene::{SOON, Scene, answered, echo, mesh_status, serve, status};
+use culvert_harness::{
+    Agent, AgentOptions, Fabric, Mesh, Workload, mesh::replace_file, wait_until,
+};
+use culvert_tests::scene::{
+    NAMESPACE, SOON, Scene, answered, connect, echo, mesh_status, serve, status, text, was_reset,
+};
 
 const READINESS: u16 = 15021;
 const BROKEN: &str = "workloads: []\npolicies:\n  - name: a\n    namespace: b\n    scope: Namespace\n    action: Alow\n";
@@ -72,4 +76,79 @@ fn an_agent_with_a_broken_file_is_not_ready_until_it_is_repaired() -> Result<()>
 #[test]
 fn an_agent_without_a_file_is_not_ready_until_there_is_one() -> Result<()> {
     repaired(None, "mesh.yaml")
+}
+
+/// A pod is enrolled while no mesh was ever in force, and connects to a pod that the mesh will have. Tells whether what it
+/// sends passes between the nodes in clear; then the file is repaired.
+fn leaks_before_the_mesh(first: Option<&str>, knobs: &str) -> Result<bool> {
+    const MARKER: &str = "nobody-else-may-read-this";
+    let fabric = Fabric::new()?;
+    let (node1, node2) = (fabric.node()?, fabric.node()?);
+    let (client, server) = (node1.pod("client")?, node2.pod("server")?);
+    let workloads = [&client, &server].map(|pod| Workload::of_pod(pod, NAMESPACE, pod.name()));
+    let file = Agent::default_mesh_file(&node1);
+    if let Some(text) = first {
+        replace_file(&file, text)?;
+    }
+    let mut options = AgentOptions::default();
+    if !knobs.is_empty() {
+        options
+            .env
+            .insert("CULVERT_TEST_KNOBS".to_owned(), knobs.to_owned());
+    }
+    let agents = [
+        node1.start_agent(options.clone())?,
+        node2.start_agent(options)?,
+    ];
+    for agent in &agents {
+        wait_until(SOON, "an answer", || {
+            Ok(agent.get(READINESS, "/healthz/ready").ok())
+        })?;
+    }
+    agents[0].enrol_as(&client, &workloads[0])?;
+    let _server = serve(&server, "echo")?;
+    let capture = fabric.capture()?;
+    let length = MARKER.len().to_string();
+    let send = ["--send", MARKER, "--read", &length];
+    let mark = agents[0].log().mark();
+    let report = connect(&client, &server, &send)?;
+    let leaked = capture.contains(MARKER.as_bytes())?;
+    assert_eq!(text(&report, "data") == MARKER, leaked, "{report}");
+    if leaked {
+        return Ok(true);
+    }
+    assert!(was_reset(&report), "{report}");
+    super::access::wait_for_failure(&agents[0], mark, "the mesh is not known yet", &[])?;
+    let mesh = Mesh {
+        workloads: workloads.to_vec(),
+        ..Mesh::default()
+    };
+    mesh.write(&file)?;
+    for agent in &agents {
+        agent.ready()?;
+    }
+    agents[1].enrol_as(&server, &workloads[1])?;
+    let mark = agents[0].log().mark();
+    let report = connect(&client, &server, &send)?;
+    assert_eq!(text(&report, "data"), MARKER, "{report}");
+    agents[0].wait_for_access(mark, &[("path", "hbone"), ("src.workload", "client")], SOON)?;
+    capture.contains(MARKER.as_bytes())
+}
+
+#[test]
+fn nothing_leaves_in_clear_while_the_first_mesh_is_broken() -> Result<()> {
+    assert!(!leaks_before_the_mesh(Some(BROKEN), "")?);
+    Ok(())
+}
+
+#[test]
+fn nothing_leaves_in_clear_before_there_is_a_mesh() -> Result<()> {
+    assert!(!leaks_before_the_mesh(None, "")?);
+    Ok(())
+}
+
+#[test]
+fn twin_everything_leaves_in_clear_before_there_is_a_mesh_when_none_is_awaited() -> Result<()> {
+    assert!(leaks_before_the_mesh(None, "skip-mesh-wait")?);
+    Ok(())
 }

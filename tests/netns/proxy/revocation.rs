@@ -2,8 +2,11 @@
 
 use super::access::wait_for_failure;
 use anyhow::Result;
-use culvert_harness::{Match, Pod, Policy, Proc};
-use culvert_tests::scene::{NAMESPACE, SOON, Scene, Setting, hold, principal, serve, text};
+use culvert_harness::{Match, Pod, Policy, Proc, wait_until};
+use culvert_tests::scene::{
+    NAMESPACE, SOON, Scene, Setting, answered, echo, hold, principal, serve, text,
+};
+use nix::sys::signal::Signal;
 
 fn says(held: &Proc, word: &str) -> Result<()> {
     let mark = held.log().mark();
@@ -45,8 +48,8 @@ fn change_cuts(
         assert_eq!(text(&closed, "end"), "ECONNRESET", "{closed}");
     } else {
         // The change is in force for new connections; the old one is not looked at.
-        let refused = culvert_tests::scene::echo(&doomed, &scene.server_b)?;
-        assert!(!culvert_tests::scene::answered(&refused), "{refused}");
+        let refused = echo(&doomed, &scene.server_b)?;
+        assert!(!answered(&refused), "{refused}");
         says(&cut, "after")?;
     }
     says(&kept, "after")?;
@@ -100,5 +103,50 @@ fn twin_a_plaintext_connection_goes_on_when_open_ones_are_not_judged_again() -> 
         not_the_address,
         "plaintext"
     )?);
+    Ok(())
+}
+
+/// The agent of `server-b` is told to end, and while it lets an open connection finish, policy forbids it. Tells whether the
+/// connection was cut.
+fn change_cuts_while_ending(knobs: &'static str) -> Result<bool> {
+    let mut scene = Scene::with(Setting {
+        knobs,
+        policies: Some(Vec::new()),
+        ..Setting::default()
+    })?;
+    let _server = serve(&scene.server_b, "echo")?;
+    let held = hold(&scene.intruder, &scene.server_b)?;
+    says(&held, "before")?;
+    scene.agent2.process().kill(Signal::SIGTERM)?;
+    wait_until(SOON, "new connections to be refused", || {
+        Ok((!answered(&echo(&scene.client, &scene.server_b)?)).then_some(()))
+    })?;
+    let mark = scene.agent2.log().mark();
+    scene.mesh.policies = vec![not_the_intruder(&scene.intruder)];
+    scene.mesh.write(&scene.mesh_file())?;
+    if knobs.is_empty() {
+        let end = held.wait_for_event("end", SOON)?;
+        assert_eq!(text(&end, "how"), "ECONNRESET", "{end}");
+        let fields = [("path", "hbone"), ("src.workload", "intruder")];
+        wait_for_failure(&scene.agent2, mark, "policy changed", &fields)?;
+        Ok(true)
+    } else {
+        let agent = scene.agent2.process();
+        agent.wait_for_line_after(mark, "the mesh file is in effect", SOON)?;
+        says(&held, "after")?;
+        Ok(false)
+    }
+}
+
+#[test]
+fn a_connection_is_cut_while_its_agent_ends() -> Result<()> {
+    assert!(change_cuts_while_ending("")?);
+    Ok(())
+}
+
+#[test]
+fn twin_a_connection_goes_on_while_its_agent_ends_when_open_ones_are_not_judged_again() -> Result<()>
+{
+    assert!(!change_cuts_while_ending("skip-reauthorization")?);
     Ok(())
 }

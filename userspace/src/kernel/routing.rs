@@ -6,8 +6,9 @@
 //!
 //! The first of the routes names the pod's own device, so that it serves sockets that are bound to it, or bind to it after
 //! they were steered; the kernel delivers what is local through the loopback device all the same. It vanishes when the
-//! device goes down: the second names the loopback device, which does not. The last refuses: without it, a socket that is
-//! bound to any other device would find no route here, and one in the pod's own tables.
+//! device goes down: the second names the loopback device, which does not. The others name the devices that were there when
+//! the pod was enrolled, for sockets that bind to one once they are steered: where the kernel finds no route for a bound
+//! socket, it sends to that device's link, whatever the tables say.
 
 use std::{fs, io, net::Ipv4Addr, thread};
 
@@ -16,6 +17,7 @@ use rtnetlink::{
     Handle, RouteMessageBuilder,
     packet_route::{
         AddressFamily,
+        link::LinkFlags,
         route::{RouteScope, RouteType},
         rule::{RuleAction, RuleAttribute, RuleMessage},
     },
@@ -33,6 +35,9 @@ const SYSCTLS: [&str; 2] = [
     // So does a reset for a port on which nobody listens.
     "/proc/sys/net/ipv4/fwmark_reflect",
 ];
+
+/// Devices besides its own for which a pod gets a route.
+const MOST_DEVICES: usize = 64;
 
 /// A pod's address and the index of the device that has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +74,11 @@ impl PodRouting {
                 for mark in [STEER_MARK, packet_mark] {
                     add_rule(&handle, mark).await?;
                 }
-                for (priority, device) in [(1, address.device), (2, loopback(&handle).await?)] {
+                let first = [address.device, loopback(&handle).await?];
+                let mut devices = devices(&handle).await?;
+                devices.retain(|device| !first.contains(device));
+                devices.truncate(MOST_DEVICES);
+                for (priority, device) in (1..).zip(first.into_iter().chain(devices)) {
                     let route = to_the_pod()
                         .output_interface(device)
                         .pref_source(address.ip)
@@ -78,12 +87,6 @@ impl PodRouting {
                     let added = handle.route().add(route).execute().await;
                     added.map_err(|error| format!("add local route: {error}"))?;
                 }
-                let added = handle
-                    .route()
-                    .add(nowhere().priority(3).build())
-                    .execute()
-                    .await;
-                added.map_err(|error| format!("add unreachable route: {error}"))?;
                 Ok(())
             })?;
             Ok(previous)
@@ -158,6 +161,15 @@ async fn loopback(handle: &Handle) -> Result<u32, String> {
         .ok_or_else(|| "there is no loopback device".to_owned())
 }
 
+/// The devices that are up: the others take no routes.
+async fn devices(handle: &Handle) -> Result<Vec<u32>, String> {
+    use futures_util::TryStreamExt as _;
+    let links = handle.link().get().execute();
+    let up = links.try_filter(|link| std::future::ready(link.header.flags.contains(LinkFlags::Up)));
+    let found = up.map_ok(|link| link.header.index).try_collect().await;
+    found.map_err(|error| format!("list devices: {error}"))
+}
+
 async fn loopback_up(handle: &Handle) -> Result<(), String> {
     let index = loopback(handle).await?;
     let link = rtnetlink::LinkUnspec::new_with_index(index).up().build();
@@ -175,14 +187,6 @@ fn to_the_pod() -> RouteMessageBuilder<Ipv4Addr> {
         .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
         .kind(RouteType::Local)
         .scope(RouteScope::Host)
-        .table_id(TABLE)
-}
-
-/// Nothing leaves.
-fn nowhere() -> RouteMessageBuilder<Ipv4Addr> {
-    RouteMessageBuilder::<Ipv4Addr>::new()
-        .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
-        .kind(RouteType::Unreachable)
         .table_id(TABLE)
 }
 
@@ -213,7 +217,6 @@ async fn remove(handle: &Handle, packet_mark: u32) {
     for mark in [STEER_MARK, packet_mark] {
         while handle.rule().del(rule(mark)).execute().await.is_ok() {}
     }
-    for route in [to_the_pod().build(), nowhere().build()] {
-        while handle.route().del(route.clone()).execute().await.is_ok() {}
-    }
+    let route = to_the_pod().build();
+    while handle.route().del(route.clone()).execute().await.is_ok() {}
 }

@@ -51,6 +51,8 @@ struct State {
     revoked: HashSet<FlowName>,
     /// Open flows are judged.
     started: bool,
+    /// A mesh was ever in force.
+    known: bool,
     /// Something could not be written or cut, or is still to be judged.
     dirty: bool,
 }
@@ -189,6 +191,7 @@ impl Enforcer {
             next_pod: 1,
             revoked: HashSet::new(),
             started: false,
+            known: false,
             dirty: false,
         };
         Ok(Self {
@@ -264,23 +267,29 @@ impl Enforcer {
 
     /// All pods of an earlier agent are back: from now on open flows are judged, beginning with those that are there.
     pub fn start(&self) -> Result<usize, KernelError> {
-        let mesh = {
+        {
             let mut state = self.state();
             state.started = true;
             state.dirty = true;
-            Arc::clone(&state.mesh)
-        };
-        self.apply(mesh)
+        }
+        self.bring_in_line(None)
     }
 
     /// Brings the kernel in line with a new mesh; returns how many direct flows it cut.
     ///
     /// What could not be written or cut is noted, and [`Self::retry`] tries again.
     pub fn apply(&self, mesh: Arc<Mesh>) -> Result<usize, KernelError> {
+        self.bring_in_line(Some(mesh))
+    }
+
+    fn bring_in_line(&self, mesh: Option<Arc<Mesh>>) -> Result<usize, KernelError> {
         let mut failed = None;
         let view = {
             let mut state = self.state();
-            state.mesh = mesh;
+            if let Some(mesh) = mesh {
+                state.mesh = mesh;
+                state.known = true;
+            }
             let again = std::mem::take(&mut state.dirty);
             let mut changed = again;
             let mut pods = std::mem::take(&mut state.pods);
@@ -332,14 +341,11 @@ impl Enforcer {
 
     /// Tries again what failed before, and judges the flows of pods that have come since, if there is any of that.
     pub fn retry(&self) -> Result<usize, KernelError> {
-        let mesh = {
-            let state = self.state();
-            if !state.dirty {
-                return Ok(0);
-            }
-            Arc::clone(&state.mesh)
-        };
-        self.apply(mesh)
+        if self.state().dirty {
+            self.bring_in_line(None)
+        } else {
+            Ok(0)
+        }
     }
 
     /// The policy behind a number in a kernel event.
@@ -514,9 +520,10 @@ impl State {
         }
     }
 
-    /// What open flows are judged by; `None` before [`Enforcer::start`], while pods of an earlier agent may still be missing.
+    /// What open flows are judged by; `None` before [`Enforcer::start`], while pods of an earlier agent may still be missing,
+    /// and before there is a mesh to judge by: what an earlier agent admitted goes on until then.
     fn view(&self) -> Option<View> {
-        self.started.then(|| View {
+        (self.started && self.known).then(|| View {
             mesh: Arc::clone(&self.mesh),
             pods: self
                 .pods

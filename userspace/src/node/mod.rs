@@ -29,7 +29,7 @@ use crate::{
     config::Config,
     identity::{Certificates, DevCa, DevCaIssuer, RenewalSettings},
     kernel::{Kernel, KernelSettings},
-    mesh::{MeshDefaults, Store},
+    mesh::{MeshDefaults, Revision, Store},
     policy::{DenyReason, PolicyName},
     proxy::{Context, OpenConnections, Workers, hbone},
     telemetry::{KernelCounters, Telemetry},
@@ -315,7 +315,9 @@ fn follow_mesh(
     context: Arc<Context>,
 ) {
     let mut news = context.mesh.subscribe();
-    news.mark_changed();
+    if context.mesh.revision() > Revision::default() {
+        news.mark_changed();
+    }
     let control = control.clone();
     tasks.spawn(async move {
         // One change at a time, and the newest: what was skipped is contained in it.

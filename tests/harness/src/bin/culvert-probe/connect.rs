@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::report;
 
@@ -37,6 +37,9 @@ pub struct Arguments {
     /// Device to bind to
     #[arg(long)]
     device: Option<String>,
+    /// Device to bind to once connected, before anything is sent
+    #[arg(long)]
+    rebind: Option<String>,
     /// Multipath TCP
     #[arg(long)]
     mptcp: bool,
@@ -72,6 +75,10 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if let Ok(stream) = &connected {
         report.insert("local".into(), address(stream.local_addr()));
         report.insert("peer".into(), address(stream.peer_addr()));
+        if let Some(device) = &arguments.rebind {
+            let bound = SockRef::from(stream).bind_device(Some(device.as_bytes()));
+            report.insert("rebind".into(), report::outcome(&bound).into());
+        }
     }
     if arguments.hold {
         let event = if connected.is_ok() {
