@@ -24,7 +24,7 @@ fn record(source: &str, destination: &str) -> FlowRecord {
             name: "db".to_owned(),
             namespace: "shop".to_owned(),
         })),
-        reporter: Reporter::Destination,
+        reporter: Reporter::Source,
         path: FlowPath::Direct,
         security: Security::MutualTls,
         ..FlowRecord::default()
@@ -56,7 +56,7 @@ fn a_connection_is_counted_open_and_closed_with_all_labels() {
         bytes_received: 20,
         ..record("web", "db")
     });
-    let labels = "{reporter=\"destination\",source_workload=\"web\",source_canonical_service=\"unknown\",\
+    let labels = "{reporter=\"source\",source_workload=\"web\",source_canonical_service=\"unknown\",\
         source_canonical_revision=\"unknown\",source_workload_namespace=\"shop\",\
         source_principal=\"spiffe://cluster.local/ns/a/sa/b\",source_app=\"unknown\",source_version=\"unknown\",\
         source_cluster=\"unknown\",destination_service=\"db.shop.svc\",destination_service_namespace=\"shop\",\
@@ -236,4 +236,18 @@ fn what_is_exposed_is_what_is_listed() {
         sample(&metrics, "culvert_kernel_decisions_total", &["no_claim"]),
         Some(3)
     );
+}
+
+#[test]
+fn a_direct_connection_is_one_flow_though_both_ends_report_it() {
+    let metrics = Metrics::default();
+    let source = metrics.opened(&record("web", "db"));
+    let destination = metrics.opened(&FlowRecord {
+        reporter: Reporter::Destination,
+        ..record("web", "db")
+    });
+    assert_eq!(sample(&metrics, "culvert_open_flows", &[]), Some(1));
+    drop((source, destination));
+    assert_eq!(sample(&metrics, "culvert_open_flows", &[]), Some(0));
+    assert_eq!(sample(&metrics, "culvert_flows_total", &[]), Some(1));
 }
