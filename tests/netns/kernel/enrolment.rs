@@ -1,7 +1,7 @@
 //! Pods come and go, nodes too: what is taken down leaves nothing behind and disturbs nobody.
 
 use anyhow::Result;
-use culvert_harness::{Pod, culvert_binary, wait_until};
+use culvert_harness::{AgentOptions, Pod, culvert_binary, wait_until};
 use culvert_tests::scene::{NAMESPACE, SOON, Scene, answered, connect, echo, hold, serve, text};
 use nix::sys::signal::Signal;
 
@@ -10,7 +10,7 @@ use crate::agent_gone::goes_on;
 const HELLO: [&str; 4] = ["--send", "hello", "--read", "5"];
 
 /// Everything of a pod's network that enrolment changes.
-fn network(pod: &Pod) -> Result<Vec<String>> {
+pub fn network(pod: &Pod) -> Result<Vec<String>> {
     let mut found = Vec::new();
     for arguments in [
         &["rule"][..],
@@ -59,6 +59,22 @@ fn a_released_pod_is_as_it_was_and_can_come_back() -> Result<()> {
             "plain again"
         );
     }
+    Ok(())
+}
+
+#[test]
+fn a_pod_released_by_a_later_agent_is_as_it_was() -> Result<()> {
+    let scene = Scene::new()?;
+    let guest = scene.node1.pod("guest")?;
+    let before = network(&guest)?;
+    scene
+        .agent1
+        .enrol(&guest, "guest-uid", NAMESPACE, "guest", "guest")?;
+    scene.agent1.kill()?;
+    let agent = scene.node1.start_agent(AgentOptions::default())?;
+    agent.ready()?;
+    agent.unenrol("guest-uid")?;
+    assert_eq!(network(&guest)?, before);
     Ok(())
 }
 

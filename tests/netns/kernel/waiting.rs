@@ -7,6 +7,7 @@ use culvert_tests::scene::{
 };
 use serde_json::Value;
 
+use crate::enrolment::network;
 use crate::{
     agent_gone::goes_on,
     restart::{entry, listed, start},
@@ -91,9 +92,14 @@ fn a_waiting_pod_can_be_removed() -> Result<()> {
     let scene = Scene::new()?;
     let _server = serve(&scene.client, "echo")?;
     let outsider = scene.node1.pod("outsider")?;
+    let untouched = network(&outsider)?;
     let uid = enrol_by_uid(&scene, &scene.client)?;
     let agent = restart_without_a_mesh(&scene, "")?;
     agent.unenrol(&uid)?;
+    // Rules, sysctls and ports of the agent are gone; routes differ by the pod's own address.
+    let (released, own) = (network(&scene.client)?, network(&outsider)?);
+    assert_eq!(own, untouched);
+    assert_eq!((&released[0], &released[2..]), (&own[0], &own[2..]));
     assert!(listed(&agent)?.iter().all(|pod| pod["uid"] != *uid));
     let ready = agent.get(15021, "/healthz/ready")?;
     assert!(!ready.body.contains(&uid), "{}", ready.body);

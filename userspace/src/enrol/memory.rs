@@ -31,6 +31,8 @@ pub struct KnownPod {
     pub spec: PodSpec,
     pub cookie: NetnsCookie,
     pub ip: IpAddr,
+    /// What its routing replaced (`kernel::PodRouting::previous`).
+    pub replaced: Vec<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -40,6 +42,7 @@ struct Remembered {
     netns: PathBuf,
     netns_cookie: u64,
     ip: IpAddr,
+    replaced: Vec<String>,
     namespace: Option<String>,
     name: Option<String>,
     service_account: Option<String>,
@@ -100,6 +103,7 @@ impl Remembered {
             netns: pod.spec.netns.clone(),
             netns_cookie: pod.cookie.0,
             ip: pod.ip,
+            replaced: pod.replaced.clone(),
             namespace: pod.spec.namespace.clone(),
             name: pod.spec.name.clone(),
             service_account: pod.spec.service_account.clone(),
@@ -120,6 +124,7 @@ impl Remembered {
             name,
             service_account,
             ip,
+            replaced,
             ..
         } = self;
         let spec = PodSpec {
@@ -129,7 +134,12 @@ impl Remembered {
             name,
             service_account,
         };
-        Some(KnownPod { spec, cookie, ip })
+        Some(KnownPod {
+            spec,
+            cookie,
+            ip,
+            replaced,
+        })
     }
 }
 
@@ -152,7 +162,7 @@ mod tests {
     fn a_path_that_leads_elsewhere_by_now_is_not_taken_back() {
         let directory = tempfile::tempdir().unwrap();
         let memory = Memory::beside(&directory.path().join("admin.sock"));
-        let pod = |cookie: u64, netns: &str| serde_json::json!({"uid": "a", "netns": netns, "netns_cookie": cookie, "ip": "10.0.0.1", "namespace": null, "name": null, "service_account": null});
+        let pod = |cookie: u64, netns: &str| serde_json::json!({"uid": "a", "netns": netns, "netns_cookie": cookie, "ip": "10.0.0.1", "replaced": ["0", "0"], "namespace": null, "name": null, "service_account": null});
         let own = "/proc/self/ns/net";
         let cookie = Netns::open(Path::new(own)).unwrap().cookie().0;
         let pods = serde_json::json!([

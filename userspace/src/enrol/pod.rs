@@ -2,7 +2,7 @@
 
 use std::{net::IpAddr, path::PathBuf, sync::Arc};
 
-use super::{EnrolError, KnownPod};
+use super::EnrolError;
 use crate::{
     kernel::{NetnsCookie, PodSockets, SocketDestroyer},
     mesh::{Mesh, Workload},
@@ -104,14 +104,5 @@ impl LocalPod {
 
     pub fn workload<'a>(&self, mesh: &'a Mesh) -> Option<&'a Arc<Workload>> {
         self.spec.workload(mesh)
-    }
-
-    /// What a later agent needs to serve this pod again.
-    pub fn known(&self) -> KnownPod {
-        KnownPod {
-            spec: self.spec.clone(),
-            cookie: self.cookie(),
-            ip: self.ip,
-        }
     }
 }

@@ -80,10 +80,12 @@ impl Enrolment {
         address: PodAddress,
         identity: Identity,
         packet_mark: u32,
+        before: Option<&KnownPod>,
     ) -> Result<(Self, PodListeners), EnrolError> {
         let sockets = PodSockets::new(Arc::clone(&netns), Arc::clone(kernel.tables()), packet_mark);
         let destroyer = SocketDestroyer::new(&netns)?;
-        let routing = PodRouting::install(&netns, address, packet_mark)?;
+        let replaced = before.map(|before| before.replaced.as_slice());
+        let routing = PodRouting::install(&netns, address, packet_mark, replaced)?;
         let attached = sockets
             .listen()
             .and_then(|listeners| Ok((listeners, kernel.attach_pod(&netns)?)));
@@ -115,6 +117,26 @@ impl Enrolment {
                 Err(error.into())
             }
         }
+    }
+
+    /// What a later agent needs to serve this pod again.
+    pub fn known(&self) -> KnownPod {
+        KnownPod {
+            spec: self.pod.spec.clone(),
+            cookie: self.pod.cookie(),
+            ip: self.pod.ip,
+            replaced: self.routing.previous().to_vec(),
+        }
+    }
+
+    /// Takes down what an earlier agent set up for a pod that this one does not serve.
+    pub fn forget(kernel: &Kernel, known: KnownPod, packet_mark: u32) -> Result<(), EnrolError> {
+        kernel.forget_pod(known.cookie)?;
+        let netns = Netns::open(&known.spec.netns)?;
+        if netns.cookie() == known.cookie {
+            PodRouting::remembered(packet_mark, known.replaced).uninstall(&netns)?;
+        }
+        Ok(())
     }
 
     /// Takes the pod down, as far as its namespace still exists.

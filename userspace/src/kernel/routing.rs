@@ -50,23 +50,25 @@ pub struct PodAddress {
 #[derive(Debug)]
 pub struct PodRouting {
     packet_mark: u32,
-    previous: Vec<(&'static str, String)>,
+    /// Values of [`SYSCTLS`].
+    previous: Vec<String>,
 }
 
 impl PodRouting {
-    /// Sets the pod up. Leftovers of an earlier agent are replaced.
+    /// Sets the pod up. Leftovers of an earlier agent are replaced; `before` is what that one found ([`Self::previous`]).
     pub fn install(
         netns: &Netns,
         address: PodAddress,
         packet_mark: u32,
+        before: Option<&[String]>,
     ) -> Result<Self, KernelError> {
-        let previous = on_thread(netns, "set up", || {
-            let mut previous = Vec::new();
+        let found = on_thread(netns, "set up", || {
+            let mut found = Vec::new();
             for path in SYSCTLS {
                 let old =
                     fs::read_to_string(path).map_err(|error| format!("read {path}: {error}"))?;
                 fs::write(path, "1").map_err(|error| format!("write {path}: {error}"))?;
-                previous.push((path, old.trim().to_owned()));
+                found.push(old.trim().to_owned());
             }
             with_netlink(async |handle| {
                 remove(&handle, packet_mark).await;
@@ -89,12 +91,25 @@ impl PodRouting {
                 }
                 Ok(())
             })?;
-            Ok(previous)
+            Ok(found)
         })?;
-        Ok(Self {
+        Ok(Self::remembered(
+            packet_mark,
+            before.map_or(found, <[String]>::to_vec),
+        ))
+    }
+
+    /// The routing of a pod that an earlier agent set up.
+    pub fn remembered(packet_mark: u32, previous: Vec<String>) -> Self {
+        Self {
             packet_mark,
             previous,
-        })
+        }
+    }
+
+    /// What was there before, for [`Self::remembered`].
+    pub fn previous(&self) -> &[String] {
+        &self.previous
     }
 
     /// Undoes [`Self::install`].
@@ -104,7 +119,7 @@ impl PodRouting {
                 remove(&handle, self.packet_mark).await;
                 Ok(())
             })?;
-            for (path, value) in &self.previous {
+            for (path, value) in SYSCTLS.iter().zip(&self.previous) {
                 fs::write(path, value).map_err(|error| format!("restore {path}: {error}"))?;
             }
             Ok(())

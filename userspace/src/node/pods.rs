@@ -127,7 +127,7 @@ impl Pods {
         let pods: Vec<KnownPod> = running
             .pods
             .values()
-            .map(|(enrolment, _)| enrolment.pod.known())
+            .map(|(enrolment, _)| enrolment.known())
             .chain(
                 running
                     .waiting
@@ -191,6 +191,7 @@ impl Pods {
                 address,
                 identity.clone(),
                 self.packet_mark,
+                known,
             )
         })?;
         let pod = Arc::clone(&enrolment.pod);
@@ -225,9 +226,11 @@ impl Pods {
     pub async fn remove(&self, uid: &PodUid) -> Result<(), EnrolError> {
         let mut running = self.running.lock().await;
         if let Some(waiting) = running.waiting.remove(uid) {
-            let forgotten = running.kernel.forget_pod(waiting.known.cookie);
+            let forgotten = tokio::task::block_in_place(|| {
+                Enrolment::forget(&running.kernel, waiting.known, self.packet_mark)
+            });
             self.remember(&running);
-            return Ok(forgotten?);
+            return forgotten;
         }
         let (enrolment, proxy) = running
             .pods
