@@ -36,8 +36,10 @@ pub const MARK_MASK: u32 = 0xfff;
 pub const OUTBOUND_PORT: u16 = 15001;
 pub const INBOUND_PORT: u16 = 15006;
 pub const HBONE_PORT: u16 = 15008;
+pub const DNS_PORT: u16 = 15053;
 /// Every port of a pod that belongs to the agent; traffic of the mesh may not name them.
-pub const OWN_PORTS: [u16; 6] = [15001, 15006, 15008, 15053, 15020, 15021];
+/// (15020 and 15021 are the agent's in its own namespace; in a pod they are the application's, a gateway's for example.)
+pub const OWN_PORTS: [u16; 4] = [OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT, DNS_PORT];
 
 /// An IPv4 address, given in network byte order, as an [`Address`].
 #[inline(always)]

@@ -4,7 +4,9 @@ use std::net::SocketAddr;
 
 use anyhow::Result;
 use culvert_harness::wait_until;
-use culvert_tests::scene::{NAMESPACE, PORT, SOON, Scene, answered, echo, serve, serve_on, text};
+use culvert_tests::scene::{
+    NAMESPACE, PORT, SOON, Scene, answered, connect_to, echo, serve, serve_on, text,
+};
 use http::{Method, Request, Version};
 
 use super::access::wait_for_failure;
@@ -132,15 +134,17 @@ fn targets_that_are_not_the_pods_application_are_bad_requests() -> Result<()> {
 #[test]
 fn the_readiness_and_metrics_ports_of_a_pod_are_its_own() -> Result<()> {
     let scene = Scene::new()?;
-    // The agent's HTTP ports are in the node's namespace: in the pod they are nobody's, or the application's.
-    let at = scene.server_b.at(15020);
-    let outcome = attempt(
-        &scene.client,
-        &scene.server_b,
-        genuine(&scene, "client")?,
-        &at,
-    )?;
-    assert!(matches!(outcome, Outcome::Status(400 | 503)), "{outcome:?}");
+    // The agent's HTTP ports are in the node's namespace: in a pod they are the application's.
+    for port in [15020, 15021] {
+        for server in [&scene.server_a, &scene.server_b] {
+            let _server = serve_on(server, "echo", port)?;
+            for _ in 0..2 {
+                let hello = ["--send", "hello", "--read", "5"];
+                let report = connect_to(&scene.client, &server.at(port), &hello)?;
+                assert!(answered(&report), "{report}");
+            }
+        }
+    }
     Ok(())
 }
 

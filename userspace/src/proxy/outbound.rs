@@ -5,11 +5,11 @@ use std::{
     hash::{BuildHasher as _, Hasher as _},
     net::SocketAddr,
     sync::Arc,
-    time::SystemTime,
+    time::Duration,
 };
 
 use culvert_abi::{HBONE_PORT, OWN_PORTS};
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, time::timeout};
 
 use super::{
     arrival::{Arrival, is_own},
@@ -25,6 +25,9 @@ use crate::{
     policy::{Decision, DenyReason},
     telemetry::{Direction, FlowPath, Reporter, ResponseFlags},
 };
+
+/// How long a connection waits for its pod's first certificate.
+const CERTIFICATE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Where a connection goes.
 #[derive(Debug)]
@@ -202,18 +205,29 @@ async fn tunnel(
 ) {
     let tunnel_address = SocketAddr::new(target.ip(), HBONE_PORT);
     report.through_tunnel(tunnel_address, target);
-    let certificate = match ours.context.certificates.ready(&ours.pod.identity).await {
-        Ok(certificate) if !certificate.validity().expired(SystemTime::now()) => certificate,
-        Ok(_) => {
+    let ready = timeout(
+        CERTIFICATE_DEADLINE,
+        ours.context.certificates.ready(&ours.pod.identity),
+    );
+    let ready = tokio::select! {
+        ready = ready => ready,
+        () = ours.stop.close.cancelled() => {
+            dial::reset(stream);
+            return report.unreachable("the agent or the pod is stopping");
+        }
+    };
+    let certificate = match ready {
+        Ok(Ok(certificate)) => certificate,
+        Ok(Err(error)) => {
+            dial::reset(stream);
+            return report.failed(ResponseFlags::IdentityFailure, &error.to_string());
+        }
+        Err(_) => {
             dial::reset(stream);
             return report.failed(
                 ResponseFlags::IdentityFailure,
-                "the pod's certificate has expired",
+                "the pod has no certificate yet",
             );
-        }
-        Err(error) => {
-            dial::reset(stream);
-            return report.failed(ResponseFlags::IdentityFailure, &error.to_string());
         }
     };
     let key = PoolKey {
