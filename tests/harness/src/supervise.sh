@@ -5,20 +5,24 @@ prefix=$1 cgroups=$2 bpffs=$3 run=$4
 trap '' HUP INT TERM PIPE
 cat >/dev/null
 
-for group in "$cgroups/culvert-test-$prefix"*; do
-    [ -d "$group" ] && echo 1 >"$group/cgroup.kill"
-done
-for netns in "/run/netns/cv-$prefix"*; do
-    [ -e "$netns" ] || continue
-    umount -l "$netns"
-    rm -f -- "$netns"
-done
-rm -rf -- "$bpffs/culvert-test-$prefix"* "$run/culvert-test-$prefix"*
-for attempt in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+# Again and again for half a minute: a program that was just being started, or a device still going away, resists a while.
+attempt=0
+while [ "$attempt" -lt 300 ]; do
+    attempt=$((attempt + 1))
     left=
     for group in "$cgroups/culvert-test-$prefix"*; do
+        [ -d "$group" ] && echo 1 >"$group/cgroup.kill"
+    done
+    for netns in "/run/netns/cv-$prefix"*; do
+        [ -e "$netns" ] || continue
+        umount -l "$netns"
+        rm -f -- "$netns" || left=yes
+    done
+    rm -rf -- "$bpffs/culvert-test-$prefix"* "$run/culvert-test-$prefix"* || left=yes
+    for group in "$cgroups/culvert-test-$prefix"*; do
         [ -d "$group" ] || continue
-        find "$group" -depth -type d -exec rmdir {} \; || left=yes
+        find "$group" -depth -type d -exec rmdir {} \;
+        [ -d "$group" ] && left=yes
     done
     [ -z "$left" ] && exit 0
     sleep 0.1

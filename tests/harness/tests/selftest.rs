@@ -221,7 +221,7 @@ fn death_of_the_owner_removes_everything() -> Result<()> {
         assert_eq!(traces(&run)?.len(), 6);
         kill(Pid::from_raw(owner.id().cast_signed()), signal)?;
         owner.wait()?;
-        wait_until(SOON, "the supervisor to clean up", || {
+        wait_until(SOON * 3, "the supervisor to clean up", || {
             Ok(traces(&run)?.is_empty().then_some(()))
         })?;
     }
