@@ -27,7 +27,12 @@ fn nobody_is_answered(knobs: &'static str) -> Result<bool> {
     }
     open_to_all(scene.agent1.admin_socket(), 0o666)?;
     let program = scene.node1.directory().join("culvert");
-    std::fs::copy(culvert_binary()?, &program)?;
+    // By another process: a program that a thread beside this one starts meanwhile would hold the copy open for writing.
+    let copied = std::process::Command::new("cp")
+        .arg(culvert_binary()?)
+        .arg(&program)
+        .status()?;
+    assert!(copied.success(), "cp: {copied}");
     open_to_all(&program, 0o755)?;
     let list = |user: &str| {
         let setpriv = scene.node1.command("/usr/bin/setpriv").args([
