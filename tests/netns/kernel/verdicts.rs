@@ -157,6 +157,16 @@ fn without_room_for_verdicts_every_connection_is_judged_by_the_agent() -> Result
     Ok(())
 }
 
+#[test]
+fn twin_without_room_for_verdicts_the_denied_pod_is_admitted_when_none_is_needed() -> Result<()> {
+    let scene = Scene::without("unknown-verdict-allows")?;
+    fill_verdicts(&scene)?;
+    let (reports, server) = intrude(&scene)?;
+    assert!(reports.iter().all(answered), "{reports:?}");
+    server.wait_for_event("accepted", SOON)?;
+    Ok(())
+}
+
 /// A pod with an identity that the mesh does not know (yet), and a client of it.
 fn reach_an_unknown_pod(scene: &Scene) -> Result<(Vec<Value>, Proc)> {
     let unknown = scene.node1.pod("unknown")?;
