@@ -66,7 +66,7 @@ pub struct Config {
     /// Validity asked for workload certificates.
     #[serde(serialize_with = "values::serialize_duration")]
     pub secret_ttl: Duration,
-    /// The mark of connections on their way to the agent; never 0.
+    /// The mark of connections that the agent opens to the applications of its pods; 1 to 0xfff, and not that of steering.
     pub packet_mark: u32,
     /// Streams on one HBONE tunnel.
     #[serde(rename = "poolMaxStreamsPerConnection")]
@@ -161,7 +161,11 @@ impl Config {
         );
         let packet_mark = layers.or(
             &settings::PACKET_MARK,
-            |text| values::number_within(text, 1, u32::MAX),
+            // Rules compare only these bits: a mark without any of them would be every packet's.
+            |text| {
+                values::number_within(text, 1, culvert_abi::MARK_MASK)
+                    .filter(|mark| *mark != culvert_abi::STEER_MARK)
+            },
             1337,
         );
         let pool_max_streams = layers.or(

@@ -74,8 +74,8 @@ settings! {
         "a duration from 10s to 8760h, such as 86400s, 24h or 3600",
         "How long a workload certificate is valid [86400s]";
     PACKET_MARK = "packetMark", "PACKET_MARK", "packet-mark",
-        "a number from 1 to 4294967295, such as 1337 or 0x539",
-        "Packet mark that steers connections to the agent [1337]";
+        "a number from 1 to 4095 other than 1338, such as 1337 or 0x539",
+        "Packet mark of the agent's connections to the applications of its pods [1337]";
     POOL_MAX_STREAMS = "poolMaxStreamsPerConnection", "POOL_MAX_STREAMS_PER_CONNECTION", "pool-max-streams-per-connection",
         "a number from 1 to 10000",
         "Connections carried by one HBONE tunnel [100]";

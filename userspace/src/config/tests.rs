@@ -73,6 +73,17 @@ fn an_empty_variable_counts_as_unset() {
 }
 
 #[test]
+fn a_packet_mark_that_no_rule_could_tell_apart_is_refused() {
+    for mark in ["0", "0x1000", "4294967295", "0x53a", "1338"] {
+        let errors = errors(&Flags::default(), &environment(&[("PACKET_MARK", mark)]));
+        assert!(
+            errors.iter().any(|error| error.starts_with("packetMark")),
+            "{mark}: {errors:?}"
+        );
+    }
+}
+
+#[test]
 fn all_errors_of_all_layers_are_reported_together() {
     let file = file("# a comment\nnodeNam: x\n  \npacketMark: zero\nsecretTtl: 24h\nthreads: 0\n");
     let mut env = environment(&[
