@@ -1,18 +1,18 @@
 //! Claims: published before the SYN leaves, settled when the other end accepts, withdrawn when the client gives up.
 
-use core::intrinsics::{AtomicOrdering, atomic_xadd};
-
 use aya_ebpf::bindings::BPF_ANY;
-use culvert_abi::{CLAIMS_PER_POD, Claim, FlowKey, Reason};
+use culvert_abi::{Claim, FlowKey, Reason};
 
-use crate::maps::{CLAIMS, QUOTAS, count};
+use crate::{
+    maps::{CLAIMS, count},
+    quotas,
+};
 
 /// Publishes `claim`, at the expense of the pod with the cookie `claim.client_netns`.
 #[inline(always)]
 pub fn publish(key: &FlowKey, claim: &Claim) {
     let client = claim.client_netns;
-    if !add(client, 1).is_some_and(|before| before < CLAIMS_PER_POD) {
-        add(client, -1);
+    if !quotas::take_claim(client) {
         count(Reason::ClaimQuota);
         return;
     }
@@ -22,7 +22,7 @@ pub fn publish(key: &FlowKey, claim: &Claim) {
         settle(key, client);
     }
     if CLAIMS.insert(key, claim, u64::from(BPF_ANY)).is_err() {
-        add(client, -1);
+        quotas::return_claim(client);
         count(Reason::ClaimMapFull);
     }
 }
@@ -44,17 +44,6 @@ pub fn withdraw(key: &FlowKey, sequence: u32) {
 #[inline(always)]
 pub fn settle(key: &FlowKey, client: u64) {
     if CLAIMS.remove(key).is_ok() {
-        add(client, -1);
+        quotas::return_claim(client);
     }
-}
-
-/// Changes the count of a pod and returns what it was; `None` for a pod that has left.
-#[inline(always)]
-fn add(client: u64, delta: i64) -> Option<i64> {
-    let quota = QUOTAS.get_ptr_mut(&client)?;
-    // The target has no compare-and-swap as Rust's atomics want it, hence the intrinsic.
-    // SAFETY: a live map value; only ever accessed atomically.
-    Some(unsafe {
-        atomic_xadd::<i64, i64, { AtomicOrdering::Relaxed }>(&raw mut (*quota).claims, delta)
-    })
 }

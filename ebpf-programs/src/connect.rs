@@ -11,14 +11,17 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use culvert_abi::{
-    Endpoint, FlowKey, OWN_PORTS, Pod, Reason, STEER_MARK, SocketState, Verdict, VerdictKey,
-    action, knob, listener_kind, mapped, role, scope,
+    Address, Endpoint, FlowKey, OWN_PORTS, Pod, Reason, STEER_MARK, SocketState, Verdict,
+    VerdictKey, action, config_flag, event_kind, knob, listener_kind, role, scope,
 };
 
 use crate::{
-    address::{Target, is_loopback, target_port, target4, target6},
+    address::{
+        Family, bound_address, is_loopback, is_mapped, rewrite, target_port, target4, target6,
+    },
     events,
-    maps::{CONFIG, ENDPOINTS, PODS, SOCKETS, VERDICTS, count, knob, listens},
+    maps::{CONFIG, ENDPOINTS, PODS, SOCKETS, VERDICTS, count, flag, knob, listens},
+    node, quotas, services,
 };
 
 const IPPROTO_TCP: u32 = 6;
@@ -31,27 +34,62 @@ const PROCEED: i32 = 1;
 
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
-    decide(&ctx, target4(ctx.sock_addr))
+    decide(&ctx, Family::V4, target4(ctx.sock_addr))
 }
 
 #[cgroup_sock_addr(connect6)]
 pub fn connect6(ctx: SockAddrContext) -> i32 {
-    decide(&ctx, target6(ctx.sock_addr))
+    decide(&ctx, Family::V6, target6(ctx.sock_addr))
 }
 
-/// What becomes of a pod's connection.
-enum Choice {
-    Direct(Endpoint),
-    Steer(Reason),
-    Refuse {
-        reason: Reason,
-        policy: u32,
-        workload: u32,
-    },
+/// What becomes of a pod's connection. Every field has a value in every case: the verifier refuses a program that moves one
+/// which was never written.
+#[derive(Clone, Copy)]
+struct Choice {
+    action: Action,
+    reason: Reason,
+    policy: u32,
+    endpoint: Endpoint,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Action {
+    Direct,
+    Steer,
+    Refuse,
+}
+
+impl Choice {
+    const NOWHERE: Endpoint = Endpoint {
+        netns_cookie: 0,
+        workload: 0,
+        flags: 0,
+        generation: 0,
+    };
+
+    #[inline(always)]
+    fn direct(endpoint: Endpoint) -> Self {
+        Self {
+            action: Action::Direct,
+            reason: Reason::Direct,
+            policy: 0,
+            endpoint,
+        }
+    }
+
+    #[inline(always)]
+    fn steer(reason: Reason) -> Self {
+        Self {
+            action: Action::Steer,
+            reason,
+            policy: 0,
+            endpoint: Self::NOWHERE,
+        }
+    }
 }
 
 #[inline(always)]
-fn decide(ctx: &SockAddrContext, target: Target) -> i32 {
+fn decide(ctx: &SockAddrContext, family: Family, target: Address) -> i32 {
     let addr = ctx.sock_addr;
     // SAFETY: single volatile reads of context fields.
     let (protocol, sk) = unsafe {
@@ -60,13 +98,14 @@ fn decide(ctx: &SockAddrContext, target: Target) -> i32 {
             (*addr).__bindgen_anon_1.sk,
         )
     };
-    if protocol != IPPROTO_TCP {
+    if protocol != IPPROTO_TCP || sk.is_null() {
         return PROCEED;
     }
     // SAFETY: helper call with this program's context.
     let cookie = unsafe { bpf_get_netns_cookie(addr.cast()) };
     // SAFETY: the agent replaces entries whole; a stale copy is a valid one.
     let Some(pod) = (unsafe { PODS.get(&cookie) }) else {
+        node::connect(addr, cookie, &target);
         return PROCEED;
     };
     let state = SOCKETS.find_or_create(sk.cast());
@@ -75,75 +114,138 @@ fn decide(ctx: &SockAddrContext, target: Target) -> i32 {
     {
         return PROCEED;
     }
-    let ip4 = match target {
-        Target::V4(ip4) => ip4,
-        Target::V6Loopback => return leave_alone(addr, state),
-        Target::V6 => return refuse(Reason::RefusedIpv6),
-    };
+    if is_loopback(&target) || flag(config_flag::LEAVING) {
+        return leave_alone(addr, state);
+    }
     let Some(state) = state else {
         return refuse(Reason::RefusedNoStorage);
     };
-    if is_loopback(ip4) {
-        return leave_alone(addr, Some(state));
-    }
-    let server = mapped(ip4);
+    state.service = 0;
+    state.service_port = 0;
+    state.chosen_port = 0;
     let port = target_port(addr);
-    if server == pod.address {
-        restore_mark(addr, state);
-        state.role = role::OWN_ADDRESS;
-        state.server_netns = cookie;
-        return PROCEED;
-    }
-    // SAFETY: as for PODS.
-    let choice = match unsafe { ENDPOINTS.get(&server) } {
-        None => Choice::Steer(Reason::SteeredRemote),
-        // A copy: generation and cookie must be of one moment.
-        Some(endpoint) => judge(pod, *endpoint, port),
+    let mut server = target;
+    let mut server_port = port;
+    let choice = match services::find(&target, port, pod.view) {
+        Some(service) => {
+            state.service = service.number;
+            match services::choose(&service) {
+                None => Choice::steer(Reason::SteeredEndpointGone),
+                Some(slot) => {
+                    server = slot.address;
+                    server_port = slot.port;
+                    // SAFETY: as for PODS; a copy, because generation and cookie must be of one moment.
+                    let choice = match unsafe { ENDPOINTS.get(&server) }.copied() {
+                        // Somebody else has the address by now.
+                        Some(endpoint)
+                            if endpoint.workload != slot.workload
+                                && !knob(knob::SKIP_SLOT_CHECK) =>
+                        {
+                            server_port = 0;
+                            Choice::steer(Reason::SteeredEndpointGone)
+                        }
+                        Some(_) if is_mapped(&server) != is_mapped(&target) => {
+                            Choice::steer(Reason::SteeredNotEligible)
+                        }
+                        Some(endpoint) => judge(pod, cookie, endpoint, server_port),
+                        None if slot.workload != 0 => {
+                            server_port = 0;
+                            Choice::steer(Reason::SteeredEndpointGone)
+                        }
+                        None => Choice::steer(Reason::SteeredRemote),
+                    };
+                    state.chosen = server;
+                    state.chosen_port = server_port;
+                    count(Reason::ServiceResolved);
+                    choice
+                }
+            }
+        }
+        // SAFETY: as above.
+        None => match unsafe { ENDPOINTS.get(&target) }.copied() {
+            None => Choice::steer(Reason::SteeredRemote),
+            Some(endpoint) if endpoint.netns_cookie == cookie => {
+                restore_mark(addr, state);
+                state.role = role::OWN_ADDRESS;
+                state.server_netns = cookie;
+                return PROCEED;
+            }
+            Some(endpoint) => judge(pod, cookie, endpoint, port),
+        },
     };
-    match choice {
-        Choice::Direct(endpoint) => {
+    let choice = if choice.action == Action::Direct
+        && !is_own_source(cookie, bound_address(sk, family).as_ref())
+        && !knob(knob::SKIP_SOURCE_CHECK)
+    {
+        Choice::steer(Reason::SteeredForeignSource)
+    } else {
+        choice
+    };
+    let reason = choice.reason;
+    match choice.action {
+        Action::Direct => {
             restore_mark(addr, state);
             state.role = role::DIRECT;
-            state.server_netns = endpoint.netns_cookie;
-            state.generation = endpoint.generation;
-            state.workload = endpoint.workload;
-            count(Reason::Direct);
+            state.server_netns = choice.endpoint.netns_cookie;
+            state.generation = choice.endpoint.generation;
+            state.workload = choice.endpoint.workload;
+            if state.service != 0 {
+                state.service_address = target;
+                state.service_port = port;
+                rewrite(addr, family, &server, server_port);
+            }
+            count(reason);
             PROCEED
         }
         // The reset for a SYN that `inbound` drops would have somebody else's address and never leave: refuse here.
-        Choice::Steer(_)
+        Action::Steer
             if !listens(cookie, listener_kind::OUTBOUND) && !knob(knob::SKIP_STEERING) =>
         {
             refuse(Reason::RefusedNoAgent)
         }
-        Choice::Steer(reason) => steer(addr, state, pod.device, reason),
-        Choice::Refuse {
-            reason,
-            policy,
-            workload,
-        } => {
+        Action::Steer => steer(addr, state, &pod.devices, reason),
+        Action::Refuse => {
             let key = FlowKey {
                 netns_cookie: 0,
-                client: pod.address,
+                client: bound_address(sk, family).unwrap_or_default(),
                 server,
                 client_port: 0,
-                server_port: port,
+                server_port,
                 padding: 0,
             };
-            events::refused(&key, cookie, workload, policy, reason);
+            let mut event = events::blank(event_kind::REFUSED, &key);
+            event.client_netns = cookie;
+            event.workload = choice.endpoint.workload;
+            event.policy = choice.policy;
+            event.reason = reason as u32;
+            event.service = state.service;
+            events::refused(&mut event);
             refuse(reason)
         }
     }
 }
 
+/// Whether a bound socket's address is one that the pod is known by. Whoever binds another one is not claimed to be anybody.
+#[inline(always)]
+fn is_own_source(cookie: u64, bound: Option<&Address>) -> bool {
+    let Some(bound) = bound else {
+        return true;
+    };
+    // SAFETY: a single field of a map value.
+    unsafe { ENDPOINTS.get(bound) }.is_some_and(|endpoint| endpoint.netns_cookie == cookie)
+}
+
 /// Whether a destination on this node may be reached directly.
 #[inline(always)]
-fn judge(pod: &Pod, endpoint: Endpoint, port: u16) -> Choice {
+fn judge(pod: &Pod, cookie: u64, endpoint: Endpoint, port: u16) -> Choice {
+    if flag(config_flag::CHANGING) && !knob(knob::SKIP_CHANGING) {
+        return Choice::steer(Reason::SteeredChanging);
+    }
     if pod.flags & Pod::NO_DIRECT != 0
         || endpoint.flags & Endpoint::STEER != 0
         || OWN_PORTS.contains(&port)
     {
-        return Choice::Steer(Reason::SteeredNotEligible);
+        return Choice::steer(Reason::SteeredNotEligible);
     }
     let by_pod = endpoint.flags & Endpoint::BY_POD != 0;
     let key = VerdictKey {
@@ -156,22 +258,27 @@ fn judge(pod: &Pod, endpoint: Endpoint, port: u16) -> Choice {
     // SAFETY: the agent replaces verdicts whole.
     let verdict: &Verdict = match unsafe { VERDICTS.get(&key) } {
         Some(verdict) => verdict,
-        None if knob(knob::UNKNOWN_VERDICT_ALLOWS) => return Choice::Direct(endpoint),
-        None => return Choice::Steer(Reason::SteeredUnknownVerdict),
+        None if knob(knob::UNKNOWN_VERDICT_ALLOWS) => return Choice::direct(endpoint),
+        None => return Choice::steer(Reason::SteeredUnknownVerdict),
     };
     if verdict.generation != endpoint.generation && !knob(knob::SKIP_GENERATION) {
-        return Choice::Steer(Reason::SteeredOldGeneration);
+        return Choice::steer(Reason::SteeredOldGeneration);
     }
     if !is_fresh() {
-        return Choice::Steer(Reason::SteeredStaleHeartbeat);
+        return Choice::steer(Reason::SteeredStaleHeartbeat);
     }
     if verdict.action == action::ALLOW || knob(knob::DENY_ALLOWS) {
-        Choice::Direct(endpoint)
+        if quotas::may_open_flow(cookie) {
+            Choice::direct(endpoint)
+        } else {
+            Choice::steer(Reason::SteeredFlowQuota)
+        }
     } else {
-        Choice::Refuse {
+        Choice {
+            action: Action::Refuse,
             reason: Reason::RefusedByPolicy,
             policy: verdict.policy,
-            workload: endpoint.workload,
+            endpoint,
         }
     }
 }
@@ -188,13 +295,19 @@ fn is_fresh() -> bool {
 }
 
 #[inline(always)]
-fn steer(addr: *mut bpf_sock_addr, state: &mut SocketState, device: u32, reason: Reason) -> i32 {
+fn steer(
+    addr: *mut bpf_sock_addr,
+    state: &mut SocketState,
+    devices: &[u32; Pod::DEVICES],
+    reason: Reason,
+) -> i32 {
     if knob(knob::SKIP_STEERING) {
         return PROCEED;
     }
-    // The mark's route is one of the pod's device; a socket bound to another would send its SYN out of the pod.
+    // Only these devices have a route for the mark; a socket bound to another would send its SYN out of the pod.
     let bound = bound_device(addr);
-    if bound != 0 && bound != device {
+    let [first, second, third, fourth] = *devices;
+    if bound != 0 && bound != first && bound != second && bound != third && bound != fourth {
         return refuse(Reason::RefusedBoundDevice);
     }
     if state.role != role::STEERED {
@@ -204,6 +317,7 @@ fn steer(addr: *mut bpf_sock_addr, state: &mut SocketState, device: u32, reason:
         return refuse(Reason::RefusedNoMark);
     }
     state.role = role::STEERED;
+    state.reason = reason as u32;
     count(reason);
     PROCEED
 }

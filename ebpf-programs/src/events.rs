@@ -1,12 +1,16 @@
 //! Writing events into the ring buffer; a full buffer is counted, never waited for.
 
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
+
 use aya_ebpf::{
-    bindings::{BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
+    bindings::{BPF_NOEXIST, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
     helpers::generated::bpf_ktime_get_ns,
 };
-use culvert_abi::{Event, FlowKey, REFUSALS_PER_SECOND, Reason, event_kind};
+use culvert_abi::{
+    Event, FlowKey, Lost, LostKey, REFUSALS_PER_SECOND, Reason, SocketState, config_flag, end, event_kind,
+};
 
-use crate::maps::{ALARMS, EVENTS, QUOTAS, count};
+use crate::maps::{ALARMS, CONFIG, EVENTS, LOST, QUOTAS, count};
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -22,6 +26,8 @@ pub fn blank(kind: u32, key: &FlowKey) -> Event {
         bytes_sent: 0,
         bytes_received: 0,
         generation: 0,
+        socket_cookie: 0,
+        socket_netns: 0,
         kind,
         reason: 0,
         workload: 0,
@@ -29,21 +35,82 @@ pub fn blank(kind: u32, key: &FlowKey) -> Event {
         srtt_us: 0,
         retransmits: 0,
         connect_latency_us: 0,
-        last_state: 0,
+        end: end::UNKNOWN,
         policy: 0,
-        padding: 0,
-        socket_cookie: 0,
-        socket_netns: 0,
+        service: 0,
         client_end: 0,
+        padding: 0,
+    }
+}
+
+/// An event about the flow of a client's socket.
+#[inline(always)]
+pub fn of_flow(kind: u32, state: &SocketState, client_netns: u64) -> Event {
+    Event {
+        client_netns,
+        opened_ns: state.opened_ns,
+        workload: state.workload,
+        sequence: state.sequence,
+        generation: state.generation,
+        service: state.service,
+        connect_latency_us: state.connect_latency_us,
+        ..blank(kind, &state.key)
     }
 }
 
 /// For what happens per connection: the agent reads these on a timer, so that a busy node pays no wake-up for each.
 #[inline(always)]
 pub fn emit(event: &Event) {
+    if CONFIG
+        .get(0)
+        .is_some_and(|config| config.flags & config_flag::NO_TELEMETRY != 0)
+    {
+        return;
+    }
     if EVENTS.output(event, u64::from(BPF_RB_NO_WAKEUP)).is_err() {
         count(Reason::EventLost);
+        keep(event);
     }
+}
+
+/// Keeps the sums of what a lost event would have said. A subprogram: it is rarely run, and needs a stack of its own.
+#[inline(never)]
+fn keep(event: &Event) {
+    if event.kind != event_kind::CLOSED && event.kind != event_kind::FAILED {
+        return;
+    }
+    let key = LostKey {
+        client_netns: event.client_netns,
+        server: event.key.server,
+        service: event.service,
+        padding: 0,
+    };
+    let Some(lost) = LOST.get_ptr_mut(&key).or_else(|| {
+        // Another CPU may have entered it meanwhile; a full map is like a full ring, and the event is counted as lost.
+        let _ = LOST.insert(&key, &Lost::default(), u64::from(BPF_NOEXIST));
+        LOST.get_ptr_mut(&key)
+    }) else {
+        return;
+    };
+    // SAFETY: a live map value; only ever changed atomically here.
+    unsafe {
+        if event.kind == event_kind::FAILED {
+            sum(&raw mut (*lost).failed, 1);
+            return;
+        }
+        sum(&raw mut (*lost).closed, 1);
+        sum(&raw mut (*lost).bytes_sent, event.bytes_sent);
+        sum(&raw mut (*lost).bytes_received, event.bytes_received);
+        sum(&raw mut (*lost).retransmits, u64::from(event.retransmits));
+    }
+}
+
+/// # Safety
+/// `total` must point into a live map value.
+#[inline(always)]
+unsafe fn sum(total: *mut u64, more: u64) {
+    // SAFETY: the caller's promise.
+    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(total, more) };
 }
 
 /// For what must be acted on now, whatever else there is to read.
@@ -60,9 +127,8 @@ pub fn alarm(event: &Event) {
 /// A connection that `connect` refused. A pod that tries again and again is not reported each time: the others' events
 /// need the room.
 #[inline(always)]
-pub fn refused(key: &FlowKey, client_netns: u64, workload: u32, policy: u32, reason: Reason) {
-    let mut event = blank(event_kind::REFUSED, key);
-    if let Some(quota) = QUOTAS.get_ptr_mut(&client_netns) {
+pub fn refused(event: &mut Event) {
+    if let Some(quota) = QUOTAS.get_ptr_mut(&event.client_netns) {
         // SAFETY: a live map value; two CPUs that race here report a few more or less.
         let quota = unsafe { &mut *quota };
         if event.at_ns.saturating_sub(quota.window_ns) > SECOND {
@@ -75,9 +141,6 @@ pub fn refused(key: &FlowKey, client_netns: u64, workload: u32, policy: u32, rea
         }
         quota.refusals += 1;
     }
-    event.client_netns = client_netns;
-    event.workload = workload;
-    event.policy = policy;
-    event.reason = reason as u32;
-    emit(&event);
+    event.kind = event_kind::REFUSED;
+    emit(event);
 }

@@ -4,20 +4,18 @@
 use core::ptr;
 
 use aya_ebpf::{
-    bindings::{
-        BPF_SK_LOOKUP_F_NO_REUSEPORT, bpf_sk_lookup, sk_action::SK_DROP, sk_action::SK_PASS,
-    },
+    bindings::{BPF_SK_LOOKUP_F_NO_REUSEPORT, sk_action::SK_DROP, sk_action::SK_PASS},
     macros::sk_lookup,
     programs::SkLookupContext,
 };
 use culvert_abi::{
-    FlowKey, HBONE_PORT, INBOUND_PORT, Listener, OUTBOUND_PORT, Reason, claim_kind, knob,
-    listener_kind, mapped,
+    FlowKey, HBONE_PORT, INBOUND_PORT, Listener, OUTBOUND_PORT, Reason, claim_kind, config_flag,
+    knob, listener_kind, mapped,
 };
 
 use crate::{
-    address::{AF_INET, is_loopback},
-    maps::{CLAIMS, ENDPOINTS, LISTENERS, count, knob},
+    address::{AF_INET, from_words, is_loopback},
+    maps::{CLAIMS, ENDPOINTS, LISTENERS, count, flag, knob},
 };
 
 /// Cookie of the pod this instance serves, set by the loader.
@@ -56,26 +54,45 @@ fn decide(ctx: &SkLookupContext) -> Result<Reason, Option<Reason>> {
     if protocol != IPPROTO_TCP {
         return Err(None);
     }
-    if family != AF_INET {
-        return inbound6(lookup);
-    }
-    // SAFETY: single volatile reads of context fields.
-    let (local, remote, remote_port) = unsafe {
+    // SAFETY: single volatile reads of context fields; those of the other family are 0. All of them before any branch: merged
+    // loads through a changed context pointer are what the verifier refuses.
+    let (local4, remote4, local6, remote6, remote_port) = unsafe {
         (
             ptr::read_volatile(&raw const (*lookup).local_ip4),
             ptr::read_volatile(&raw const (*lookup).remote_ip4),
+            [
+                ptr::read_volatile(&raw const (*lookup).local_ip6[0]),
+                ptr::read_volatile(&raw const (*lookup).local_ip6[1]),
+                ptr::read_volatile(&raw const (*lookup).local_ip6[2]),
+                ptr::read_volatile(&raw const (*lookup).local_ip6[3]),
+            ],
+            [
+                ptr::read_volatile(&raw const (*lookup).remote_ip6[0]),
+                ptr::read_volatile(&raw const (*lookup).remote_ip6[1]),
+                ptr::read_volatile(&raw const (*lookup).remote_ip6[2]),
+                ptr::read_volatile(&raw const (*lookup).remote_ip6[3]),
+            ],
             u16::from_be(ptr::read_volatile(&raw const (*lookup).remote_port)),
         )
     };
-    if is_loopback(local) {
+    let (local, remote) = if family == AF_INET {
+        (mapped(local4), mapped(remote4))
+    } else {
+        (from_words(local6), from_words(remote6))
+    };
+    if is_loopback(&local) {
+        return Err(None);
+    }
+    if flag(config_flag::LEAVING) {
+        count(Reason::PassedLeaving);
         return Err(None);
     }
     // SAFETY: the loader sets this constant; a volatile read keeps the compiler from assuming the value here.
     let cookie = unsafe { ptr::read_volatile(&raw const POD_COOKIE) };
     let key = FlowKey {
         netns_cookie: cookie,
-        client: mapped(remote),
-        server: mapped(local),
+        client: remote,
+        server: local,
         client_port: remote_port,
         server_port: local_port,
         padding: 0,
@@ -96,6 +113,7 @@ fn decide(ctx: &SkLookupContext) -> Result<Reason, Option<Reason>> {
             }
             claim_kind::PROXY => return Ok(Reason::AdmittedProxy),
             claim_kind::OWN_ADDRESS => return Ok(Reason::AdmittedOwnAddress),
+            claim_kind::NODE => return Ok(Reason::AdmittedNode),
             claim_kind::STEERED => {
                 return assign(ctx, cookie, listener_kind::OUTBOUND, Reason::ToOutbound);
             }
@@ -109,25 +127,6 @@ fn decide(ctx: &SkLookupContext) -> Result<Reason, Option<Reason>> {
         }
         _ if knob(knob::PASS_UNCLAIMED) => Err(None),
         _ => assign(ctx, cookie, listener_kind::INBOUND, Reason::ToPlaintext),
-    }
-}
-
-/// IPv6 is not carried yet: only loopback reaches an application.
-#[inline(always)]
-fn inbound6(lookup: *mut bpf_sk_lookup) -> Result<Reason, Option<Reason>> {
-    // SAFETY: single volatile reads of context fields.
-    let [a, b, c, d] = unsafe {
-        [
-            ptr::read_volatile(&raw const (*lookup).local_ip6[0]),
-            ptr::read_volatile(&raw const (*lookup).local_ip6[1]),
-            ptr::read_volatile(&raw const (*lookup).local_ip6[2]),
-            ptr::read_volatile(&raw const (*lookup).local_ip6[3]),
-        ]
-    };
-    if a | b | c == 0 && d == u32::to_be(1) {
-        Err(None)
-    } else {
-        Err(Some(Reason::RefusedIpv6))
     }
 }
 

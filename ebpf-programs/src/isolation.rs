@@ -47,6 +47,6 @@ pub fn isolate(ctx: &SockOpsContext, key: &FlowKey, netns: u64, client_end: bool
     event.reason = reason as u32;
     event.socket_cookie = cookie;
     event.socket_netns = netns;
-    event.client_end = u64::from(client_end);
+    event.client_end = u32::from(client_end);
     events::alarm(&event);
 }

@@ -6,16 +6,21 @@
 #![feature(core_intrinsics)]
 #![allow(
     internal_features,
-    reason = "claims.rs counts with an atomic intrinsic"
+    reason = "quotas.rs counts with an atomic intrinsic"
 )]
 
 mod address;
 mod claims;
 mod connect;
 mod events;
+mod flows;
 mod inbound;
 mod isolation;
 mod maps;
+mod node;
+mod peer_name;
+mod quotas;
+mod services;
 mod sockops;
 
 #[cfg(not(test))]

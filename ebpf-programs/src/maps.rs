@@ -12,8 +12,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use culvert_abi::{
-    Address, Claim, Config, Endpoint, Event, Flow, FlowKey, Listener, Pod, Quota, REASON_COUNT,
-    Reason, SocketState, Verdict, VerdictKey,
+    Address, Claim, Config, Endpoint, Event, Flow, FlowKey, Listener, Lost, LostKey, Pod, Quota, REASON_COUNT,
+    Reason, Service, ServiceKey, Slot, SlotKey, SocketState, Verdict, VerdictKey,
 };
 
 const DEMAND: usize = BPF_F_NO_PREALLOC as usize;
@@ -25,14 +25,19 @@ pub static PODS: HashMap<u64, Pod, 4096, DEMAND> = HashMap::new();
 #[btf_map]
 pub static ENDPOINTS: HashMap<Address, Endpoint, 16384, DEMAND> = HashMap::new();
 #[btf_map]
-pub static VERDICTS: HashMap<VerdictKey, Verdict, 65536, DEMAND> = HashMap::new();
+pub static VERDICTS: HashMap<VerdictKey, Verdict, 262144, DEMAND> = HashMap::new();
 #[btf_map]
-pub static CLAIMS: HashMap<FlowKey, Claim, 65536, DEMAND> = HashMap::new();
-/// Claims in flight per pod: entered and removed with the pod, counted here only.
+pub static CLAIMS: HashMap<FlowKey, Claim, 262144, DEMAND> = HashMap::new();
+/// Services that have an endpoint on this node.
+#[btf_map]
+pub static SERVICES: HashMap<ServiceKey, Service, 65536, DEMAND> = HashMap::new();
+#[btf_map]
+pub static SLOTS: HashMap<SlotKey, Slot, 262144, DEMAND> = HashMap::new();
+/// Claims in flight and flows per pod: entered and removed with the pod, counted by the kernel part only.
 #[btf_map]
 pub static QUOTAS: HashMap<u64, Quota, 4096, DEMAND> = HashMap::new();
 #[btf_map]
-pub static FLOWS: HashMap<FlowKey, Flow, 262144, DEMAND> = HashMap::new();
+pub static FLOWS: HashMap<FlowKey, Flow, 1048576, DEMAND> = HashMap::new();
 #[btf_map]
 pub static LISTENERS: SockHash<Listener, 16384> = SockHash::new();
 /// Sockets cut off from their applications: see `isolation.rs`.
@@ -43,6 +48,9 @@ pub static EVENTS: RingBuf<Event, { 1 << 21 }> = RingBuf::new();
 /// Events that must not be lost among the ordinary ones.
 #[btf_map]
 pub static ALARMS: RingBuf<Event, { 1 << 18 }> = RingBuf::new();
+/// What lost events would have said, by client, server and service.
+#[btf_map]
+pub static LOST: HashMap<LostKey, Lost, 4096, DEMAND> = HashMap::new();
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, { REASON_COUNT as usize }> = PerCpuArray::new();
 #[btf_map]
@@ -135,6 +143,12 @@ pub fn count(reason: Reason) {
         // SAFETY: a slot of this CPU in a per-CPU array.
         unsafe { *counter = (*counter).wrapping_add(1) };
     }
+}
+
+/// Whether a bit of [`culvert_abi::config_flag`] is set.
+#[inline(always)]
+pub fn flag(bit: u32) -> bool {
+    CONFIG.get(0).is_some_and(|config| config.flags & bit != 0)
 }
 
 /// Whether a test has switched this protection off.

@@ -4,7 +4,7 @@ use core::{ffi::c_void, ptr};
 
 use aya_ebpf::{
     bindings::{
-        BPF_ANY, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
         BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
     },
     helpers::generated::{
@@ -13,24 +13,40 @@ use aya_ebpf::{
     macros::sock_ops,
     programs::SockOpsContext,
 };
-use culvert_abi::{Claim, Flow, FlowKey, OWN_PORTS, Reason, claim_kind, event_kind, knob, role};
+use culvert_abi::{
+    Claim, Flow, FlowKey, OWN_PORTS, Reason, claim_kind, config_flag, end, event_kind, knob, role,
+};
 
 use crate::{
-    address::Ends,
-    claims, events,
+    address::{Ends, is_loopback},
+    claims, events, flows,
     isolation::isolate,
-    maps::{CLAIMS, ENDPOINTS, FLOWS, PODS, SOCKETS, count, knob},
+    maps::{CLAIMS, ENDPOINTS, PODS, SOCKETS, count, flag, knob},
 };
 
 /// Offset of `write_seq` in the kernel's `struct tcp_sock`, set by the loader from the kernel's BTF.
 #[unsafe(no_mangle)]
 static TCP_WRITE_SEQ_OFFSET: u64 = 0;
 
+/// Offset of `sk_err` in it.
+#[unsafe(no_mangle)]
+static SOCK_ERROR_OFFSET: u64 = 0;
+
+const TCP_ESTABLISHED: u32 = 1;
+const TCP_FIN_WAIT1: u32 = 4;
 const TCP_FIN_WAIT2: u32 = 5;
 const TCP_CLOSE: u32 = 7;
 const TCP_CLOSE_WAIT: u32 = 8;
 const TCP_LAST_ACK: u32 = 9;
 const TCP_CLOSING: u32 = 11;
+
+const EPIPE: u32 = 32;
+const ECONNABORTED: u32 = 103;
+const ECONNRESET: u32 = 104;
+const ETIMEDOUT: u32 = 110;
+const ECONNREFUSED: u32 = 111;
+const ENETUNREACH: u32 = 101;
+const EHOSTUNREACH: u32 = 113;
 
 #[sock_ops]
 pub fn socket_ops(ctx: SockOpsContext) -> u32 {
@@ -56,24 +72,31 @@ fn connecting(ctx: &SockOpsContext) {
     }
     let own_netns = netns_cookie(ctx);
     // SAFETY: the agent replaces entries whole.
-    let Some(pod) = (unsafe { PODS.get(&own_netns) }) else {
-        return;
+    let (identity, number) = match unsafe { PODS.get(&own_netns) } {
+        Some(pod) => (pod.identity, pod.pod),
+        None if state.role == role::NODE => (0, 0),
+        None => return,
     };
     let Some(ends) = Ends::of(ctx.ops) else {
         return;
     };
-    let (pod_address, identity, number) = (pod.address, pod.identity, pod.pod);
+    let is_own = |address| {
+        // SAFETY: a single field of a map value.
+        unsafe { ENDPOINTS.get(address) }.is_some_and(|endpoint| endpoint.netns_cookie == own_netns)
+    };
     let (kind, lookup_netns) = match state.role {
         role::DIRECT => (claim_kind::DIRECT, state.server_netns),
         role::STEERED => (claim_kind::STEERED, own_netns),
         role::OWN_ADDRESS => (claim_kind::OWN_ADDRESS, own_netns),
+        role::NODE => (claim_kind::NODE, state.server_netns),
         // The agent's own: only what it opens to the application of the pod it stands in needs a claim.
-        role::PROXY if ends.remote == pod_address && !OWN_PORTS.contains(&ends.remote_port) => {
+        role::PROXY if !OWN_PORTS.contains(&ends.remote_port) && is_own(&ends.remote) => {
             (claim_kind::PROXY, own_netns)
         }
         _ => return,
     };
-    if ends.local != pod_address && kind != claim_kind::PROXY {
+    // Nobody may be taken for the pod whose address he has; who is only led to the agent may have any.
+    if (kind == claim_kind::DIRECT || kind == claim_kind::OWN_ADDRESS) && !is_own(&ends.local) {
         count(Reason::ClaimForeignSource);
         return;
     }
@@ -90,18 +113,25 @@ fn connecting(ctx: &SockOpsContext) {
         generation: state.generation,
         opened_ns: now,
         socket_cookie,
+        chosen: state.chosen,
         kind,
         sequence,
         workload: state.workload,
         source_identity: identity,
         source_pod: number,
         admitted: 0,
+        service: state.service,
+        reason: state.reason,
+        chosen_port: state.chosen_port,
+        padding: [0; 3],
     };
     state.key = key;
     state.opened_ns = now;
     state.sequence = sequence;
     state.fin_acked = 0;
     state.received_at_fin_wait = 0;
+    state.established = 0;
+    state.connect_latency_us = 0;
     // Without this callback the claim of a failed connect would stay: better none at all.
     if ctx
         .set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32)
@@ -126,7 +156,7 @@ fn connected(ctx: &SockOpsContext) {
     // SAFETY: single fields of a claim that is written whole.
     let admitted = unsafe { CLAIMS.get(&state.key) }
         .is_some_and(|claim| claim.sequence == state.sequence && claim.admitted != 0);
-    if !admitted && !knob(knob::SKIP_ADMITTED) {
+    if !admitted && !knob(knob::SKIP_ADMITTED) && !flag(config_flag::LEAVING) {
         isolate(
             ctx,
             &state.key,
@@ -144,6 +174,7 @@ fn connected(ctx: &SockOpsContext) {
         )
     };
     state.acked_at_start = acked;
+    state.established = 1;
     state.connect_latency_us = (now.saturating_sub(state.opened_ns) / 1000) as u32;
 }
 
@@ -158,25 +189,32 @@ fn accepted(ctx: &SockOpsContext) {
     let Some(ends) = Ends::of(ctx.ops) else {
         return;
     };
-    let [.., first, _, _, _] = ends.local;
-    if first == 127 {
+    if is_loopback(&ends.local) {
         return;
     }
     let key = ends.as_server(netns);
     let sk = socket(ctx);
-    // A child of the agent's listener: `inbound` chose it, the agent judges it.
-    if SOCKETS
-        .find(sk)
-        .is_some_and(|state| state.role == role::PROXY)
+    // A child of the agent's listener: `inbound` chose it, the agent judges it, and is told what `connect` chose.
+    if let Some(state) = SOCKETS.find(sk)
+        && state.role == role::PROXY
     {
-        // SAFETY: only the client is read.
+        // SAFETY: claims are written whole; single fields are read before the entry is deleted.
         if let Some(claim) = unsafe { CLAIMS.get(&key) } {
+            if claim.kind == claim_kind::STEERED {
+                state.chosen = claim.chosen;
+                state.chosen_port = claim.chosen_port;
+                state.service = claim.service;
+                state.reason = claim.reason;
+            }
             let client = claim.client_netns;
             claims::settle(&key, client);
         }
         return;
     }
-    if let Err(reason) = admit(ctx, sk, netns, &key) {
+    // While the kernel part is being taken away connections come without claims, and are nobody's to judge.
+    if let Err(reason) = admit(ctx, sk, netns, &key)
+        && !flag(config_flag::LEAVING)
+    {
         isolate(ctx, &key, netns, false, reason);
     }
 }
@@ -200,7 +238,7 @@ fn admit(ctx: &SockOpsContext, sk: *mut c_void, netns: u64, key: &FlowKey) -> Re
     }
     match claim.kind {
         claim_kind::DIRECT => {}
-        claim_kind::PROXY | claim_kind::OWN_ADDRESS => return Ok(()),
+        claim_kind::PROXY | claim_kind::OWN_ADDRESS | claim_kind::NODE => return Ok(()),
         // A steered connection belongs to the agent's listener, never to an application.
         _ => return Err(Reason::IsolatedNoClaim),
     }
@@ -228,22 +266,14 @@ fn admit(ctx: &SockOpsContext, sk: *mut c_void, netns: u64, key: &FlowKey) -> Re
         workload: claim.workload,
         source_identity: claim.source_identity,
         source_pod: claim.source_pod,
-        reserved: 0,
+        service: claim.service,
+        padding: 0,
     };
-    FLOWS
-        .insert(key, &flow, u64::from(BPF_ANY))
-        .map_err(|_| Reason::IsolatedFlowMapFull)?;
+    flows::enter(key, &flow).map_err(|_| Reason::IsolatedFlowMapFull)?;
     let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
     if ctx.set_cb_flags(flags as i32).is_err() {
         return Err(Reason::IsolatedFlowMapFull);
     }
-    let mut event = events::blank(event_kind::OPENED, key);
-    event.client_netns = flow.client_netns;
-    event.opened_ns = flow.opened_ns;
-    event.workload = flow.workload;
-    event.sequence = flow.sequence;
-    event.generation = flow.generation;
-    events::emit(&event);
     Ok(())
 }
 
@@ -276,39 +306,56 @@ fn state_changed(ctx: &SockOpsContext) {
     if state.role != role::DIRECT && state.role != role::ACCEPTED {
         return;
     }
-    // SAFETY: only the sequence number is read; a flow of another number is a later connection's.
-    let owned =
-        unsafe { FLOWS.get(&state.key) }.is_some_and(|flow| flow.sequence == state.sequence);
-    if owned {
-        let _ = FLOWS.remove(&state.key);
-    }
-    if state.role == role::ACCEPTED || state.connect_latency_us == 0 && state.acked_at_start == 0 {
+    flows::remove(&state.key, state.sequence);
+    if state.role == role::ACCEPTED {
         return;
     }
+    let netns = netns_cookie(ctx);
+    let error = sock_error(socket(ctx));
+    if state.established == 0 {
+        let mut event = events::of_flow(event_kind::FAILED, state, netns);
+        event.end = ending(old, error);
+        event.retransmits = retransmits;
+        events::emit(&event);
+        return;
+    }
+    state.established = 0;
     // TCP counts SYN and FIN as an octet each.
     let fin_acked = u64::from(state.fin_acked != 0 || old == TCP_LAST_ACK || old == TCP_CLOSING);
     let fin_received = u64::from(
         matches!(old, TCP_CLOSE_WAIT | TCP_LAST_ACK | TCP_CLOSING)
             || old == TCP_FIN_WAIT2 && received > state.received_at_fin_wait,
     );
-    let mut event = events::blank(event_kind::CLOSED, &state.key);
-    // SAFETY: helper call with this program's context.
-    event.client_netns = netns_cookie(ctx);
-    event.opened_ns = state.opened_ns;
-    event.workload = state.workload;
-    event.sequence = state.sequence;
-    event.generation = state.generation;
+    let mut event = events::of_flow(event_kind::CLOSED, state, netns);
     event.bytes_sent = acked
         .saturating_sub(state.acked_at_start)
         .saturating_sub(fin_acked);
     event.bytes_received = received.saturating_sub(fin_received);
     event.srtt_us = srtt >> 3;
     event.retransmits = retransmits;
-    event.connect_latency_us = state.connect_latency_us;
-    event.last_state = old;
+    event.end = ending(old, error);
+    // SAFETY: helper call with this program's context.
+    event.socket_cookie = unsafe { bpf_get_socket_cookie(ctx.ops.cast()) };
+    event.socket_netns = netns;
     events::emit(&event);
-    state.acked_at_start = 0;
-    state.connect_latency_us = 0;
+}
+
+/// How a connection ended that left the state `old` with the error `error`.
+#[inline(always)]
+fn ending(old: u32, error: u32) -> u32 {
+    match error {
+        0 => match old {
+            // The application closed without reading everything, or without lingering.
+            TCP_ESTABLISHED | TCP_CLOSE_WAIT | TCP_FIN_WAIT1 => end::RESET_BY_CLIENT,
+            _ => end::FIN,
+        },
+        ECONNRESET | EPIPE => end::RESET_BY_PEER,
+        ETIMEDOUT => end::TIMEOUT,
+        ECONNABORTED => end::DESTROYED,
+        ECONNREFUSED => end::CONNECTION_REFUSED,
+        ENETUNREACH | EHOSTUNREACH => end::UNREACHABLE,
+        _ => end::UNKNOWN,
+    }
 }
 
 #[inline(always)]
@@ -332,6 +379,25 @@ fn netns_cookie(ctx: &SockOpsContext) -> u64 {
 /// The number that the SYN carries (its octet is counted when the SYN is sent, which is after this callback).
 #[inline(always)]
 fn write_seq(sk: *mut c_void) -> Option<u32> {
+    // SAFETY: a volatile read keeps the compiler from assuming the value here, which the loader sets.
+    let offset = unsafe { ptr::read_volatile(&raw const TCP_WRITE_SEQ_OFFSET) };
+    tcp_field(sk, offset)
+}
+
+/// The error that the application will be told, 0 for none.
+#[inline(always)]
+fn sock_error(sk: *mut c_void) -> u32 {
+    // SAFETY: as in `write_seq`.
+    let offset = unsafe { ptr::read_volatile(&raw const SOCK_ERROR_OFFSET) };
+    tcp_field(sk, offset).unwrap_or(0)
+}
+
+/// A field of the kernel's `struct tcp_sock`.
+#[inline(always)]
+fn tcp_field(sk: *mut c_void, offset: u64) -> Option<u32> {
+    if sk.is_null() {
+        return None;
+    }
     // SAFETY: the helper returns null or a `struct tcp_sock` of the kernel; the verifier checks the offset, a constant
     // by then, against the kernel's types.
     unsafe {
@@ -339,7 +405,6 @@ fn write_seq(sk: *mut c_void) -> Option<u32> {
         if tcp.is_null() {
             return None;
         }
-        let offset = ptr::read_volatile(&raw const TCP_WRITE_SEQ_OFFSET) as usize;
-        Some(ptr::read_volatile(tcp.add(offset).cast::<u32>()))
+        Some(ptr::read_volatile(tcp.add(offset as usize).cast::<u32>()))
     }
 }

@@ -4,9 +4,9 @@ use std::{io::Write as _, process::ExitCode};
 
 use clap::Parser as _;
 use culvert::{
-    cli::{self, Cli, Command, EXIT_CONFIG, EXIT_FAILED, NodeArgs, UnloadArgs},
+    cli::{self, Cli, Command, EXIT_CONFIG, EXIT_FAILED, NodeArgs},
     config::{self, Config, Environment},
-    kernel, node,
+    node,
     telemetry::logging,
 };
 
@@ -14,12 +14,11 @@ fn main() -> ExitCode {
     let environment = Environment::of_this_process();
     match Cli::parse().command {
         Command::Node(args) => run_node(&args, &environment),
-        Command::Unload(args) => unload(&args, &environment),
+        Command::Unload(args) => {
+            ended(cli::unload(&args, &environment, &mut std::io::stdout().lock()))
+        }
         Command::Client(command) => {
-            match cli::run(&command, &environment, &mut std::io::stdout().lock()) {
-                Err(error) if !error.is_closed_pipe() => fail(&error, error.exit_status()),
-                _ => ExitCode::SUCCESS,
-            }
+            ended(cli::run(&command, &environment, &mut std::io::stdout().lock()))
         }
     }
 }
@@ -49,7 +48,7 @@ fn run_node(args: &NodeArgs, environment: &Environment) -> ExitCode {
         .enable_all()
         .build();
     let outcome = match runtime {
-        Ok(runtime) => runtime.block_on(node::run(config, cgroup_mount, log.lost_lines())),
+        Ok(runtime) => runtime.block_on(node::run(config, cgroup_mount, log.access_log())),
         Err(error) => return fail(&error, EXIT_FAILED),
     };
     drop(log);
@@ -59,14 +58,10 @@ fn run_node(args: &NodeArgs, environment: &Environment) -> ExitCode {
     }
 }
 
-fn unload(args: &UnloadArgs, environment: &Environment) -> ExitCode {
-    let pin_dir = match config::pin_dir(args.pin_dir.as_deref(), environment) {
-        Ok(pin_dir) => pin_dir,
-        Err(errors) => return fail(&errors, EXIT_CONFIG),
-    };
-    match kernel::unload(&pin_dir) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&error, EXIT_FAILED),
+fn ended(outcome: Result<(), cli::CliError>) -> ExitCode {
+    match outcome {
+        Err(error) if !error.is_closed_pipe() => fail(&error, error.exit_status()),
+        _ => ExitCode::SUCCESS,
     }
 }
 

@@ -1,17 +1,25 @@
 //! The command line of `cargo xtask`, parsed into a [`Task`] before anything is done. Called by `main`.
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
+
+use crate::vm::Kernel;
 
 pub const USAGE: &str = "\
 Usage: cargo xtask <task>
 
   setup                      install what is missing on this machine, and check what cannot be installed
   build                      setup, then build the agent, its eBPF programs and the test programs
-  test [--long] [FILTER…]    build, then run every test, or those whose names contain a FILTER;
-                             --long adds the tests that are too long for every day
+  test [--long] [--host] [FILTER…]
+                             build, then run every test, or those whose names contain a FILTER, and those of the kernel
+                             part on Linux 6.12 as well, under emulation; --host leaves that out, --long adds the tests
+                             that are too long for every day
+  vm [--kernel NAME] [-- FILTER…]
+                             build, then run the tests of the kernel part on older kernels, under emulation: 6.12 and
+                             6.1, or the one that is named
   demo [--json]              build, then show two nodes, four pods and what passes between them
-  bench same-node [--quick] [--json]
-                             build, then measure two pods of one node against the same pods without the mesh
+  bench same-node [--quick] [--json] [--plot]
+                             build, then measure two pods of one node against the same pods without the mesh, for ten
+                             minutes or, quickly, two; --plot renews docs/PERFORMANCE.md and its picture
   check                      formatting, clippy, dependencies and licences
   clean                      remove pins, namespaces and cgroups that tests and stopped agents left behind
 
@@ -23,6 +31,7 @@ pub enum Task {
     Setup,
     Build,
     Test(TestOptions),
+    Vm(VmOptions),
     Demo(DemoOptions),
     BenchSameNode(BenchOptions),
     Check,
@@ -33,7 +42,17 @@ pub enum Task {
 pub struct TestOptions {
     /// Also those marked `#[ignore]`, which is how a test says that it is long.
     pub long: bool,
+    /// Only on this machine's kernel.
+    pub host: bool,
     /// Parts of test names; none means every test.
+    pub filters: Vec<String>,
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct VmOptions {
+    /// Only this one.
+    pub kernel: Option<Kernel>,
+    /// Parts of test names; none means every test of the kernel part.
     pub filters: Vec<String>,
 }
 
@@ -46,6 +65,8 @@ pub struct DemoOptions {
 pub struct BenchOptions {
     pub quick: bool,
     pub json: bool,
+    /// Renew the page and its picture.
+    pub plot: bool,
 }
 
 impl Task {
@@ -72,6 +93,7 @@ impl Task {
             "check" => bare(Self::Check),
             "clean" => bare(Self::Clean),
             "test" => test(&rest).map(Self::Test),
+            "vm" => vm(&rest).map(Self::Vm),
             "demo" => {
                 refuse(&name, rest.iter().filter(|argument| *argument != "--json"))?;
                 Ok(Self::Demo(DemoOptions {
@@ -89,7 +111,27 @@ fn test(arguments: &[String]) -> anyhow::Result<TestOptions> {
     for argument in arguments {
         match argument.as_str() {
             "--long" => options.long = true,
+            "--host" => options.host = true,
             flag if flag.starts_with('-') => refuse("test", [argument].into_iter())?,
+            filter => options.filters.push(filter.to_owned()),
+        }
+    }
+    Ok(options)
+}
+
+fn vm(arguments: &[String]) -> anyhow::Result<VmOptions> {
+    let mut options = VmOptions::default();
+    let mut arguments = arguments.iter();
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--kernel" => {
+                let name = arguments
+                    .next()
+                    .context("`--kernel` needs a name, for example 6.12")?;
+                options.kernel = Some(Kernel::parse(name)?);
+            }
+            "--" => {}
+            flag if flag.starts_with('-') => refuse("vm", [argument].into_iter())?,
             filter => options.filters.push(filter.to_owned()),
         }
     }
@@ -108,6 +150,7 @@ fn bench(arguments: &[String]) -> anyhow::Result<BenchOptions> {
         match flag.as_str() {
             "--quick" => options.quick = true,
             "--json" => options.json = true,
+            "--plot" => options.plot = true,
             _ => refuse("bench same-node", [flag].into_iter())?,
         }
     }
@@ -133,10 +176,30 @@ mod tests {
     fn tests_take_filters_and_long_in_any_order() {
         let options = TestOptions {
             long: true,
+            host: true,
             filters: vec!["a".into(), "b".into()],
         };
-        assert_eq!(parse("test a --long b").unwrap(), Task::Test(options));
+        assert_eq!(
+            parse("test a --long b --host").unwrap(),
+            Task::Test(options)
+        );
         assert_eq!(parse("test").unwrap(), Task::Test(TestOptions::default()));
+    }
+
+    #[test]
+    fn vm_takes_a_kernel_it_knows_and_filters() {
+        let options = VmOptions {
+            kernel: Some(Kernel::V6_1),
+            filters: vec!["paths".into()],
+        };
+        assert_eq!(
+            parse("vm --kernel 6.1 -- paths").unwrap(),
+            Task::Vm(options)
+        );
+        assert_eq!(parse("vm").unwrap(), Task::Vm(VmOptions::default()));
+        let error = parse("vm --kernel 2.4").unwrap_err().to_string();
+        assert!(error.contains("6.12"), "{error}");
+        assert!(parse("vm --kernel").is_err() && parse("vm --fast").is_err());
     }
 
     #[test]
@@ -166,12 +229,14 @@ mod tests {
     #[test]
     fn bench_names_its_scenario() {
         assert!(parse("bench").is_err() && parse("bench moon").is_err());
+        assert!(parse("bench same-node --slow").is_err());
         let options = BenchOptions {
             quick: true,
             json: false,
+            plot: true,
         };
         assert_eq!(
-            parse("bench same-node --quick").unwrap(),
+            parse("bench same-node --plot --quick").unwrap(),
             Task::BenchSameNode(options)
         );
     }

@@ -2,7 +2,9 @@
 //! is the task's result (`demo --json` promises one document and nothing else). Called by every task.
 
 use std::{
+    env,
     io::{self, Write as _},
+    path::PathBuf,
     process::{Command, Stdio},
 };
 
@@ -54,6 +56,17 @@ pub fn ask(command: &mut Command) -> Option<String> {
         .status
         .success()
         .then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// A program of this machine, also where root's PATH lacks the directories for root.
+pub fn find(name: &str) -> anyhow::Result<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let directories = env::split_paths(&path)
+        .chain(["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from));
+    directories
+        .map(|directory| directory.join(name))
+        .find(|path| path.is_file())
+        .with_context(|| format!("`{name}` is not on this machine: install it"))
 }
 
 fn show(command: &Command) -> String {

@@ -1,35 +1,43 @@
-//! `cargo xtask demo` and `bench`: both are culvert-demo, which prints the result on standard output.
+//! `cargo xtask demo` and `bench`: programs of their own, which print the result on standard output.
 
-use std::process::{Command, Stdio};
+use std::{
+    ffi::OsStr,
+    process::{Command, Stdio},
+};
 
 use anyhow::Context as _;
+use xtask::ebpf;
 
 use crate::{
     arguments::{BenchOptions, DemoOptions},
+    packages::{self, Need},
     workspace,
 };
 
 pub fn demo(options: &DemoOptions) -> anyhow::Result<()> {
     let arguments = options.json.then_some("--json");
-    start(arguments)
+    start("culvert-demo", arguments)
 }
 
 pub fn bench_same_node(options: &BenchOptions) -> anyhow::Result<()> {
-    let quick = options.quick.then_some("--quick");
-    let json = options.json.then_some("--json");
-    start(
-        ["--measure", "same-node"]
-            .into_iter()
-            .chain(quick)
-            .chain(json),
-    )
+    packages::provide(&[Need::Load])?;
+    let docs = ebpf::repository().join("docs");
+    let flags = [
+        (true, OsStr::new("same-node")),
+        (options.quick, OsStr::new("--quick")),
+        (options.json, OsStr::new("--json")),
+        (options.plot, OsStr::new("--write-docs")),
+        (options.plot, docs.as_os_str()),
+    ];
+    let given = flags.iter().filter(|(given, _)| *given);
+    start("culvert-bench", given.map(|(_, argument)| argument))
 }
 
 /// Ends with the program's own status: it has said itself what did not hold.
-fn start<'a>(arguments: impl IntoIterator<Item = &'a str>) -> anyhow::Result<()> {
+fn start(name: &str, arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> anyhow::Result<()> {
     workspace::build()?;
     workspace::clean_stale_runs()?;
-    let program = workspace::program("culvert-demo")?;
+    let program = workspace::program(name)?;
     let mut command = Command::new(&program);
     workspace::name_programs(&mut command)?;
     // What the caller's shell has set for another agent must not change what is shown.

@@ -12,6 +12,7 @@ mod setup;
 mod tally;
 mod test;
 mod tools;
+mod vm;
 mod workspace;
 
 use std::process::ExitCode;
@@ -44,6 +45,7 @@ fn run(task: Task) -> anyhow::Result<()> {
         }
         Task::Build => workspace::build(),
         Task::Test(options) => test::test(&options),
+        Task::Vm(options) => vm::vm(&options),
         Task::Demo(options) => demo::demo(&options),
         Task::BenchSameNode(options) => demo::bench_same_node(&options),
         Task::Check => check::check(),

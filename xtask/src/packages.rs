@@ -20,14 +20,22 @@ pub enum Need {
     EbpfCompiler,
     /// Building bpf-linker against the LLVM of that compiler.
     EbpfLinker { llvm: u32 },
+    /// Booting other kernels under emulation.
+    Guest,
+    /// Benchmarks: servers and clients that others know.
+    Load,
 }
 
 impl Need {
     fn packages(self) -> Vec<String> {
         let names: &[&str] = match self {
+            // There are two packages of busybox, and one would have to remove the other: either serves.
+            Self::Guest if is_there("busybox", "--help") => &["qemu-system-x86", "kmod"],
+            Self::Guest => &["qemu-system-x86", "kmod", "busybox-static"],
             Self::Compiler => &["gcc", "libc6-dev"],
             Self::Harness => &["iproute2"],
             Self::EbpfCompiler => &["rustc-web", "rust-web-src"],
+            Self::Load => &["redis-server", "redis-tools", "nginx-light", "wrk"],
             Self::EbpfLinker { llvm } => {
                 // bpf-linker's LLVM is C++: g++ brings the library it links.
                 let fixed = ["zlib1g-dev", "libzstd-dev", "g++"].map(str::to_owned);
@@ -48,6 +56,8 @@ impl Need {
                 "a Rust compiler with its core library's source, for the eBPF target"
             }
             Self::EbpfLinker { .. } => "bpf-linker is built against the LLVM of the eBPF compiler",
+            Self::Guest => "an emulated machine, to run the tests on other kernels",
+            Self::Load => "servers and clients of the benchmark, used inside its namespaces only",
         }
     }
 
@@ -56,6 +66,28 @@ impl Need {
         match self {
             Self::Compiler => ask(Command::new("cc").arg("--version")).is_some(),
             Self::Harness => ask(Command::new("ip").arg("-V")).is_some(),
+            Self::Guest => {
+                let programs = [
+                    ("qemu-system-x86_64", "--version"),
+                    ("busybox", "--help"),
+                    ("kmod", "--version"),
+                ];
+                programs
+                    .iter()
+                    .all(|(program, asked)| is_there(program, asked))
+            }
+            Self::Load => {
+                let programs = [
+                    ("redis-server", "-v"),
+                    ("redis-benchmark", "-v"),
+                    ("nginx", "-v"),
+                ];
+                programs
+                    .iter()
+                    .all(|(program, asked)| is_there(program, asked))
+                    // Says its version, and then how it is used, as an error.
+                    && Command::new("wrk").arg("-v").output().is_ok()
+            }
             // Asked for only where none was found.
             Self::EbpfCompiler => false,
             Self::EbpfLinker { llvm } => Path::new(&llvm_prefix(llvm))
@@ -72,6 +104,8 @@ impl Need {
             Self::EbpfCompiler => {
                 "a compiler for eBPF: `rustup toolchain install nightly --profile minimal --component rust-src`".into()
             }
+            Self::Guest => "QEMU for x86_64, busybox and kmod in PATH".into(),
+            Self::Load => "redis-server, redis-benchmark, nginx and wrk in PATH".into(),
             Self::EbpfLinker { llvm } => {
                 format!(
                     "LLVM {llvm} with headers, zlib and zstd below {} (or bpf-linker {} built for it)",
@@ -128,16 +162,8 @@ fn install(needs: &[Need]) -> anyhow::Result<()> {
         &format!("apt-get install {}", missing.join(" ")),
         &whys.join("; "),
     );
-    static UPDATE: Once = Once::new();
-    UPDATE.call_once(|| {
-        // A source that cannot be reached need not be the one with our packages.
-        if let Err(error) = run_quietly(apt_get().arg("update")) {
-            step(
-                "go on with the package lists there are",
-                &format!("{error:#}"),
-            );
-        }
-    });
+    update();
+    let before = services();
     // Nothing of the user's is removed for us: a conflict (another rustc, say) is his to decide.
     run_quietly(
         apt_get()
@@ -150,13 +176,61 @@ fn install(needs: &[Need]) -> anyhow::Result<()> {
             "these packages did not install; without them, Culvert needs\n  - {}",
             by_hand.join("\n  - ")
         )
-    })
+    })?;
+    silence(&before)
 }
 
-fn apt_get() -> Command {
+/// Those of the servers' services that this machine has.
+fn services() -> Vec<&'static str> {
+    let unit = |name: &str| Path::new("/lib/systemd/system").join(format!("{name}.service"));
+    ["redis-server", "nginx"]
+        .into_iter()
+        .filter(|name| unit(name).exists())
+        .collect()
+}
+
+/// Stops the services that came with packages: what is used here is started inside namespaces only. Those that were there
+/// `before` are somebody's, and go on.
+fn silence(before: &[&str]) -> anyhow::Result<()> {
+    if !Path::new("/run/systemd/system").is_dir() {
+        return Ok(());
+    }
+    for service in services() {
+        if !before.contains(&service) {
+            step(
+                &format!("systemctl disable --now {service}"),
+                "it came with a package, and is not used as a service",
+            );
+            run_quietly(Command::new("systemctl").args(["disable", "--now", service]))?;
+        }
+    }
+    Ok(())
+}
+
+/// Renews the package lists, once.
+pub fn update() {
+    static UPDATE: Once = Once::new();
+    UPDATE.call_once(|| {
+        // A source that cannot be reached need not be the one with our packages.
+        if let Err(error) = run_quietly(apt_get().arg("update")) {
+            step(
+                "go on with the package lists there are",
+                &format!("{error:#}"),
+            );
+        }
+    });
+}
+
+fn is_there(program: &str, asked: &str) -> bool {
+    ask(Command::new(program).arg(asked)).is_some()
+}
+
+pub fn apt_get() -> Command {
     let mut command = Command::new("apt-get");
     command
         .env("DEBIAN_FRONTEND", "noninteractive")
+        // Installed servers are not started: the runlevel of a system under repair has none. For systemd, see `silence`.
+        .env("RUNLEVEL", "1")
         // Another installer at work is waited for, seconds.
         .args([
             "--quiet",

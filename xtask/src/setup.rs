@@ -11,6 +11,7 @@ use crate::{
     machine,
     packages::{self, Need},
     tools,
+    vm::{self, Image, Kernel},
 };
 
 /// Guards the machine, not a checkout: two of them install the same packages.
@@ -37,6 +38,13 @@ pub fn setup_for_check() -> anyhow::Result<()> {
     setup()?;
     let _lock = lock()?;
     tools::cargo_deny()
+}
+
+/// Other kernels, and what boots them, which only `vm` and `test` need.
+pub fn setup_for_guests(kernels: &[Kernel]) -> anyhow::Result<Vec<Image>> {
+    let _lock = lock()?;
+    packages::provide(&[Need::Guest])?;
+    kernels.iter().map(|kernel| vm::provide(*kernel)).collect()
 }
 
 /// Held until dropped.

@@ -8,11 +8,20 @@ use std::{
 
 use anyhow::{Context as _, bail};
 
-use crate::{arguments::TestOptions, tally::Tally, workspace};
+use crate::{
+    arguments::TestOptions,
+    command::step,
+    packages::{self, Need},
+    tally::Tally,
+    vm::{self, Kernel},
+    workspace,
+};
 
 const THREADS: &str = "RUST_TEST_THREADS";
 
 pub fn test(options: &TestOptions) -> anyhow::Result<()> {
+    // The benchmark is tested as well.
+    packages::provide(&[Need::Load])?;
     workspace::build()?;
     workspace::clean_stale_runs()?;
     let mut command = workspace::cargo();
@@ -28,8 +37,22 @@ pub fn test(options: &TestOptions) -> anyhow::Result<()> {
     if env::var_os(THREADS).is_none() {
         command.env(THREADS, threads().to_string());
     }
-    let (tally, succeeded) = watch(&mut command)?;
-    report(&tally, succeeded, options)
+    let mut tally = Tally::default();
+    let mut succeeded = watch(&mut command, &mut tally)?;
+    if !options.host {
+        succeeded &=
+            vm::on(&[Kernel::V6_12], &options.filters, &mut tally).unwrap_or_else(|error| {
+                step("no other kernel was tested", &format!("{error:#}"));
+                false
+            });
+    }
+    if tally.ignored > 0 && !options.long {
+        println!(
+            "{} long test(s) left out; `cargo xtask test --long` runs them",
+            tally.ignored
+        );
+    }
+    report(tally.finish(), succeeded, &options.filters)
 }
 
 /// Tests in namespaces mostly wait; a few more of them than processors do not disturb each other's deadlines.
@@ -38,8 +61,8 @@ fn threads() -> usize {
     (2 * processors).clamp(2, 8)
 }
 
-/// Runs cargo, passes its output on and counts; also says whether cargo itself was content.
-fn watch(command: &mut Command) -> anyhow::Result<(Tally, bool)> {
+/// Runs cargo, passes its output on and counts; says whether cargo itself was content.
+fn watch(command: &mut Command, tally: &mut Tally) -> anyhow::Result<bool> {
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -49,7 +72,6 @@ fn watch(command: &mut Command) -> anyhow::Result<(Tally, bool)> {
         .stdout
         .take()
         .context("cargo test has no output to read")?;
-    let mut tally = Tally::default();
     // Bytes, since a test may print anything.
     for line in BufReader::new(output).split(b'\n') {
         let mut line = line.context("cannot read what cargo test prints")?;
@@ -59,10 +81,11 @@ fn watch(command: &mut Command) -> anyhow::Result<(Tally, bool)> {
         let _ = io::stdout().write_all(&line);
     }
     let status = child.wait().context("cannot wait for cargo test")?;
-    Ok((tally.finish(), status.success()))
+    Ok(status.success())
 }
 
-fn report(tally: &Tally, succeeded: bool, options: &TestOptions) -> anyhow::Result<()> {
+/// The closing line, and the exit status with it. Also called by `vm`.
+pub fn report(tally: Tally, succeeded: bool, filters: &[String]) -> anyhow::Result<()> {
     let mut stdout = io::stdout().lock();
     let mut say = |line: String| {
         let _ = writeln!(stdout, "{line}");
@@ -73,18 +96,9 @@ fn report(tally: &Tally, succeeded: bool, options: &TestOptions) -> anyhow::Resu
             tally.unfinished
         ));
     }
-    if tally.ignored > 0 && !options.long {
-        say(format!(
-            "{} long test(s) left out; `cargo xtask test --long` runs them",
-            tally.ignored
-        ));
-    }
     if tally.total() == 0 {
         if succeeded {
-            bail!(
-                "no test has a name that contains {}",
-                options.filters.join(" or ")
-            );
+            bail!("no test has a name that contains {}", filters.join(" or "));
         }
         bail!("the tests did not run; cargo's message is above");
     }

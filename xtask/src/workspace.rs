@@ -74,7 +74,8 @@ pub fn clean_stale_runs() -> anyhow::Result<()> {
         .context("cannot remove what an earlier test run left behind")
 }
 
-fn target_directory() -> PathBuf {
+/// Where everything that is built goes.
+pub fn target_directory() -> PathBuf {
     target_directory_setting().unwrap_or_else(|| ebpf::repository().join("target"))
 }
 

@@ -27,6 +27,8 @@ pub struct Claim {
     pub generation: u64,
     pub opened_ns: u64,
     pub socket_cookie: u64,
+    /// The endpoint that `connect` chose for a steered connection to a service; port 0 for none.
+    pub chosen: Address,
     pub kind: u32,
     pub sequence: u32,
     pub workload: u32,
@@ -34,6 +36,12 @@ pub struct Claim {
     pub source_pod: u32,
     /// Non-zero once `inbound` of the destination has let the SYN through to the application.
     pub admitted: u32,
+    /// Number of the service that was connected to, 0 for none.
+    pub service: u32,
+    /// Why the connection was steered: a [`crate::Reason`].
+    pub reason: u32,
+    pub chosen_port: u16,
+    pub padding: [u16; 3],
 }
 
 pub mod claim_kind {
@@ -42,6 +50,8 @@ pub mod claim_kind {
     pub const PROXY: u32 = 3;
     /// A pod's connection to its own address.
     pub const OWN_ADDRESS: u32 = 4;
+    /// A process of the node, outside all pods: kubelet's probes.
+    pub const NODE: u32 = 5;
 }
 
 /// An established direct flow: what revocation walks through.
@@ -58,7 +68,9 @@ pub struct Flow {
     pub workload: u32,
     pub source_identity: u32,
     pub source_pod: u32,
-    pub reserved: u64,
+    /// Number of the service that was connected to, 0 for none.
+    pub service: u32,
+    pub padding: u32,
 }
 
 /// Socket storage.
@@ -73,6 +85,12 @@ pub struct SocketState {
     pub received_at_fin_wait: u64,
     /// `bytes_acked` when the connection was established (the SYN counts as one).
     pub acked_at_start: u64,
+    /// The service address that the application connected to; port 0 for none.
+    pub service_address: Address,
+    /// The endpoint that `connect` chose for it. On a socket that the agent accepted: for the connection it continues.
+    pub chosen: Address,
+    pub service_port: u16,
+    pub chosen_port: u16,
     pub role: u32,
     pub workload: u32,
     pub sequence: u32,
@@ -81,7 +99,12 @@ pub struct SocketState {
     /// Non-zero once our own FIN was acknowledged.
     pub fin_acked: u32,
     pub connect_latency_us: u32,
-    pub reserved: u64,
+    /// Number of the service, 0 for none.
+    pub service: u32,
+    /// Why the connection was steered: a [`crate::Reason`].
+    pub reason: u32,
+    /// Non-zero from establishment until the end was reported.
+    pub established: u32,
 }
 
 /// What a socket is to us. Only user space of the agent can make a `PROXY`.
@@ -93,6 +116,8 @@ pub mod role {
     pub const OWN_ADDRESS: u32 = 4;
     /// The accepted end of a direct flow.
     pub const ACCEPTED: u32 = 5;
+    /// A socket of a process of the node, outside all pods.
+    pub const NODE: u32 = 6;
 }
 
 /// Key of the agent's listeners in a pod.
@@ -121,6 +146,9 @@ pub struct Event {
     pub bytes_sent: u64,
     pub bytes_received: u64,
     pub generation: u64,
+    /// The socket that the event is about: the client's, or the isolated one, and the namespace it is in.
+    pub socket_cookie: u64,
+    pub socket_netns: u64,
     pub kind: u32,
     /// A [`crate::Reason`], where there is one.
     pub reason: u32,
@@ -130,22 +158,65 @@ pub struct Event {
     pub srtt_us: u32,
     pub retransmits: u32,
     pub connect_latency_us: u32,
-    /// The TCP state that the client's socket left when it closed.
-    pub last_state: u32,
+    /// How the connection ended: one of [`end`].
+    pub end: u32,
     /// Number of the policy that refused, 0 when none did.
     pub policy: u32,
-    pub padding: u32,
-    /// The isolated socket, and the namespace it is in.
-    pub socket_cookie: u64,
-    pub socket_netns: u64,
+    /// Number of the service that was connected to, 0 for none.
+    pub service: u32,
     /// 1 if the isolated socket is the client's end.
-    pub client_end: u64,
+    pub client_end: u32,
+    pub padding: u32,
 }
 
+/// Whose flows [`Lost`] counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct LostKey {
+    pub client_netns: u64,
+    pub server: Address,
+    /// Number of the service that was connected to, 0 for none.
+    pub service: u32,
+    pub padding: u32,
+}
+
+/// What the events would have said that found no room: the agent takes it from here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Lost {
+    pub closed: u64,
+    pub failed: u64,
+    /// Totals of the closed flows, from client to server and back.
+    pub bytes_sent: u64,
+    pub bytes_received: u64,
+    pub retransmits: u64,
+}
+
+/// An establishment is not told: a short flow's end has it all, and long flows are found in the table.
 pub mod event_kind {
-    pub const OPENED: u32 = 1;
     pub const CLOSED: u32 = 2;
     pub const REFUSED: u32 = 3;
     /// A connection was cut off from its application and must be destroyed.
     pub const ISOLATED: u32 = 4;
+    /// A direct connection was never established.
+    pub const FAILED: u32 = 5;
+}
+
+/// How a connection ended, as the client's socket saw it.
+pub mod end {
+    pub const UNKNOWN: u32 = 0;
+    /// Both directions were closed in order.
+    pub const FIN: u32 = 1;
+    /// The other end reset it.
+    pub const RESET_BY_PEER: u32 = 2;
+    /// This end reset it, by closing with unread data or without lingering.
+    pub const RESET_BY_CLIENT: u32 = 3;
+    /// The other end did not answer any more.
+    pub const TIMEOUT: u32 = 4;
+    /// Destroyed from outside: by the agent, or by an administrator.
+    pub const DESTROYED: u32 = 5;
+    /// Nobody listens.
+    pub const CONNECTION_REFUSED: u32 = 6;
+    /// The network said that the other end cannot be reached.
+    pub const UNREACHABLE: u32 = 7;
 }

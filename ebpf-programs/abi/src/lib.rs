@@ -8,23 +8,32 @@
 mod flow;
 mod pod;
 mod reason;
+mod service;
 mod verdict;
 
 pub use flow::{
-    Claim, Event, Flow, FlowKey, Listener, SocketState, claim_kind, event_kind, listener_kind, role,
+    Claim, Event, Flow, FlowKey, Listener, Lost, LostKey, SocketState, claim_kind, end, event_kind, listener_kind,
+    role,
 };
-pub use pod::{Config, Endpoint, Pod, Quota, REFUSALS_PER_SECOND, knob};
+pub use pod::{Config, Endpoint, Pod, Quota, REFUSALS_PER_SECOND, config_flag, knob};
 pub use reason::{REASON_COUNT, Reason};
+pub use service::{Service, ServiceKey, Slot, SlotKey};
 pub use verdict::{Verdict, VerdictKey, action, scope};
 
 /// Part of the pin path; an agent adopts only maps of its own version.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// An IP address as 16 bytes in network order; IPv4 is held IPv4-mapped (`::ffff:a.b.c.d`).
 pub type Address = [u8; 16];
 
 /// Most claims one pod may have in flight; more are refused, so that a pod harms only itself.
 pub const CLAIMS_PER_POD: i64 = 4096;
+
+/// Most direct flows that one pod may have opened; more go through the agent.
+pub const FLOWS_PER_POD: i64 = 32_768;
+
+/// Most direct flows of a node. Below the size of the map, so that one which `connect` has let pass finds room.
+pub const FLOWS_PER_NODE: i64 = 1_000_000;
 
 /// Mark that `connect` puts on a steered socket; the pod's rule routes it to the loopback device.
 pub const STEER_MARK: u32 = 0x53a;
@@ -62,15 +71,21 @@ macro_rules! layout {
 
 layout! {
     FlowKey: 48,
-    Claim: 64,
+    Claim: 96,
     Flow: 72,
-    SocketState: 120,
+    SocketState: 160,
     Listener: 16,
     Event: 160,
-    Config: 40,
-    Pod: 40,
-    Quota: 24,
+    LostKey: 32,
+    Lost: 40,
+    Config: 72,
+    Pod: 32,
+    Quota: 32,
     Endpoint: 24,
     VerdictKey: 16,
     Verdict: 16,
+    ServiceKey: 24,
+    Service: 16,
+    SlotKey: 16,
+    Slot: 32,
 }

@@ -1,7 +1,6 @@
 //! Who is in the mesh on this node.
 
-use crate::Address;
-
+/// What all hooks need to know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Config {
@@ -9,10 +8,28 @@ pub struct Config {
     pub heartbeat_ns: u64,
     /// Verdicts admit no new flow when the heartbeat is older than this.
     pub verdict_max_age_ns: u64,
+    /// Cookie of the node's own namespace, 0 when its processes are like any other.
+    pub host_netns: u64,
+    /// The cgroup below which pods live: a process there is never the node's.
+    pub pods_cgroup: u64,
+    /// Start time of the agent that owns the maps (`/proc/PID/stat`, field 22): tells a process id that is used again.
+    pub owner_started: u64,
+    pub owner_pid: u32,
     /// Bits of [`knob`]; always 0 outside tests.
     pub knobs: u32,
+    /// Bits of [`config_flag`].
+    pub flags: u32,
     pub padding: u32,
     pub reserved: [u64; 2],
+}
+
+pub mod config_flag {
+    /// A change of policy is being written: whether a flow may be direct is not known at this moment.
+    pub const CHANGING: u32 = 1 << 0;
+    /// The kernel part is being taken away: every connection is left alone.
+    pub const LEAVING: u32 = 1 << 1;
+    /// Flows are not reported.
+    pub const NO_TELEMETRY: u32 = 1 << 2;
 }
 
 /// Protections that a test switches off, one at a time, to show that it would notice.
@@ -28,26 +45,32 @@ pub mod knob {
     pub const SKIP_STEERING: u32 = 1 << 8;
     pub const MISSING_LISTENER_PASSES: u32 = 1 << 9;
     pub const SKIP_ADMITTED: u32 = 1 << 10;
+    pub const SKIP_QUOTAS: u32 = 1 << 11;
+    pub const HOST_PODS_ARE_NODE: u32 = 1 << 12;
+    pub const SKIP_SLOT_CHECK: u32 = 1 << 13;
+    pub const SKIP_CHANGING: u32 = 1 << 14;
+    pub const SKIP_SOURCE_CHECK: u32 = 1 << 15;
 }
 
-/// An enrolled pod; the key is its netns cookie.
+/// An enrolled pod; the key is its netns cookie. Its addresses are those of [`Endpoint`]s with that cookie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C, align(8))]
 pub struct Pod {
-    pub address: Address,
     pub identity: u32,
-    pub workload: u32,
     /// Number of this pod on this node, for verdicts of scope `POD`.
     pub pod: u32,
     pub flags: u32,
-    /// Index of the pod's device: a socket bound to it can be steered, one bound to another cannot.
-    pub device: u32,
-    pub padding: u32,
+    /// Which view of the services it has: see [`crate::ServiceKey`].
+    pub view: u32,
+    /// Indexes of devices for which the pod has a route: a socket bound to one can be steered.
+    pub devices: [u32; Pod::DEVICES],
 }
 
 impl Pod {
     /// The pod's traffic always goes through the agent.
     pub const NO_DIRECT: u32 = 1 << 0;
+
+    pub const DEVICES: usize = 4;
 }
 
 /// What a pod has used up; the key is its netns cookie.
@@ -56,6 +79,8 @@ impl Pod {
 pub struct Quota {
     /// Claims in flight.
     pub claims: i64,
+    /// Direct flows that the pod opened. The entry of cookie 0 counts those of the node.
+    pub flows: i64,
     /// When the second began in which refusals are counted, and how many were reported in it.
     pub window_ns: u64,
     pub refusals: u64,
@@ -64,11 +89,12 @@ pub struct Quota {
 /// Refusals of one pod that are reported in a second.
 pub const REFUSALS_PER_SECOND: u64 = 100;
 
-/// A destination on this node; the key is its address.
+/// A destination on this node; the key is its address. A pod with several addresses has one for each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Endpoint {
     pub netns_cookie: u64,
+    /// Number of the workload at this address, never used for anything else.
     pub workload: u32,
     pub flags: u32,
     /// Bumped when a policy, an identity or the pod itself changes.

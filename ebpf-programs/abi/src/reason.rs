@@ -45,7 +45,7 @@ reasons! {
     SteeredNotEligible = 5, "steered_not_eligible";
     /// connect: refused, a cached verdict denies it.
     RefusedByPolicy = 6, "refused_by_policy";
-    /// connect: refused, IPv6 destinations are not carried yet.
+    /// connect: not used any more; IPv6 destinations were not carried once.
     RefusedIpv6 = 7, "refused_ipv6";
     /// connect: refused, the socket could not be marked for steering.
     RefusedNoMark = 8, "refused_no_mark";
@@ -97,4 +97,18 @@ reasons! {
     IsolatedNotAdmitted = 31, "isolated_not_admitted";
     /// telemetry: refusals of a pod beyond 100 in a second were counted but not reported one by one.
     RefusalNotReported = 32, "refusal_not_reported";
+    /// connect: handed to the agent, the pod or the node has too many direct flows.
+    SteeredFlowQuota = 33, "steered_flow_quota";
+    /// connect: handed to the agent, a change of policy was being written at this moment.
+    SteeredChanging = 34, "steered_changing";
+    /// connect: handed to the agent, the socket is bound to an address that is not known as the pod's.
+    SteeredForeignSource = 35, "steered_foreign_source";
+    /// connect: handed to the agent, the endpoint that was chosen for a service has just gone.
+    SteeredEndpointGone = 36, "steered_endpoint_gone";
+    /// inbound: admitted to the application, a process of the node outside all pods (kubelet's probes).
+    AdmittedNode = 37, "admitted_node";
+    /// inbound: left alone, the kernel part is being unloaded.
+    PassedLeaving = 38, "passed_leaving";
+    /// connect: an endpoint of a service was chosen.
+    ServiceResolved = 39, "service_resolved";
 }

@@ -38,14 +38,6 @@ impl Figures {
     }
 }
 
-/// The lowest and highest quarter of the values begin and end here.
-pub fn quartiles(values: impl Iterator<Item = f64>) -> Option<[f64; 2]> {
-    let mut sorted: Vec<f64> = values.collect();
-    sorted.sort_unstable_by(f64::total_cmp);
-    let last = sorted.len().checked_sub(1)?;
-    Some([*sorted.get(last / 4)?, *sorted.get(last - last / 4)?])
-}
-
 /// `None` without values; the mean of the middle two of an even number.
 fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
     let mut sorted: Vec<f64> = values.collect();

@@ -3,13 +3,11 @@
 //!
 //! Exit status: 0 if every check holds, 1 if one does not or the demonstration could not be carried out.
 
-mod bench;
 mod checks;
 mod figures;
 mod intruder;
 mod measure;
 mod pairs;
-mod processors;
 mod proofs;
 mod report;
 mod revocation;
@@ -30,12 +28,6 @@ struct Arguments {
     /// One JSON document on standard output in place of the table
     #[arg(long)]
     json: bool,
-    /// Only measure, for longer: `cargo xtask bench`
-    #[arg(long, value_name = "SCENARIO", value_parser = ["same-node"])]
-    measure: Option<String>,
-    /// With --measure: fewer rounds
-    #[arg(long, requires = "measure")]
-    quick: bool,
 }
 
 fn main() -> ExitCode {
@@ -51,15 +43,6 @@ fn main() -> ExitCode {
 }
 
 fn demonstrate(arguments: &Arguments) -> anyhow::Result<bool> {
-    if arguments.measure.is_some() {
-        let rows = bench::run(arguments.quick)?;
-        show(&if arguments.json {
-            bench::json(&rows)?
-        } else {
-            bench::table(&rows)
-        })?;
-        return Ok(true);
-    }
     if !arguments.json {
         show(table::HEADER)?;
     }

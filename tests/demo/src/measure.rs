@@ -3,13 +3,12 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use culvert_harness::Pod;
+use culvert_harness::{End, Pod, pinned_probe};
 use serde_json::Value;
 
 use crate::checks::Checks;
 use crate::figures::Figures;
 use crate::pairs::Pair;
-use crate::processors::{End, pinned};
 use crate::stage::{COLLECT, ECHO, SINK, SOON, Stage};
 
 const ROUNDS: usize = 24;
@@ -140,7 +139,7 @@ pub fn checksums(meshed: &Stage, checks: &mut Checks) {
 }
 
 fn probe(from: &Pod, what: &str, to: &str, arguments: &[&str]) -> Result<Value> {
-    let launch = pinned(from, End::Client)?
+    let launch = pinned_probe(from, End::Client)?
         .args([what, "--to", to])
         .args(arguments);
     launch.run(SOON * 3)?.json()

@@ -5,11 +5,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use culvert_harness::{
-    Agent, AgentOptions, Fabric, Match, Mesh, Node, Pod, Policy, Proc, Workload, wait_until,
+    Agent, AgentOptions, End, Fabric, Match, Mesh, Node, Pod, Policy, Proc, Workload, pinned_probe,
+    wait_until,
 };
 use serde_json::Value;
-
-use crate::processors::{End, pinned};
 
 pub const NAMESPACE: &str = "demo";
 /// Echoes, and tells of every connection.
@@ -178,7 +177,7 @@ impl Server {
 
 fn serve(pod: &Pod, port: u16, mode: &[&str]) -> Result<Proc> {
     let port = port.to_string();
-    let launch = pinned(pod, End::Server)?.args(["serve", "--port", &port, "--mode"]);
+    let launch = pinned_probe(pod, End::Server)?.args(["serve", "--port", &port, "--mode"]);
     let server = launch.args(mode).spawn()?;
     server.wait_for_event("listening", SOON)?;
     Ok(server)

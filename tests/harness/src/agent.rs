@@ -84,6 +84,8 @@ impl Agent {
             .env("CULVERT_CGROUP_ROOT", cgroup_root)
             .env("CULVERT_PIN_DIR", pin_dir)
             .env("CULVERT_ADMIN_SOCKET", &admin_socket)
+            .env("CULVERT_HOST_NETNS", node.netns().path())
+            .env("CULVERT_PODS_CGROUP", node.pods_cgroup().path())
             .env("LOCAL_XDS_PATH", mesh_file)
             .envs(options.env)
             .spawn()?;

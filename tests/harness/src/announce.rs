@@ -12,6 +12,7 @@ use crate::netns::Netns;
 use crate::packet::{
     Arp, BROADCAST, LARGEST_FRAME, Mac, PacketSocket, arp, arp_frame, hardware_address,
 };
+use crate::patience::stretch;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
@@ -36,7 +37,7 @@ pub(crate) fn announce(speaker: Place, listener: Place, address: Ipv4Addr) -> Re
         target: ([0; 6], address),
     };
     let frame = arp_frame(BROADCAST, message);
-    let deadline = Instant::now() + TIMEOUT;
+    let deadline = Instant::now() + stretch(TIMEOUT);
     let mut pause = FIRST_PAUSE;
     let mut buffer = vec![0; LARGEST_FRAME];
     while Instant::now() < deadline {

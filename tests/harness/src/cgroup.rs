@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::patience::stretch;
+
 /// The mount point of cgroup v2, wherever the distribution puts it.
 pub fn root() -> Result<PathBuf> {
     let mounts =
@@ -74,7 +76,7 @@ impl Cgroup {
 /// Kills every process in the subtree, waits for their end, and removes it. A subtree that is not there is fine, also if
 /// somebody else removes it meanwhile.
 pub(crate) fn remove_tree(path: &Path, timeout: Duration) -> Result<()> {
-    let deadline = Instant::now() + timeout;
+    let deadline = Instant::now() + stretch(timeout);
     let outcome = std::fs::write(path.join("cgroup.kill"), "1")
         .with_context(|| format!("killing the processes of cgroup {}", path.display()))
         .and_then(|()| wait_empty(path, deadline))

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use crate::netns::Netns;
+use crate::patience::stretch;
 
 const MOST_BYTES: u64 = 256 << 20;
 
@@ -27,6 +28,7 @@ pub fn request(
     path: &str,
     timeout: Duration,
 ) -> Result<Response> {
+    let timeout = stretch(timeout);
     let exchange = || -> Result<Vec<u8>> {
         let mut stream = TcpStream::connect_timeout(&to, timeout)?;
         stream.set_read_timeout(Some(timeout))?;

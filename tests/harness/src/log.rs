@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
+use crate::patience::stretch;
+
 const MOST_BYTES: usize = 64 << 20;
 /// A longer line is cut into several.
 const LONGEST_LINE: u64 = 1 << 20;
@@ -156,6 +158,7 @@ impl Log {
         what: &str,
         mut pick: impl FnMut(&Line) -> Option<T>,
     ) -> Result<T> {
+        let timeout = stretch(timeout);
         let deadline = Instant::now() + timeout;
         let mut next = from.0;
         let mut state = self.state();

@@ -20,6 +20,9 @@ pub struct Mesh {
     pub services: Vec<Service>,
     /// Authorization policies.
     pub policies: Vec<Policy>,
+    /// Namespaces with annotations.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub namespaces: Vec<Namespace>,
 }
 
 impl Mesh {
@@ -77,22 +80,40 @@ pub struct Workload {
     /// `ns/name` of policies with a selector that chose this workload.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub authorization_policies: Vec<String>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
     #[serde(flatten)]
     pub extra: BTreeMap<String, Value>,
+}
+
+/// One namespace.
+#[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Namespace {
+    pub name: String,
+    pub annotations: BTreeMap<String, String>,
+}
+
+impl Namespace {
+    /// With one annotation.
+    pub fn annotated(name: &str, key: &str, value: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            annotations: [(key.to_owned(), value.to_owned())].into(),
+        }
+    }
 }
 
 impl Workload {
     /// The workload a pod is: named like it, in the mesh (HBONE), with the uid [`Workload::uid_of`].
     pub fn of_pod(pod: &Pod, namespace: &str, service_account: &str) -> Self {
-        let addresses = std::iter::once(pod.address().to_string());
+        let addresses = pod.addresses();
         Self {
             uid: Self::uid_of(pod),
             name: pod.name().to_owned(),
             namespace: namespace.to_owned(),
             service_account: service_account.to_owned(),
-            workload_ips: addresses
-                .chain(pod.address_v6().map(|address| address.to_string()))
-                .collect(),
+            workload_ips: addresses.iter().map(ToString::to_string).collect(),
             protocol: "HBONE".to_owned(),
             node: pod.node().name().to_owned(),
             ..Self::default()
@@ -107,6 +128,12 @@ impl Workload {
     /// Outside the mesh: reached in plain TCP.
     pub fn plain(mut self) -> Self {
         self.protocol = "TCP".to_owned();
+        self
+    }
+
+    /// With an annotation.
+    pub fn annotated(mut self, key: &str, value: &str) -> Self {
+        self.annotations.insert(key.to_owned(), value.to_owned());
         self
     }
 
@@ -320,6 +347,7 @@ mod tests {
             workloads: vec![workload.serves(&service, 80, 8080).selected_by(&policy)],
             services: vec![service],
             policies: vec![policy],
+            ..Mesh::default()
         };
         let text = mesh.to_yaml().unwrap();
         for line in [

@@ -96,9 +96,16 @@ impl Netns {
     }
 }
 
-/// Sysctls a new namespace copies from the machine and that would make tests differ between machines.
+/// Sysctls a new namespace copies from the machine and that would make tests differ between machines, and one that makes them wait.
 fn settle() -> Result<()> {
-    std::fs::write(sysctl_path("net.ipv4.ip_forward")?, "0").context("turning forwarding off")
+    std::fs::write(sysctl_path("net.ipv4.ip_forward")?, "0").context("turning forwarding off")?;
+    // Link-local addresses are ready with their link, not a second or two later: tests compare routing tables.
+    let detection = sysctl_path("net.ipv6.conf.default.accept_dad")?;
+    match std::fs::write(detection, "0") {
+        // A kernel without IPv6.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        outcome => outcome.context("turning the detection of duplicate addresses off"),
+    }
 }
 
 fn sysctl_path(key: &str) -> Result<PathBuf> {

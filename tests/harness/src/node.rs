@@ -152,6 +152,16 @@ impl Node {
         )
     }
 
+    /// A program of a pod that shares the node's network: in its namespace, but in a cgroup of a pod.
+    pub fn host_pod_command(&self, program: impl AsRef<Path>) -> Launch {
+        Launch::new(
+            program.as_ref(),
+            &format!("{}/host-pod", self.inner.name),
+            &self.inner.netns,
+            &self.inner.pods_cgroup,
+        )
+    }
+
     /// Runs a closure on a thread in the node's namespace (see [`Netns::enter`]).
     pub fn in_netns<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         self.inner.netns.enter(work)

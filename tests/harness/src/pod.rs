@@ -1,11 +1,11 @@
 //! A pod: a namespace with `eth0` on its node's bridge, a cgroup, and programs inside both.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::announce::announce;
 use crate::capture::Capture;
@@ -26,6 +26,10 @@ const LONGEST_NAME: usize = 63;
 pub struct PodOptions {
     /// An address of the caller's choice, for example one that another pod had.
     pub address: Option<Ipv4Addr>,
+    /// The same for IPv6, in a fabric that has it.
+    pub address_v6: Option<Ipv6Addr>,
+    /// No IPv4 address.
+    pub only_ipv6: bool,
 }
 
 /// A pod. Clones are the same pod; it lives until [`Pod::remove`] or the end of the fabric.
@@ -40,7 +44,7 @@ struct Inner {
     node: Node,
     netns: Netns,
     cgroup: Cgroup,
-    address: Ipv4Addr,
+    address: Option<Ipv4Addr>,
     address_v6: Option<Ipv6Addr>,
     port: String,
 }
@@ -54,10 +58,16 @@ impl Pod {
         );
         let cgroup = Cgroup::create(node.pods_cgroup().path().join(name))?;
         let netns = Netns::create(node.inner.run.netns(&format!("{}-{name}", node.name())))?;
-        let address = options
-            .address
-            .unwrap_or_else(|| address_v4(node.number(), host));
-        let address_v6 = node.address_v6().map(|_| address_v6(node.number(), host));
+        let own = || address_v4(node.number(), host);
+        let address = (!options.only_ipv6).then(|| options.address.unwrap_or_else(own));
+        let own = || address_v6(node.number(), host);
+        let address_v6 = node
+            .address_v6()
+            .map(|_| options.address_v6.unwrap_or_else(own));
+        ensure!(
+            address.is_some() || address_v6.is_some(),
+            "pod {name} has no address: the fabric has no IPv6"
+        );
         // The host number is unique on the node, unlike an address the caller chose.
         let port = format!("p{host}");
         ip::batch(
@@ -70,22 +80,24 @@ impl Pod {
                 format!("link set {port} master {BRIDGE} up"),
             ],
         )?;
-        let mut lines = vec![
-            "link set lo up".to_owned(),
-            believe_at_once("eth0"),
-            format!("address add {address}/{PREFIX_V4} dev eth0"),
-        ];
+        let mut lines = vec!["link set lo up".to_owned(), believe_at_once("eth0")];
+        if let Some(address) = address {
+            lines.push(add_line(address.into(), "eth0"));
+        }
         if let Some(address) = address_v6 {
-            lines.push(format!("address add {address}/{PREFIX_V6} dev eth0 nodad"));
+            lines.push(add_line(address.into(), "eth0"));
         }
         lines.push("link set eth0 up".to_owned());
         // The node does not forward: the route only lets a connect to a service address get as far as the mesh.
-        lines.push(format!("route add default via {}", node.address_v4()));
+        if address.is_some() {
+            lines.push(format!("route add default via {}", node.address_v4()));
+        }
         if let Some(gateway) = node.address_v6() {
             lines.push(format!("route add default via {gateway}"));
         }
         ip::batch(Some(netns.name()), &lines)?;
-        announce((&netns, "eth0"), (node.netns(), BRIDGE), address)?;
+        let announced = address.unwrap_or(Ipv4Addr::UNSPECIFIED);
+        announce((&netns, "eth0"), (node.netns(), BRIDGE), announced)?;
         let inner = Inner {
             name: name.to_owned(),
             node: node.clone(),
@@ -154,9 +166,10 @@ impl Pod {
         &self.inner.node
     }
 
-    /// Its IPv4 address.
+    /// Its address: IPv4, or IPv6 if it has no other.
     pub fn address(&self) -> IpAddr {
-        IpAddr::V4(self.inner.address)
+        let v6 = || self.inner.address_v6.unwrap_or(Ipv6Addr::UNSPECIFIED);
+        self.inner.address.map_or_else(|| v6().into(), IpAddr::from)
     }
 
     /// Its IPv6 address, if the fabric has them.
@@ -164,9 +177,55 @@ impl Pod {
         self.inner.address_v6
     }
 
+    /// The addresses it was made with.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        let v4 = self.inner.address.map(IpAddr::from);
+        v4.into_iter()
+            .chain(self.inner.address_v6.map(IpAddr::from))
+            .collect()
+    }
+
     /// Its address with a port, as the probe's `--to` takes it.
     pub fn at(&self, port: u16) -> String {
-        format!("{}:{port}", self.inner.address)
+        SocketAddr::new(self.address(), port).to_string()
+    }
+
+    /// Its IPv6 address with a port.
+    pub fn at_v6(&self, port: u16) -> Result<String> {
+        let address = self.inner.address_v6;
+        let address = address.with_context(|| format!("{} has no IPv6 address", self.name()))?;
+        Ok(SocketAddr::new(address.into(), port).to_string())
+    }
+
+    /// Gives it one more address.
+    pub fn add_address(&self, address: IpAddr) -> Result<()> {
+        ip::batch(Some(self.inner.netns.name()), &[add_line(address, "eth0")])
+    }
+
+    /// Gives it one more device on its node's bridge, with an address of its own. What does not ask for it leaves by `eth0`.
+    pub fn add_device(&self, device: &str, address: IpAddr) -> Result<()> {
+        let (inner, node) = (&self.inner, &self.inner.node);
+        let port = format!("{}-{device}", inner.port);
+        let pod = inner.netns.name();
+        ip::batch(
+            Some(node.netns().name()),
+            &[
+                format!("link add {port} type veth peer name {device} netns {pod}"),
+                format!("link set {port} master {BRIDGE} up"),
+            ],
+        )?;
+        ip::batch(
+            Some(pod),
+            &[
+                format!("{} metric 512", add_line(address, device)),
+                format!("link set {device} up"),
+            ],
+        )?;
+        let announced = match address {
+            IpAddr::V4(address) => address,
+            IpAddr::V6(_) => Ipv4Addr::UNSPECIFIED,
+        };
+        announce((&inner.netns, device), (node.netns(), BRIDGE), announced)
     }
 
     /// Its namespace.
@@ -177,5 +236,12 @@ impl Pod {
     /// Its cgroup.
     pub fn cgroup(&self) -> &Cgroup {
         &self.inner.cgroup
+    }
+}
+
+fn add_line(address: IpAddr, device: &str) -> String {
+    match address {
+        IpAddr::V4(address) => format!("address add {address}/{PREFIX_V4} dev {device}"),
+        IpAddr::V6(address) => format!("address add {address}/{PREFIX_V6} dev {device} nodad"),
     }
 }

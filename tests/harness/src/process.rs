@@ -17,6 +17,7 @@ use serde_json::Value;
 use crate::cgroup::Cgroup;
 use crate::log::{Log, Mark, Stream};
 use crate::netns::Netns;
+use crate::patience::stretch;
 use crate::sys;
 
 /// How long a killed program may take to be gone.
@@ -303,6 +304,7 @@ impl Proc {
 
     /// Waits for its end.
     pub fn wait(&self, timeout: Duration) -> Result<ExitStatus> {
+        let timeout = stretch(timeout);
         let running = |status: &mut Option<ExitStatus>| status.is_none();
         let waited = self
             .end
@@ -316,7 +318,7 @@ impl Proc {
                 self.log.tail()
             );
         };
-        self.log.wait_end(DRAIN);
+        self.log.wait_end(stretch(DRAIN));
         Ok(status)
     }
 
@@ -334,7 +336,7 @@ impl Drop for Proc {
         drop(
             self.end
                 .ended
-                .wait_timeout_while(self.end.status(), KILLED, running),
+                .wait_timeout_while(self.end.status(), stretch(KILLED), running),
         );
         if std::thread::panicking() {
             eprintln!("--- the end of {}'s log:\n{}", self.label, self.log.tail());

@@ -1,14 +1,16 @@
 //! The harness's only unsafe code: what neither std, nix nor socket2 offers as a safe call.
-//! Called by `process`, `packet` and `netns`.
+//! Called by `process`, `packet`, `netns`, `ways` and `foreign`.
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use io_uring::{IoUring, opcode, types};
 use nix::sched::{CloneFlags, setns};
+use socket2::SockAddr;
 
 /// `SO_NETNS_COOKIE`, which the libc crate does not name on every target.
 const SO_NETNS_COOKIE: libc::c_int = 71;
@@ -118,4 +120,151 @@ pub(crate) fn netns_cookie(fd: BorrowedFd<'_>) -> io::Result<u64> {
         )
     })?;
     Ok(cookie)
+}
+
+/// Takes a descriptor that the kernel has just put into this process for us.
+pub(crate) fn own_received(fd: RawFd) -> OwnedFd {
+    // SAFETY: the caller has it from a message, so that nobody else in this process knows of it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// Has an io_uring connect a socket, and waits for the outcome.
+pub(crate) fn connect_by_ring(fd: BorrowedFd<'_>, address: &SockAddr) -> io::Result<()> {
+    let mut ring = IoUring::new(2)?;
+    let connect = opcode::Connect::new(
+        types::Fd(fd.as_raw_fd()),
+        address.as_ptr().cast(),
+        address.len(),
+    )
+    .build();
+    // SAFETY: address and descriptor outlive the operation: its end is waited for below.
+    unsafe { ring.submission().push(&connect) }.map_err(io::Error::other)?;
+    ring.submit_and_wait(1)?;
+    let done = ring.completion().next();
+    let done = done.ok_or_else(|| io::Error::other("io_uring ended a wait without an outcome"))?;
+    match done.result() {
+        0.. => Ok(()),
+        error => Err(io::Error::from_raw_os_error(-error)),
+    }
+}
+
+/// Kinds of eBPF programs, with the hook they are made for (the kernel's linux/bpf.h).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ProgramKind {
+    pub kind: u32,
+    pub hook: u32,
+}
+
+/// Loads a program that returns 1 and does nothing else.
+pub(crate) fn load_idle_program(kind: ProgramKind, name: &str) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attributes {
+        kind: u32,
+        count: u32,
+        instructions: u64,
+        license: u64,
+        log_level: u32,
+        log_size: u32,
+        log: u64,
+        kernel_version: u32,
+        flags: u32,
+        name: [u8; 16],
+        device: u32,
+        hook: u32,
+    }
+    // mov r0, 1; exit
+    let instructions: [u64; 2] = [0x1_0000_00b7, 0x95];
+    let mut bytes = [0; 16];
+    for (to, from) in bytes.iter_mut().zip(name.bytes().take(15)) {
+        *to = from;
+    }
+    let attributes = Attributes {
+        kind: kind.kind,
+        count: 2,
+        instructions: (&raw const instructions) as u64,
+        license: c"GPL".as_ptr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log: 0,
+        kernel_version: 0,
+        flags: 0,
+        name: bytes,
+        device: 0,
+        hook: kind.hook,
+    };
+    const BPF_PROG_LOAD: libc::c_long = 5;
+    let fd = bpf(BPF_PROG_LOAD, &attributes)?;
+    // SAFETY: the descriptor was just returned to us and nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Attaches a program to a cgroup for itself alone: without `BPF_F_ALLOW_MULTI`.
+pub(crate) fn attach_alone(
+    program: BorrowedFd<'_>,
+    cgroup: BorrowedFd<'_>,
+    hook: u32,
+) -> io::Result<()> {
+    const BPF_PROG_ATTACH: libc::c_long = 8;
+    bpf(
+        BPF_PROG_ATTACH,
+        &[
+            cgroup.as_raw_fd() as u32,
+            program.as_raw_fd() as u32,
+            hook,
+            0,
+        ],
+    )
+    .map(drop)
+}
+
+/// Undoes [`attach_alone`].
+pub(crate) fn detach(program: BorrowedFd<'_>, cgroup: BorrowedFd<'_>, hook: u32) -> io::Result<()> {
+    const BPF_PROG_DETACH: libc::c_long = 9;
+    bpf(
+        BPF_PROG_DETACH,
+        &[
+            cgroup.as_raw_fd() as u32,
+            program.as_raw_fd() as u32,
+            hook,
+            0,
+        ],
+    )
+    .map(drop)
+}
+
+/// Attaches a program to a namespace or cgroup for as long as the link is open.
+pub(crate) fn link(
+    program: BorrowedFd<'_>,
+    target: BorrowedFd<'_>,
+    hook: u32,
+) -> io::Result<OwnedFd> {
+    const BPF_LINK_CREATE: libc::c_long = 28;
+    let fd = bpf(
+        BPF_LINK_CREATE,
+        &[
+            program.as_raw_fd() as u32,
+            target.as_raw_fd() as u32,
+            hook,
+            0,
+        ],
+    )?;
+    // SAFETY: the descriptor was just returned to us and nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<i32> {
+    // SAFETY: `attributes` is live, initialised, of the size that is passed, and what it points to outlives the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_ref(attributes),
+            size_of::<T>(),
+        )
+    };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result as i32)
+    }
 }

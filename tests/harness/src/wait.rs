@@ -4,6 +4,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
+use crate::patience::stretch;
+
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
@@ -14,6 +16,7 @@ pub fn wait_until<T>(
     what: &str,
     mut probe: impl FnMut() -> Result<Option<T>>,
 ) -> Result<T> {
+    let timeout = stretch(timeout);
     let deadline = Instant::now() + timeout;
     let mut pause = FIRST_PAUSE;
     loop {

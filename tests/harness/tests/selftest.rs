@@ -289,6 +289,7 @@ fn a_pod_that_takes_over_an_address_is_reached_at_once() -> Result<()> {
         "new",
         PodOptions {
             address: Some(address),
+            ..PodOptions::default()
         },
     )?;
     let server = serve(&new, "echo")?;

@@ -1,10 +1,7 @@
-//! Addresses and sockets out of the ordinary: the pod's own, loopback, IPv6, bound to a device, Multipath TCP.
+//! Addresses out of the ordinary: the pod's own, loopback, IPv4 in IPv6; and Multipath TCP.
 
 use anyhow::Result;
-use culvert_tests::scene::{
-    PORT, Scene, Setting, answered, connect, connect_to, echo, serve, text,
-};
-use serde_json::Value;
+use culvert_tests::scene::{PORT, Scene, answered, connect, connect_to, echo, serve, text};
 
 use crate::kernel_tables::{decisions, wait_for_no_claims};
 
@@ -86,39 +83,6 @@ fn a_dual_stack_listener_is_served_like_any_other() -> Result<()> {
         assert!(!answered(&echo(&scene.intruder, &scene.server_a)?));
     }
     assert_eq!(decisions(&scene.agent1, "admitted_direct")?, 1);
-    Ok(())
-}
-
-/// The same connection over IPv6, from a pod of the mesh and from one that is not.
-fn over_ipv6(scene: &Scene) -> Result<(Value, Value, Value)> {
-    let (outsider, plain) = (scene.node1.pod("outsider")?, scene.node1.pod("plain")?);
-    let port = PORT.to_string();
-    let mut servers = Vec::new();
-    for pod in [&plain, &scene.server_a] {
-        let server = pod
-            .probe()?
-            .args(["serve", "--bind", "::", "--port", &port])
-            .spawn()?;
-        server.wait_for_line("listening", culvert_tests::scene::SOON)?;
-        servers.push(server);
-    }
-    let to = |pod: &culvert_harness::Pod| format!("[{}]:{PORT}", pod.address_v6().unwrap());
-    let out = connect_to(&scene.client, &to(&plain), &HELLO)?;
-    let into = connect_to(&outsider, &to(&scene.server_a), &HELLO)?;
-    Ok((out, into, connect_to(&outsider, &to(&plain), &HELLO)?))
-}
-
-#[test]
-fn ipv6_is_refused_in_both_directions_and_never_plaintext() -> Result<()> {
-    let scene = Scene::with(Setting {
-        ipv6: true,
-        ..Setting::default()
-    })?;
-    let (out, into, outside) = over_ipv6(&scene)?;
-    assert!(answered(&outside), "without the mesh this works: {outside}");
-    assert_eq!(text(&out, "connect"), "ECONNREFUSED", "{out}");
-    assert_eq!(text(&into, "connect"), "ECONNREFUSED", "{into}");
-    assert!(decisions(&scene.agent1, "refused_ipv6")? >= 2);
     Ok(())
 }
 

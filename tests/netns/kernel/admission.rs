@@ -33,6 +33,7 @@ impl Impostor {
         };
         let options = PodOptions {
             address: Some(address),
+            ..PodOptions::default()
         };
         let impostor = scene.node1.pod_with("impostor", options)?;
         let flush = ["neigh", "flush", "all"];

@@ -30,6 +30,7 @@ fn inherit_an_address(scene: &Scene) -> Result<(Value, Proc)> {
         "heir",
         PodOptions {
             address: Some(address),
+            ..PodOptions::default()
         },
     )?;
     let server = serve_on(&scene.server_a, "echo", LATER)?;

@@ -54,21 +54,7 @@ fn twin_without_steering_a_socket_bound_to_a_device_leaves_in_plaintext() -> Res
 
 /// A second way out of the pod: a device of its own on the node's bridge.
 fn second_device(pod: &Pod) -> Result<()> {
-    let add = format!(
-        "link add second type veth peer name eth1 netns {}",
-        pod.netns().name()
-    );
-    for line in [&add, "link set second master br0 up"] {
-        let ip = pod.node().command("ip").args(line.split(' '));
-        ip.run(SOON)?.success()?;
-    }
-    for line in ["address add 10.77.1.200/16 dev eth1", "link set eth1 up"] {
-        pod.command("ip")
-            .args(line.split(' '))
-            .run(SOON)?
-            .success()?;
-    }
-    Ok(())
+    pod.add_device("eth1", "10.77.1.200".parse()?)
 }
 
 #[test]

@@ -7,6 +7,7 @@ use crate::admin::{
     Client, ClientError, FlowsQuery, PodAdd, PodInfo, PodRemove, Reply, Request, Status,
 };
 use crate::config::{self, ConfigErrors, Environment};
+use crate::kernel::KernelError;
 
 use super::{
     Agent, ClientCommand, EXIT_CONFIG, EXIT_FAILED, EXIT_NO_AGENT, FlowsArgs, PodCommand, table,
@@ -24,6 +25,9 @@ pub enum CliError {
     /// The agent, or its absence.
     #[error(transparent)]
     Agent(#[from] ClientError),
+    /// The kernel part could not be taken away.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
     /// The terminal or pipe.
     #[error("cannot print the answer: {0}")]
     Output(#[from] io::Error),

@@ -1,9 +1,10 @@
-//! The command line: what it accepts, and the commands that ask a running agent. `node` and `unload` are carried out
-//! by their callers in `main`; their arguments are parsed here.
+//! The command line: what it accepts, and the commands that ask a running agent. `node` is carried out
+//! by its caller in `main`; its arguments are parsed here.
 
 mod client;
 mod node_args;
 mod table;
+mod unload;
 
 #[cfg(test)]
 mod tests;
@@ -14,6 +15,7 @@ use clap::{Args, Parser, Subcommand};
 
 pub use client::{CliError, run};
 pub use node_args::NodeArgs;
+pub use unload::unload;
 
 /// Exit status of a command that the agent refused or could not carry out. Usage errors exit with 2.
 pub const EXIT_FAILED: u8 = 1;
@@ -39,7 +41,7 @@ pub struct Cli {
 pub enum Command {
     /// Run the agent of this node
     Node(NodeArgs),
-    /// Detach and remove everything the agent left in the kernel
+    /// Detach and remove everything the agent left in the kernel and in its pods; open direct flows go on
     Unload(UnloadArgs),
     /// A command for a running agent.
     #[command(flatten)]
@@ -152,4 +154,16 @@ pub struct UnloadArgs {
     /// Where programs and maps are pinned [env: CULVERT_PIN_DIR] [default: `culvert` under the bpf filesystem's mount]
     #[arg(long, value_name = "PATH")]
     pub pin_dir: Option<String>,
+    /// Packet mark that the agent was configured with [env: PACKET_MARK] [default: 1337]
+    #[arg(long, value_name = "MARK")]
+    pub packet_mark: Option<String>,
+    /// How long to wait for connections on their way and for the kernel, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub timeout: u64,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Where the agent was; the pods that it served are remembered beside its socket.
+    #[command(flatten)]
+    pub agent: Agent,
 }

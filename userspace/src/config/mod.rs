@@ -25,6 +25,9 @@ use resolve::Resolver;
 pub use settings::Setting;
 pub use values::{AuthToken, LogFilter, LogFormat, duration, show_duration};
 
+/// As ztunnel marks its packets.
+const DEFAULT_PACKET_MARK: u32 = 1337;
+
 /// Where the admin socket is unless told otherwise.
 pub const DEFAULT_ADMIN_SOCKET: &str = "/run/culvert/admin.sock";
 
@@ -93,6 +96,20 @@ pub struct Config {
     /// How long verdicts outlive the agent.
     #[serde(serialize_with = "values::serialize_duration")]
     pub verdict_max_age: Duration,
+    /// Pods of this node may talk to each other directly.
+    pub direct: bool,
+    /// The node's own processes pass.
+    pub pass_node_probes: bool,
+    /// The node's own network namespace.
+    pub host_netns: PathBuf,
+    /// Where all pods are; none means where kubelet usually puts them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pods_cgroup: Option<PathBuf>,
+    /// Direct flows are reported.
+    pub flow_telemetry: bool,
+    /// How often open flows are reported.
+    #[serde(serialize_with = "values::serialize_duration")]
+    pub flow_report_interval: Duration,
     /// Data threads; never 0.
     pub threads: u32,
     /// `/metrics`.
@@ -161,12 +178,8 @@ impl Config {
         );
         let packet_mark = layers.or(
             &settings::PACKET_MARK,
-            // Rules compare only these bits: a mark without any of them would be every packet's.
-            |text| {
-                values::number_within(text, 1, culvert_abi::MARK_MASK)
-                    .filter(|mark| *mark != culvert_abi::STEER_MARK)
-            },
-            1337,
+            mark,
+            DEFAULT_PACKET_MARK,
         );
         let pool_max_streams = layers.or(
             &settings::POOL_MAX_STREAMS,
@@ -210,6 +223,20 @@ impl Config {
             &settings::VERDICT_MAX_AGE,
             |text| values::duration_within(text, 1, DAY),
             Duration::from_secs(300),
+        );
+        let direct = layers.or(&settings::DIRECT, values::boolean, true);
+        let pass_node_probes = layers.or(&settings::PASS_NODE_PROBES, values::boolean, true);
+        let host_netns = layers.or(
+            &settings::HOST_NETNS,
+            values::absolute_path,
+            PathBuf::from("/proc/1/ns/net"),
+        );
+        let pods_cgroup = layers.take(&settings::PODS_CGROUP, values::absolute_path);
+        let flow_telemetry = layers.or(&settings::FLOW_TELEMETRY, values::boolean, true);
+        let flow_report_interval = layers.or(
+            &settings::FLOW_REPORT_INTERVAL,
+            |text| values::duration_within(text, 1, 3600),
+            Duration::from_secs(10),
         );
         let threads = layers.or(
             &settings::THREADS,
@@ -268,6 +295,12 @@ impl Config {
             pin_dir: pin_dir?,
             admin_socket,
             verdict_max_age,
+            direct,
+            pass_node_probes,
+            host_netns,
+            pods_cgroup,
+            flow_telemetry,
+            flow_report_interval,
             threads,
             stats_address,
             readiness_address,
@@ -299,14 +332,14 @@ impl Config {
 }
 
 /// Reads one setting from its flag or variable, for the commands that need no whole configuration.
-fn single(
+fn single<T>(
     setting: &'static Setting,
     flag: Option<&str>,
     environment: &Environment,
-    parse: fn(&str) -> Option<PathBuf>,
-    default: Option<PathBuf>,
+    parse: fn(&str) -> Option<T>,
+    default: Option<T>,
     mend: &str,
-) -> Result<PathBuf, ConfigErrors> {
+) -> Result<T, ConfigErrors> {
     let flags = Flags {
         config: None,
         values: flag
@@ -343,6 +376,23 @@ pub fn pin_dir(flag: Option<&str>, environment: &Environment) -> Result<PathBuf,
     let setting = &settings::PIN_DIR;
     let parse = values::absolute_path;
     single(setting, flag, environment, parse, default, mend)
+}
+
+/// The packet mark of the agent's connections to applications: flag, else environment, else the default.
+///
+/// # Errors
+/// A value that is no such mark.
+pub fn packet_mark(flag: Option<&str>, environment: &Environment) -> Result<u32, ConfigErrors> {
+    let default = Some(DEFAULT_PACKET_MARK);
+    let mend = "set PACKET_MARK or --packet-mark";
+    let setting = &settings::PACKET_MARK;
+    single(setting, flag, environment, mark, default, mend)
+}
+
+/// Rules compare only these bits: a mark without any of them would be every packet's.
+fn mark(text: &str) -> Option<u32> {
+    values::number_within(text, 1, culvert_abi::MARK_MASK)
+        .filter(|mark| *mark != culvert_abi::STEER_MARK)
 }
 
 fn default_pin_dir(environment: &Environment) -> Option<PathBuf> {

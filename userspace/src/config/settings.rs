@@ -103,6 +103,24 @@ settings! {
     VERDICT_MAX_AGE = "verdictMaxAge", "CULVERT_VERDICT_MAX_AGE", "verdict-max-age",
         "a duration from 1s to 24h, such as 300s or 5m",
         "How long the kernel goes on using verdicts when the agent is gone [300s]";
+    DIRECT = "direct", "CULVERT_DIRECT", "direct",
+        "`true` or `false`",
+        "Let pods of this node talk to each other directly; `false` sends all of it through HBONE [true]";
+    PASS_NODE_PROBES = "passNodeProbes", "CULVERT_PASS_NODE_PROBES", "pass-node-probes",
+        "`true` or `false`",
+        "Let processes of the node outside all pods, such as kubelet's probes, reach applications without policy [true]";
+    HOST_NETNS = "hostNetns", "CULVERT_HOST_NETNS", "host-netns",
+        "the absolute path of a network namespace",
+        "The node's own network namespace [/proc/1/ns/net]";
+    PODS_CGROUP = "podsCgroup", "CULVERT_PODS_CGROUP", "pods-cgroup",
+        "an absolute path in the cgroup v2 filesystem",
+        "Cgroup below which all pods live, also those of the host's network [kubelet's, where it is found]";
+    FLOW_TELEMETRY = "flowTelemetry", "CULVERT_FLOW_TELEMETRY", "flow-telemetry",
+        "`true` or `false`",
+        "Report each direct flow [true]";
+    FLOW_REPORT_INTERVAL = "flowReportInterval", "CULVERT_FLOW_REPORT_INTERVAL", "flow-report-interval",
+        "a duration from 1s to 1h, such as 10s",
+        "How often flows that stay open are reported [10s]";
     THREADS = "threads", "CULVERT_THREADS", "threads",
         "a number from 1 to 1024",
         "Threads that carry traffic [the number of CPUs]";

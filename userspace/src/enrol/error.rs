@@ -27,7 +27,9 @@ pub enum EnrolError {
         ip: IpAddr,
         other: PodUid,
     },
-    #[error("pod {uid}: no IPv4 address on any interface but loopback of {netns}")]
+    #[error(
+        "pod {uid}: no address on any interface but loopback of {netns} that others can reach (link-local ones do not count); give the pod its address first"
+    )]
     NoAddress { uid: PodUid, netns: String },
     #[error(
         "pod {uid}: {netns} has the addresses {found}, none of them the pod's ({expected}) by the mesh or by its earlier enrolment"

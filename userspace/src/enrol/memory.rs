@@ -2,8 +2,8 @@
 //!
 //! The file lies beside the admin socket, in a directory only root can write, and on a file system that does not outlive the
 //! kernel's namespaces. A pod is taken back only if its path still leads to the namespace with the remembered cookie: a process
-//! id, and so a path below /proc, may have come to mean another namespace. It keeps the address it was enrolled with: what is
-//! configured in its namespace by now is the pod's own doing.
+//! id, and so a path below /proc, may have come to mean another namespace. It keeps the addresses it was enrolled with: what
+//! is configured in its namespace by now is the pod's own doing.
 
 use std::{
     fs, io,
@@ -30,7 +30,8 @@ pub struct Memory {
 pub struct KnownPod {
     pub spec: PodSpec,
     pub cookie: NetnsCookie,
-    pub ip: IpAddr,
+    /// The primary one first.
+    pub ips: Vec<IpAddr>,
     /// What its routing replaced (`kernel::PodRouting::previous`).
     pub replaced: Vec<String>,
 }
@@ -41,7 +42,7 @@ struct Remembered {
     uid: String,
     netns: PathBuf,
     netns_cookie: u64,
-    ip: IpAddr,
+    ips: Vec<IpAddr>,
     replaced: Vec<String>,
     namespace: Option<String>,
     name: Option<String>,
@@ -102,7 +103,7 @@ impl Remembered {
             uid: pod.spec.uid.to_string(),
             netns: pod.spec.netns.clone(),
             netns_cookie: pod.cookie.0,
-            ip: pod.ip,
+            ips: pod.ips.clone(),
             replaced: pod.replaced.clone(),
             namespace: pod.spec.namespace.clone(),
             name: pod.spec.name.clone(),
@@ -123,7 +124,7 @@ impl Remembered {
             namespace,
             name,
             service_account,
-            ip,
+            ips,
             replaced,
             ..
         } = self;
@@ -137,7 +138,7 @@ impl Remembered {
         Some(KnownPod {
             spec,
             cookie,
-            ip,
+            ips,
             replaced,
         })
     }
@@ -162,7 +163,7 @@ mod tests {
     fn a_path_that_leads_elsewhere_by_now_is_not_taken_back() {
         let directory = tempfile::tempdir().unwrap();
         let memory = Memory::beside(&directory.path().join("admin.sock"));
-        let pod = |cookie: u64, netns: &str| serde_json::json!({"uid": "a", "netns": netns, "netns_cookie": cookie, "ip": "10.0.0.1", "replaced": ["0", "0"], "namespace": null, "name": null, "service_account": null});
+        let pod = |cookie: u64, netns: &str| serde_json::json!({"uid": "a", "netns": netns, "netns_cookie": cookie, "ips": ["10.0.0.1", "fd00::1"], "replaced": ["0", "0"], "namespace": null, "name": null, "service_account": null});
         let own = "/proc/self/ns/net";
         let cookie = Netns::open(Path::new(own)).unwrap().cookie().0;
         let pods = serde_json::json!([

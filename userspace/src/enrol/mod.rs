@@ -3,6 +3,7 @@
 //! Invariant: a pod is enrolled completely or not at all; a step that fails undoes those before it. Called by `node` for the
 //! admin socket's requests (and later by istio-cni's protocol).
 
+mod addresses;
 mod error;
 mod memory;
 mod pod;

@@ -4,7 +4,7 @@ use std::{net::IpAddr, path::PathBuf, sync::Arc};
 
 use super::EnrolError;
 use crate::{
-    kernel::{NetnsCookie, PodSockets, SocketDestroyer},
+    kernel::{NetnsCookie, PodSockets, SocketDiag},
     mesh::{Mesh, Workload},
     policy::Identity,
 };
@@ -85,17 +85,25 @@ impl PodSpec {
 /// An enrolled pod.
 pub struct LocalPod {
     pub spec: PodSpec,
+    /// The primary address.
     pub ip: IpAddr,
-    /// Index of the device that has the address.
-    pub device: u32,
+    /// All addresses it is enrolled with, of both families, the primary one first.
+    pub addresses: Vec<IpAddr>,
+    /// Indexes of the devices for which the pod has routes, the one with the primary address first.
+    pub devices: Vec<u32>,
     pub identity: Identity,
     pub sockets: PodSockets,
-    pub destroyer: SocketDestroyer,
+    pub diag: SocketDiag,
 }
 
 impl LocalPod {
     pub fn uid(&self) -> &PodUid {
         &self.spec.uid
+    }
+
+    /// Whether an address is one the pod is enrolled with.
+    pub fn has_address(&self, ip: IpAddr) -> bool {
+        self.addresses.contains(&ip.to_canonical())
     }
 
     pub fn cookie(&self) -> NetnsCookie {

@@ -60,16 +60,19 @@ impl Registry {
         }
     }
 
-    /// Whether nobody has this address yet.
-    pub fn check_address(&self, uid: &PodUid, ip: IpAddr) -> Result<(), EnrolError> {
-        match self.read().values().find(|pod| pod.ip == ip) {
-            Some(pod) => Err(EnrolError::AddressTaken {
-                uid: uid.clone(),
-                ip,
-                other: pod.uid().clone(),
-            }),
-            None => Ok(()),
+    /// Whether nobody has one of these addresses yet.
+    pub fn check_addresses(&self, uid: &PodUid, ips: &[IpAddr]) -> Result<(), EnrolError> {
+        let pods = self.read();
+        for ip in ips {
+            if let Some(pod) = pods.values().find(|pod| pod.has_address(*ip)) {
+                return Err(EnrolError::AddressTaken {
+                    uid: uid.clone(),
+                    ip: *ip,
+                    other: pod.uid().clone(),
+                });
+            }
         }
+        Ok(())
     }
 
     pub fn insert(&self, pod: Arc<LocalPod>) {

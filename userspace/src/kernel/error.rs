@@ -36,6 +36,45 @@ pub enum KernelError {
     },
     #[error("map {map}: {detail}")]
     Map { map: &'static str, detail: String },
+    #[error("{} holds the kernel part of another version of Culvert (layout {found}, this version has {own}): stop the agent of that version, run `culvert unload --pin-dir {}`, then start this one; open direct flows go on meanwhile, but nothing revokes them any more", pin_dir.display(), pin_dir.display())]
+    OtherLayout {
+        pin_dir: PathBuf,
+        found: u32,
+        own: u32,
+    },
+    #[error("another agent, process {pid}, is attached to cgroup {}, which overlaps with {}: one cgroup has one agent; stop it, or give this one a CULVERT_CGROUP_ROOT of its own", cgroup.display(), own.display())]
+    OtherAgent {
+        pid: u32,
+        cgroup: PathBuf,
+        own: PathBuf,
+    },
+    #[error("an agent that has ended ({who}) left its kernel part attached to cgroup {}, which overlaps with {}: take it away with `culvert unload --pin-dir {pin_dir}`, or start this one with that CULVERT_PIN_DIR, and it takes over", cgroup.display(), own.display())]
+    LeftBehind {
+        who: String,
+        cgroup: PathBuf,
+        own: PathBuf,
+        pin_dir: String,
+    },
+    #[error("another agent starts, or is being unloaded, with the pin directory {}: wait until it is done, and try again", pin_dir.display())]
+    Busy { pin_dir: PathBuf },
+    #[error("{} belongs to an agent that runs, process {pid}: stop it first (`kill {pid}`), then run `culvert unload` again", pin_dir.display())]
+    InUse { pin_dir: PathBuf, pid: u32 },
+    #[error("{} belongs to an agent of another version (layout {version}) that runs: stop it first, then run `culvert unload` again", pin_dir.display())]
+    InUseByOther { pin_dir: PathBuf, version: u32 },
+    #[error("not everything below {} is gone after {} s: {left}; run `culvert unload` again", pin_dir.display(), waited.as_secs())]
+    StillThere {
+        pin_dir: PathBuf,
+        left: String,
+        waited: std::time::Duration,
+    },
+    #[error("cannot attach `{program}` to cgroup {}: the program `{holder}` (id {id}) holds this hook for itself alone at {}, because it was attached without BPF_F_ALLOW_MULTI; detach it (`bpftool cgroup show {}` shows how it is attached), have it attached with that flag, or set CULVERT_CGROUP_ROOT to a cgroup outside", target.display(), cgroup.display(), cgroup.display())]
+    HookTaken {
+        program: &'static str,
+        target: PathBuf,
+        holder: String,
+        id: u32,
+        cgroup: PathBuf,
+    },
     #[error("map {map} pinned at {} has another type or size than this version's: run `culvert unload` with the version that made it", path.display())]
     MapLayout { map: &'static str, path: PathBuf },
     #[error("cannot {doing} in the pod's network namespace: {source}")]

@@ -3,25 +3,57 @@
 use std::{io, net::SocketAddr, time::Duration};
 
 use aya::maps::{Map, MapData, RingBuf};
-use culvert_abi::{Event, FlowKey, Reason, event_kind};
+use culvert_abi::{Event, FlowKey, Reason, end, event_kind};
 use tokio::io::unix::AsyncFd;
 
-use super::{KernelError, NetnsCookie, socket_address, sys};
+use super::{FlowName, KernelError, NetnsCookie, socket_address, sys};
 
 /// Ordinary events wake nobody (see `ebpf-programs/src/events.rs`): they are read this often.
-const READ_INTERVAL: Duration = Duration::from_millis(20);
+const READ_INTERVAL: Duration = Duration::from_millis(50);
 /// Events handled without letting other tasks run.
-const BATCH: usize = 256;
+const BATCH: usize = 1024;
+/// Batches after which the ring was emptied even if it was full in the beginning.
+const BATCHES_IN_RING: usize = (1 << 21) / size_of::<Event>() / BATCH + 1;
 
 /// What happened to a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FlowEventKind {
-    Opened,
     Closed,
+    /// A direct connection was never established.
+    Failed,
     /// `connect` refused it.
     Refused,
     /// It was established without a valid claim and cut off from its application.
     Isolated,
+}
+
+/// How a direct connection ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FlowEnd {
+    Fin,
+    ResetByPeer,
+    ResetByClient,
+    Timeout,
+    /// By the agent, or by an administrator.
+    Destroyed,
+    ConnectionRefused,
+    Unreachable,
+    Unknown,
+}
+
+impl FlowEnd {
+    fn parse(number: u32) -> Self {
+        match number {
+            end::FIN => Self::Fin,
+            end::RESET_BY_PEER => Self::ResetByPeer,
+            end::RESET_BY_CLIENT => Self::ResetByClient,
+            end::TIMEOUT => Self::Timeout,
+            end::DESTROYED => Self::Destroyed,
+            end::CONNECTION_REFUSED => Self::ConnectionRefused,
+            end::UNREACHABLE => Self::Unreachable,
+            _ => Self::Unknown,
+        }
+    }
 }
 
 /// An event, parsed.
@@ -37,17 +69,22 @@ pub struct FlowEvent {
     pub policy: u32,
     pub bytes_sent: u64,
     pub bytes_received: u64,
+    /// When it happened, by the clock of `sys::monotonic_now`.
+    pub at: Duration,
     pub duration: Duration,
     pub rtt: Duration,
     pub retransmits: u32,
     pub connect_latency: Duration,
-    /// An isolated socket.
-    pub socket: IsolatedSocket,
+    pub end: FlowEnd,
+    /// Number of the service that was connected to, 0 for none.
+    pub service: u32,
+    /// The client's socket, or the isolated one.
+    pub socket: EventSocket,
 }
 
-/// The socket of an [`FlowEventKind::Isolated`] event.
+/// The socket that an event is about.
 #[derive(Clone, Copy, Debug)]
-pub struct IsolatedSocket {
+pub struct EventSocket {
     pub netns: NetnsCookie,
     pub cookie: u64,
     /// It is the client's end.
@@ -55,14 +92,18 @@ pub struct IsolatedSocket {
 }
 
 impl FlowEvent {
+    pub fn name(&self) -> FlowName {
+        (self.key, self.sequence)
+    }
+
     /// `None` for an event of a kind this version does not know.
     fn parse(bytes: &[u8]) -> Option<Self> {
         let event = sys::read_plain::<Event>(bytes)?;
         let kind = match event.kind {
-            event_kind::OPENED => FlowEventKind::Opened,
             event_kind::CLOSED => FlowEventKind::Closed,
             event_kind::REFUSED => FlowEventKind::Refused,
             event_kind::ISOLATED => FlowEventKind::Isolated,
+            event_kind::FAILED => FlowEventKind::Failed,
             _ => return None,
         };
         Some(Self {
@@ -76,11 +117,12 @@ impl FlowEvent {
                 FlowEventKind::Refused | FlowEventKind::Isolated => {
                     Reason::from_index(event.reason)
                 }
-                FlowEventKind::Opened | FlowEventKind::Closed => None,
+                FlowEventKind::Closed | FlowEventKind::Failed => None,
             },
             policy: event.policy,
             bytes_sent: event.bytes_sent,
             bytes_received: event.bytes_received,
+            at: Duration::from_nanos(event.at_ns),
             duration: match event.opened_ns {
                 0 => Duration::ZERO,
                 opened => Duration::from_nanos(event.at_ns.saturating_sub(opened)),
@@ -88,7 +130,9 @@ impl FlowEvent {
             rtt: Duration::from_micros(event.srtt_us.into()),
             retransmits: event.retransmits,
             connect_latency: Duration::from_micros(event.connect_latency_us.into()),
-            socket: IsolatedSocket {
+            end: FlowEnd::parse(event.end),
+            service: event.service,
+            socket: EventSocket {
                 netns: NetnsCookie(event.socket_netns),
                 cookie: event.socket_cookie,
                 client_end: event.client_end != 0,
@@ -135,6 +179,19 @@ impl EventStream {
         drain(self.alarms.get_mut(), &mut each);
         self.more = drain(self.events.get_mut(), &mut each);
         Ok(())
+    }
+}
+
+impl EventStream {
+    /// Hands over everything that happened before this call.
+    pub async fn empty(&mut self, mut each: impl FnMut(FlowEvent)) {
+        for _ in 0..BATCHES_IN_RING {
+            self.more = drain(self.events.get_mut(), &mut each);
+            if !self.more {
+                return;
+            }
+            tokio::task::yield_now().await;
+        }
     }
 }
 

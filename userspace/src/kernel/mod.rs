@@ -3,24 +3,37 @@
 //! Everything here is blocking and short. Called by `node` (start, policy changes), `enrol` (pods) and `proxy` (sockets
 //! inside a pod). Nothing here knows what a policy is.
 
+mod attachments;
+mod attempt;
 mod btf;
-mod destroy;
+mod configuration;
+mod diag;
 mod error;
 mod events;
+mod hooks;
+mod host;
+mod neighbours;
 mod netns;
 mod object;
+mod owner;
 mod pins;
 mod routing;
+mod services;
 mod sockets;
 pub(crate) mod sys;
 mod tables;
+mod unload;
 
-pub use destroy::SocketDestroyer;
+pub use attachments::{Attached, Loaded, Place, attached, loaded};
+pub use diag::{Fate, SocketDiag, SocketMeasures, SocketName};
 pub use error::KernelError;
-pub use events::{EventStream, FlowEvent, FlowEventKind, IsolatedSocket};
+pub use events::{EventSocket, EventStream, FlowEnd, FlowEvent, FlowEventKind};
+pub use host::HostProcesses;
 pub use netns::{Netns, NetnsCookie};
-pub use object::{Attachment, Kernel, KernelSettings, unload};
-pub use routing::{PodAddress, PodRouting};
+pub use object::{Attachment, Kernel, KernelSettings};
+pub use routing::{PodAddress, PodRouting, RoutingSettings};
+pub use services::{ServiceTables, SlotTable};
 pub use sockets::{PodListeners, PodSockets};
 pub(crate) use tables::address;
-pub use tables::{OpenFlow, Tables, socket_address};
+pub use tables::{FlowName, OpenFlow, Steered, Tables, socket_address};
+pub use unload::{Removed, Unload};

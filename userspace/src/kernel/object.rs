@@ -4,8 +4,7 @@
 //! programs, so that no connection ever sees a hook missing.
 
 use std::{
-    fs,
-    os::unix::fs::MetadataExt as _,
+    fs, io,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -13,16 +12,19 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
     maps::{Map, SockHash},
-    programs::{
-        CgroupAttachMode, CgroupSockAddr, Program, SkLookup, SkMsg, SkSkb, SockOps,
-        links::{FdLink, Link},
-    },
+    programs::{Program, ProgramError, SkLookup, SkMsg, SkSkb, links::FdLink},
 };
 
 use super::{
-    EventStream, KernelError, Netns, NetnsCookie, SocketDestroyer, Tables, btf,
-    pins::{MAPS, Pins},
+    EventStream, HostProcesses, KernelError, Netns, NetnsCookie, SocketDiag, Tables,
+    attempt::Attempt,
+    btf, hooks, neighbours,
+    owner::{self, Held},
+    pins::{self, MAPS, Pins},
+    sys,
 };
+
+const INBOUND: &str = "inbound";
 
 /// The object that the build script made.
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/culvert.bpf.o"));
@@ -35,6 +37,10 @@ pub struct KernelSettings {
     pub cgroup_mount: PathBuf,
     pub pin_dir: PathBuf,
     pub verdict_max_age: std::time::Duration,
+    /// Which processes are the node's own; none when they are like any other.
+    pub host: Option<HostProcesses>,
+    /// Flows are reported.
+    pub telemetry: bool,
     /// Bits of `culvert_abi::knob`; 0 outside tests.
     pub knobs: u32,
 }
@@ -43,22 +49,40 @@ pub struct KernelSettings {
 pub struct Kernel {
     pins: Pins,
     tables: Arc<Tables>,
-    write_seq_offset: u64,
+    offsets: Offsets,
+    _life: Held,
+}
+
+/// Where the programs find what they read from the kernel's own structures.
+#[derive(Clone, Copy, Debug)]
+struct Offsets {
+    write_seq: u64,
+    sock_error: u64,
+}
+
+impl Offsets {
+    fn of_this_kernel() -> Result<Self, KernelError> {
+        Ok(Self {
+            write_seq: btf::member_offset("tcp_sock", "write_seq")?,
+            // A `tcp_sock` begins with a `sock`.
+            sock_error: btf::member_offset("sock", "sk_err")?,
+        })
+    }
 }
 
 /// `inbound` in one pod: detached when the pod leaves, kept when the agent ends.
-#[derive(Debug)]
 pub struct Attachment {
     path: PathBuf,
+    tables: Arc<Tables>,
 }
 
 impl Attachment {
+    /// Detaches, unless another agent has taken the kernel part over: then it is that agent's.
     pub fn detach(self) -> Result<(), KernelError> {
-        Pins::remove(&self.path).map_err(|source| KernelError::File {
-            doing: "unpin",
-            path: self.path,
-            source,
-        })
+        if !self.tables.is_owner() {
+            return Ok(());
+        }
+        Pins::remove(&self.path).map_err(pins::failed("unpin", &self.path))
     }
 }
 
@@ -66,77 +90,44 @@ impl Kernel {
     /// Loads and attaches everything that is not per pod, adopting what an earlier agent left.
     pub fn attach(settings: &KernelSettings) -> Result<(Self, EventStream), KernelError> {
         check_own_cgroup(settings)?;
-        let pins = Pins::create(&settings.pin_dir)?;
+        let offsets = Offsets::of_this_kernel()?;
+        let pins = Pins::of(&settings.pin_dir);
+        // Held until this agent is the owner, or until what was changed is put back.
+        let _starting = owner::starting(&pins)?;
+        neighbours::refuse_overlap(settings, &pins)?;
         check_pinned_maps(&pins)?;
-        let write_seq_offset = btf::member_offset("tcp_sock", "write_seq")?;
-        let mut object = load(&pins, write_seq_offset, NetnsCookie(0))?;
-        let cgroup = fs::File::open(&settings.cgroup_root).map_err(|source| KernelError::File {
-            doing: "open cgroup",
-            path: settings.cgroup_root.clone(),
-            source,
-        })?;
-        let target = cgroup
-            .metadata()
-            .map_err(|source| KernelError::File {
-                doing: "examine cgroup",
-                path: settings.cgroup_root.clone(),
-                source,
-            })?
-            .ino();
-        let place = settings.cgroup_root.display().to_string();
-        // sockops first: a connection that `connect` chose needs its claim published.
-        {
-            let program: &mut SockOps = program(&mut object, "socket_ops")?;
-            program
-                .load()
-                .map_err(|error| refused("socket_ops", error))?;
-            let path = pins.link("socket_ops");
-            if !Pins::replace_program(
-                &path,
-                target,
-                program.fd().map_err(|error| refused("socket_ops", error))?,
-            ) {
-                let id = program
-                    .attach(&cgroup, CgroupAttachMode::Single)
-                    .map_err(|error| not_attached("socket_ops", &place, error))?;
-                let link = program
-                    .take_link(id)
-                    .map_err(|error| not_attached("socket_ops", &place, error))?;
-                pin("socket_ops", FdLink::try_from(link), path)?;
-            }
-        }
-        for name in ["connect4", "connect6"] {
-            let program: &mut CgroupSockAddr = program(&mut object, name)?;
-            program.load().map_err(|error| refused(name, error))?;
-            let path = pins.link(name);
-            if !Pins::replace_program(
-                &path,
-                target,
-                program.fd().map_err(|error| refused(name, error))?,
-            ) {
-                let id = program
-                    .attach(&cgroup, CgroupAttachMode::Single)
-                    .map_err(|error| not_attached(name, &place, error))?;
-                let link = program
-                    .take_link(id)
-                    .map_err(|error| not_attached(name, &place, error))?;
-                pin(name, FdLink::try_from(link), path)?;
-            }
-        }
+        let life = owner::live(&pins)?;
+        let mut attempt = Attempt::new(&pins);
+        let mut object = load(&pins, offsets, NetnsCookie(0))?;
+        hooks::load(&mut object)?;
+        load_inbound(&mut object)?;
         // The programs refer to the maps by descriptor until they are loaded: only now may one be taken out.
         attach_isolation(&mut object)?;
         let events = EventStream::open(take(&mut object, "EVENTS")?, take(&mut object, "ALARMS")?)?;
-        SocketDestroyer::probe()?;
-        let tables = Tables::open(|name| take(&mut object, name))?;
-        tables.configure(settings.verdict_max_age, settings.knobs)?;
+        SocketDiag::probe()?;
+        let tables = Arc::new(Tables::open(&pins, |name| take(&mut object, name))?);
+        attempt.owns(&tables);
+        hooks::attach(&mut object, settings, &mut attempt, &pins)?;
+        neighbours::yield_to_earlier(settings, &pins)?;
+        tables.configure(settings)?;
+        attempt.succeed();
         Ok((
             Self {
                 pins,
-                tables: Arc::new(tables),
-                write_seq_offset,
+                tables,
+                offsets,
+                _life: life,
             },
             events,
         ))
+    }
+
+    /// Looks for what [`Self::attach`] would refuse because of others, and changes nothing.
+    pub fn check(settings: &KernelSettings) -> Result<(), KernelError> {
+        check_own_cgroup(settings)?;
+        let pins = Pins::of(&settings.pin_dir);
+        pins.check()?;
+        neighbours::refuse_overlap(settings, &pins)
     }
 
     pub fn tables(&self) -> &Arc<Tables> {
@@ -162,43 +153,40 @@ impl Kernel {
         self.tables.remove_claims(cookie)?;
         Attachment {
             path: self.pins.pod(cookie),
+            tables: Arc::clone(&self.tables),
         }
         .detach()
     }
 
     /// Attaches `inbound` to a pod.
     pub fn attach_pod(&self, netns: &Netns) -> Result<Attachment, KernelError> {
-        const NAME: &str = "inbound";
-        let mut object = load(&self.pins, self.write_seq_offset, netns.cookie())?;
-        let program: &mut SkLookup = program(&mut object, NAME)?;
-        program.load().map_err(|error| refused(NAME, error))?;
+        let mut object = load(&self.pins, self.offsets, netns.cookie())?;
+        load_inbound(&mut object)?;
+        let program: &mut SkLookup = program(&mut object, INBOUND)?;
         let path = self.pins.pod(netns.cookie());
-        let fd = program.fd().map_err(|error| refused(NAME, error))?;
-        if !Pins::replace_program(&path, netns.inode(), fd) {
-            let place = format!("network namespace {}", netns.cookie());
-            let id = program
-                .attach(netns)
-                .map_err(|error| not_attached(NAME, &place, error))?;
-            let link = program
-                .take_link(id)
-                .map_err(|error| not_attached(NAME, &place, error))?;
-            pin(
-                NAME,
-                Ok::<_, std::convert::Infallible>(FdLink::from(link)),
-                path.clone(),
-            )?;
+        let attachment = Attachment {
+            path: path.clone(),
+            tables: Arc::clone(&self.tables),
+        };
+        let fd = program.fd().map_err(|error| refused(INBOUND, error))?;
+        if let Ok(link) = sys::object_get(&path)
+            && sys::link_info(&link).is_ok_and(|info| info.target == netns.inode())
+            && sys::link_update(&link, fd).is_ok()
+        {
+            return Ok(attachment);
         }
-        Ok(Attachment { path })
+        let place = format!("network namespace {}", netns.cookie());
+        let link = program
+            .attach(netns)
+            .and_then(|id| program.take_link(id))
+            .map_err(|error| not_attached(INBOUND, &place, &error))?;
+        // A pin that could not be adopted names something that is gone.
+        Pins::remove(&path).map_err(pins::failed("unpin", &path))?;
+        FdLink::from(link)
+            .pin(&path)
+            .map_err(|error| not_attached(INBOUND, &path.display().to_string(), &error))?;
+        Ok(attachment)
     }
-}
-
-/// Takes the kernel part of a pin directory away. What is pinned nowhere else is detached by the kernel.
-pub fn unload(pin_dir: &Path) -> Result<(), KernelError> {
-    Pins::remove_all(pin_dir).map_err(|source| KernelError::File {
-        doing: "remove pins below",
-        path: pin_dir.to_owned(),
-        source,
-    })
 }
 
 /// The agent must run inside the cgroup it watches, or its own claims never happen.
@@ -282,13 +270,14 @@ fn aya_obj_maps() -> Result<Vec<MapShape>, KernelError> {
         .collect())
 }
 
-fn load(pins: &Pins, write_seq_offset: u64, pod: NetnsCookie) -> Result<Ebpf, KernelError> {
+fn load(pins: &Pins, offsets: Offsets, pod: NetnsCookie) -> Result<Ebpf, KernelError> {
     let mut loader = EbpfLoader::new();
     for name in MAPS {
         loader.map_pin_path(name, pins.map(name));
     }
     loader
-        .override_global("TCP_WRITE_SEQ_OFFSET", &write_seq_offset, true)
+        .override_global("TCP_WRITE_SEQ_OFFSET", &offsets.write_seq, true)
+        .override_global("SOCK_ERROR_OFFSET", &offsets.sock_error, true)
         .override_global("POD_COOKIE", &pod.0, true)
         .load(OBJECT)
         .map_err(|error| KernelError::Program {
@@ -313,24 +302,27 @@ fn attach_isolation(object: &mut Ebpf) -> Result<(), KernelError> {
     let receive: &mut SkSkb = program(object, "isolated_receive")?;
     let id = receive
         .attach(map.fd())
-        .map_err(|error| not_attached("isolated_receive", PLACE, error))?;
+        .map_err(|error| not_attached("isolated_receive", PLACE, &error))?;
     let link = receive
         .take_link(id)
-        .map_err(|error| not_attached("isolated_receive", PLACE, error))?;
+        .map_err(|error| not_attached("isolated_receive", PLACE, &error))?;
     // Dropping these would detach; the map, which is pinned, holds the programs.
     std::mem::forget(link);
     let send: &mut SkMsg = program(object, "isolated_send")?;
     let id = send
         .attach(map.fd())
-        .map_err(|error| not_attached("isolated_send", PLACE, error))?;
+        .map_err(|error| not_attached("isolated_send", PLACE, &error))?;
     let link = send
         .take_link(id)
-        .map_err(|error| not_attached("isolated_send", PLACE, error))?;
+        .map_err(|error| not_attached("isolated_send", PLACE, &error))?;
     std::mem::forget(link);
     Ok(())
 }
 
-fn program<'a, P>(object: &'a mut Ebpf, name: &'static str) -> Result<&'a mut P, KernelError>
+pub(super) fn program<'a, P>(
+    object: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<&'a mut P, KernelError>
 where
     &'a mut P: TryFrom<&'a mut Program, Error = aya::programs::ProgramError>,
 {
@@ -349,44 +341,81 @@ fn take(object: &mut Ebpf, name: &'static str) -> Result<Map, KernelError> {
         .ok_or_else(|| KernelError::map(name, "it is not in the object"))
 }
 
-fn pin<L, E: std::fmt::Display>(
-    program: &'static str,
-    link: Result<L, E>,
-    path: PathBuf,
-) -> Result<(), KernelError>
-where
-    L: Link + Into<FdLink>,
-{
-    let failed = |detail: String| KernelError::Attach {
-        program,
-        target: path.display().to_string(),
-        detail,
-    };
-    // A pin that could not be adopted names something that is gone.
-    Pins::remove(&path).map_err(|error| failed(error.to_string()))?;
-    let link: FdLink = link.map_err(|error| failed(error.to_string()))?.into();
-    link.pin(&path)
-        .map_err(|error| failed(chain(&error)))
-        .map(drop)
+/// The verifier judges `inbound` like any other pod's, whatever the pod.
+fn load_inbound(object: &mut Ebpf) -> Result<(), KernelError> {
+    let program: &mut SkLookup = program(object, INBOUND)?;
+    program.load().map_err(|error| refused(INBOUND, error))
 }
 
-fn refused(program: &'static str, error: aya::programs::ProgramError) -> KernelError {
-    KernelError::Program {
-        program,
-        detail: chain(&error),
+pub(super) fn refused(program: &'static str, error: ProgramError) -> KernelError {
+    let detail = match &error {
+        ProgramError::LoadError {
+            io_error,
+            verifier_log,
+        } => match io_error.kind() {
+            io::ErrorKind::PermissionDenied => format!(
+                "{io_error}; run the agent as root, with the capabilities BPF, NET_ADMIN, PERFMON and SYS_ADMIN"
+            ),
+            _ => format!(
+                "{io_error}; the verifier of this kernel said last: {}",
+                excerpt(&verifier_log.to_string())
+            ),
+        },
+        _ => chain(&error),
+    };
+    KernelError::Program { program, detail }
+}
+
+/// The end of the verifier's log, where the reason is, without its statistics.
+fn excerpt(log: &str) -> String {
+    const LINES: usize = 8;
+    const BYTES: usize = 200;
+    let said: Vec<String> = log
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !is_statistic(line))
+        .map(|line| line.chars().take(BYTES).collect())
+        .collect();
+    match said.get(said.len().saturating_sub(LINES)..) {
+        Some([]) | None => "nothing".to_owned(),
+        Some(last) => last.join(" | "),
     }
 }
 
-fn not_attached(
+fn is_statistic(line: &str) -> bool {
+    ["processed ", "verification time ", "stack depth "]
+        .iter()
+        .any(|start| line.starts_with(start))
+}
+
+pub(super) fn not_attached(
     program: &'static str,
     target: &str,
-    error: aya::programs::ProgramError,
+    error: &(dyn std::error::Error + 'static),
 ) -> KernelError {
+    let mut detail = chain(error);
+    if errno(error) == Some(libc::E2BIG) {
+        detail.push_str(
+            "; as many programs of others are attached there as the kernel takes (`bpftool link show` lists them): detach some",
+        );
+    }
     KernelError::Attach {
         program,
         target: target.to_owned(),
-        detail: chain(&error),
+        detail,
     }
+}
+
+/// The system call's error somewhere below.
+fn errno(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(io) = error.downcast_ref::<io::Error>() {
+            return io.raw_os_error();
+        }
+        next = error.source();
+    }
+    None
 }
 
 /// An error with its causes: aya keeps the errno in the source.
@@ -399,4 +428,18 @@ fn chain(error: &dyn std::error::Error) -> String {
         next = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::excerpt;
+
+    #[test]
+    fn the_excerpt_of_a_verifier_log_is_its_end_without_statistics() {
+        let log = "0: R1=ctx()\n1: (b7) r0 = 0\nR2 !read_ok\n\nprocessed 3 insns (limit 1000000)\nstack depth 8\n";
+        assert_eq!(excerpt(log), "0: R1=ctx() | 1: (b7) r0 = 0 | R2 !read_ok");
+        assert_eq!(excerpt(""), "nothing");
+        let long = "x".repeat(100_000) + "\n";
+        assert!(excerpt(&long.repeat(50)).len() < 2000);
+    }
 }

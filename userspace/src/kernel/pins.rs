@@ -2,26 +2,31 @@
 
 use std::{
     fs, io,
-    os::fd::AsFd,
     path::{Path, PathBuf},
 };
 
 use culvert_abi::LAYOUT_VERSION;
 
-use super::{KernelError, NetnsCookie, sys};
+use super::{
+    KernelError, NetnsCookie,
+    sys::{self, LinkInfo},
+};
 
 /// `BPF_FS_MAGIC` of the kernel's magic.h.
 const BPFFS_MAGIC: i64 = 0xcafe_4a11;
 
 /// Every map of the kernel part, by its name in the object.
-pub const MAPS: [&str; 13] = [
+pub const MAPS: [&str; 16] = [
     "CONFIG",
     "PODS",
     "ENDPOINTS",
     "VERDICTS",
+    "SERVICES",
+    "SLOTS",
     "CLAIMS",
     "QUOTAS",
     "FLOWS",
+    "LOST",
     "LISTENERS",
     "ISOLATED",
     "EVENTS",
@@ -30,40 +35,87 @@ pub const MAPS: [&str; 13] = [
     "SOCKETS",
 ];
 
+/// What a layout's directory has, hooks before the maps they need.
+pub const PARTS: [&str; 3] = ["links", "pods", "maps"];
+
+/// Directories of a BPF file system that [`find`] looks into, and how deep.
+const MOST_DIRECTORIES: usize = 4096;
+const DEEPEST: usize = 6;
+
 /// `<pin dir>/v<layout version>/{maps,links,pods}`.
 #[derive(Clone, Debug)]
 pub struct Pins {
+    directory: PathBuf,
     root: PathBuf,
 }
 
 impl Pins {
-    pub fn create(pin_dir: &Path) -> Result<Self, KernelError> {
-        let pins = Self {
+    /// The pins of this version's layout, there or not.
+    pub fn of(pin_dir: &Path) -> Self {
+        Self {
+            directory: pin_dir.to_owned(),
             root: pin_dir.join(format!("v{LAYOUT_VERSION}")),
-        };
-        for directory in [
-            pins.root.join("maps"),
-            pins.root.join("links"),
-            pins.root.join("pods"),
-        ] {
-            fs::create_dir_all(&directory).map_err(|source| KernelError::File {
-                doing: "create pin directory",
-                path: directory.clone(),
-                source,
-            })?;
         }
-        let found = nix::sys::statfs::statfs(&pins.root).map_err(|error| KernelError::File {
-            doing: "examine pin directory",
-            path: pins.root.clone(),
-            source: error.into(),
-        })?;
-        if found.filesystem_type().0 != BPFFS_MAGIC {
-            let _ = fs::remove_dir_all(&pins.root);
-            return Err(KernelError::NotBpffs {
-                path: pin_dir.to_owned(),
+    }
+
+    /// Whether the directory is, or would be, on a BPF file system and holds no other version's pins.
+    pub fn check(&self) -> Result<(), KernelError> {
+        check_file_system(&self.directory)?;
+        if let Some(found) = self.other_layout()? {
+            return Err(KernelError::OtherLayout {
+                pin_dir: self.directory.clone(),
+                found,
+                own: LAYOUT_VERSION,
             });
         }
-        Ok(pins)
+        Ok(())
+    }
+
+    /// Makes the directories that are missing.
+    pub fn create(&self) -> Result<(), KernelError> {
+        self.check()?;
+        for part in PARTS {
+            let directory = self.root.join(part);
+            fs::create_dir_all(&directory).map_err(failed("create pin directory", &directory))?;
+        }
+        Ok(())
+    }
+
+    /// The version of another layout that has pins here.
+    fn other_layout(&self) -> Result<Option<u32>, KernelError> {
+        Ok(layouts(&self.directory)?
+            .into_iter()
+            .find(|(version, path)| *version != LAYOUT_VERSION && !pins_below(path).is_empty())
+            .map(|(version, _)| version))
+    }
+
+    /// The directory that the operator names.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// That of this layout.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The directory of the maps.
+    pub fn maps(&self) -> PathBuf {
+        self.root.join("maps")
+    }
+
+    /// The directory whose lock tells that an agent lives.
+    pub fn living(&self) -> PathBuf {
+        self.root.join("pods")
+    }
+
+    /// Removes the directories that are empty, also the one that the operator named.
+    pub fn remove_empty(&self) {
+        for part in PARTS {
+            let _ = fs::remove_dir(self.root.join(part));
+        }
+        let _ = fs::remove_dir(&self.root);
+        let _ = fs::remove_dir(&self.directory);
     }
 
     pub fn map(&self, name: &str) -> PathBuf {
@@ -89,20 +141,9 @@ impl Pins {
             .collect()
     }
 
-    /// Gives an attached link a new program, if it is pinned here and attached to `target`; else says so.
-    pub fn replace_program(path: &Path, target: u64, program: impl AsFd) -> bool {
-        let Ok(link) = sys::object_get(path) else {
-            return false;
-        };
-        sys::link_target(&link).is_ok_and(|found| found == target)
-            && sys::link_update(&link, program).is_ok()
-    }
-
     /// Whether a pinned link is attached to nothing any more, because its target is gone.
     pub fn is_detached(path: &Path) -> bool {
-        sys::object_get(path)
-            .and_then(sys::link_target)
-            .is_ok_and(|target| target == 0)
+        link(path).is_some_and(|info| info.target == 0)
     }
 
     /// Forgets a pin; without another reference the kernel detaches what it names.
@@ -112,18 +153,97 @@ impl Pins {
             _ => Ok(()),
         }
     }
+}
 
-    /// Removes every pin of every layout, hooks before the maps they need.
-    pub fn remove_all(pin_dir: &Path) -> io::Result<()> {
-        for layout in fs::read_dir(pin_dir)?.flatten() {
-            for part in ["links", "pods", "maps"] {
-                match fs::remove_dir_all(layout.path().join(part)) {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                    _ => {}
-                }
-            }
-            fs::remove_dir(layout.path())?;
+/// What the kernel says of a pinned link.
+pub fn link(path: &Path) -> Option<LinkInfo> {
+    sys::object_get(path).and_then(sys::link_info).ok()
+}
+
+/// The layouts in a pin directory, by version; none if it is not there.
+pub fn layouts(pin_dir: &Path) -> Result<Vec<(u32, PathBuf)>, KernelError> {
+    let entries = match fs::read_dir(pin_dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(failed("read pin directory", pin_dir)(error)),
+    };
+    let mut found: Vec<(u32, PathBuf)> = entries
+        .flatten()
+        .filter_map(|entry| {
+            let version = entry
+                .file_name()
+                .to_str()?
+                .strip_prefix('v')?
+                .parse()
+                .ok()?;
+            Some((version, entry.path()))
+        })
+        .collect();
+    found.sort_unstable();
+    Ok(found)
+}
+
+/// Everything that is pinned in the directory of a layout, hooks first.
+pub fn pins_below(layout: &Path) -> Vec<PathBuf> {
+    PARTS
+        .iter()
+        .filter_map(|part| fs::read_dir(layout.join(part)).ok())
+        .flat_map(|entries| entries.flatten().map(|entry| entry.path()))
+        .collect()
+}
+
+/// The pin directory, anywhere on the BPF file system of `near`, that holds this link of `socket_ops`.
+pub fn find(near: &Path, id: u32) -> Option<PathBuf> {
+    let file_system = near
+        .ancestors()
+        .take_while(|path| !path.exists() || is_bpf(path))
+        .last()?;
+    let mut waiting = vec![(file_system.to_owned(), 0)];
+    let mut seen = 0;
+    while let Some((path, depth)) = waiting.pop() {
+        seen += 1;
+        if seen > MOST_DIRECTORIES {
+            return None;
         }
-        fs::remove_dir(pin_dir)
+        if link(&path.join("links/socket_ops")).is_some_and(|info| info.id == id) {
+            return path.parent().map(Path::to_owned);
+        }
+        if depth < DEEPEST
+            && let Ok(entries) = fs::read_dir(&path)
+        {
+            let directories = entries
+                .flatten()
+                .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+            waiting.extend(directories.map(|entry| (entry.path(), depth + 1)));
+        }
+    }
+    None
+}
+
+/// Says so where a pin directory is not, or would not be, on a BPF file system.
+fn check_file_system(pin_dir: &Path) -> Result<(), KernelError> {
+    let existing = pin_dir
+        .ancestors()
+        .find(|path| path.exists())
+        .unwrap_or(Path::new("/"));
+    if is_bpf(existing) {
+        Ok(())
+    } else {
+        Err(KernelError::NotBpffs {
+            path: pin_dir.to_owned(),
+        })
+    }
+}
+
+fn is_bpf(path: &Path) -> bool {
+    nix::sys::statfs::statfs(path).is_ok_and(|found| found.filesystem_type().0 == BPFFS_MAGIC)
+}
+
+pub fn failed(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> KernelError {
+    let path = path.to_owned();
+    move |source| KernelError::File {
+        doing,
+        path,
+        source,
     }
 }

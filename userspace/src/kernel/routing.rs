@@ -1,4 +1,4 @@
-//! The rule, route and sysctls that a pod needs, made and undone by the agent.
+//! The rules, routes and sysctls that a pod needs, made and undone by the agent.
 //!
 //! Two marks lead to one table, whose routes deliver everything to the pod itself: a steered connection
 //! (`STEER_MARK`, set by `connect`), and the answers to a connection that the agent opened to the application with the
@@ -9,48 +9,46 @@
 //! device goes down: the second names the loopback device, which does not. The others name the devices that were there when
 //! the pod was enrolled, for sockets that bind to one once they are steered: where the kernel finds no route for a bound
 //! socket, it sends to that device's link, whatever the tables say.
+//!
+//! Either family has such a table, also one that the pod has no address of: what is marked must not leave the pod by another
+//! way.
 
-use std::{fs, io, net::Ipv4Addr, thread};
+use std::{io, net::IpAddr, path::Path, thread};
 
-use culvert_abi::{MARK_MASK, STEER_MARK};
-use rtnetlink::{
-    Handle, RouteMessageBuilder,
-    packet_route::{
-        AddressFamily,
-        link::LinkFlags,
-        route::{RouteScope, RouteType},
-        rule::{RuleAction, RuleAttribute, RuleMessage},
-    },
-};
+use rtnetlink::Handle;
 
 use super::{KernelError, Netns, sys};
 
-/// Routing table and rule priority of ours inside a pod.
-const TABLE: u32 = 15001;
-const PRIORITY: u32 = 15001;
-/// Sysctls that the agent's connections to the application need, and what for.
-const SYSCTLS: [&str; 2] = [
-    // The application's end of a connection takes the mark of the agent's SYN, so that its answers come back.
-    "/proc/sys/net/ipv4/tcp_fwmark_accept",
-    // So does a reset for a port on which nobody listens.
-    "/proc/sys/net/ipv4/fwmark_reflect",
-];
+mod sysctls;
+mod table;
 
-/// Devices besides its own for which a pod gets a route.
+use table::{Family, Way};
+
+/// Devices for which a pod gets a route.
 const MOST_DEVICES: usize = 64;
 
 /// A pod's address and the index of the device that has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PodAddress {
-    pub ip: Ipv4Addr,
+    pub ip: IpAddr,
     pub device: u32,
+}
+
+/// What is the same for all pods.
+#[derive(Clone, Copy, Debug)]
+pub struct RoutingSettings {
+    pub packet_mark: u32,
+    /// A test wants pods to go on accepting what a SYN carries.
+    pub keep_fast_open: bool,
 }
 
 /// What was set up in a pod, and what was there before.
 #[derive(Debug)]
 pub struct PodRouting {
-    packet_mark: u32,
-    /// Values of [`SYSCTLS`].
+    settings: RoutingSettings,
+    /// The devices with a route.
+    devices: Vec<u32>,
+    /// See [`sysctls`].
     previous: Vec<String>,
 }
 
@@ -58,51 +56,37 @@ impl PodRouting {
     /// Sets the pod up. Leftovers of an earlier agent are replaced; `before` is what that one found ([`Self::previous`]).
     pub fn install(
         netns: &Netns,
-        address: PodAddress,
-        packet_mark: u32,
+        addresses: &[PodAddress],
+        settings: RoutingSettings,
         before: Option<&[String]>,
     ) -> Result<Self, KernelError> {
-        let found = on_thread(netns, "set up", || {
+        let (devices, found) = on_thread(netns, "set up", || {
             let mut found = Vec::new();
-            for path in SYSCTLS {
-                let old =
-                    fs::read_to_string(path).map_err(|error| format!("read {path}: {error}"))?;
-                fs::write(path, "1").map_err(|error| format!("write {path}: {error}"))?;
-                found.push(old.trim().to_owned());
+            let done = sysctls::set(settings, &mut found).and_then(|()| {
+                with_netlink(async |handle| routes(&handle, addresses, settings).await)
+            });
+            match done {
+                Ok(devices) => Ok((devices, found)),
+                // What an earlier agent left stays: with it, what needs this agent is refused.
+                Err(error) if before.is_some() => Err(error),
+                Err(error) => match take_down(settings, &found) {
+                    Ok(()) => Err(error),
+                    Err(undone) => Err(format!("{error}; and it was not undone: {undone}")),
+                },
             }
-            with_netlink(async |handle| {
-                remove(&handle, packet_mark).await;
-                loopback_up(&handle).await?;
-                for mark in [STEER_MARK, packet_mark] {
-                    add_rule(&handle, mark).await?;
-                }
-                let first = [address.device, loopback(&handle).await?];
-                let mut devices = devices(&handle).await?;
-                devices.retain(|device| !first.contains(device));
-                devices.truncate(MOST_DEVICES);
-                for (priority, device) in (1..).zip(first.into_iter().chain(devices)) {
-                    let route = to_the_pod()
-                        .output_interface(device)
-                        .pref_source(address.ip)
-                        .priority(priority)
-                        .build();
-                    let added = handle.route().add(route).execute().await;
-                    added.map_err(|error| format!("add local route: {error}"))?;
-                }
-                Ok(())
-            })?;
-            Ok(found)
         })?;
-        Ok(Self::remembered(
-            packet_mark,
-            before.map_or(found, <[String]>::to_vec),
-        ))
+        Ok(Self {
+            settings,
+            devices,
+            previous: before.map_or(found, <[String]>::to_vec),
+        })
     }
 
     /// The routing of a pod that an earlier agent set up.
-    pub fn remembered(packet_mark: u32, previous: Vec<String>) -> Self {
+    pub fn remembered(settings: RoutingSettings, previous: Vec<String>) -> Self {
         Self {
-            packet_mark,
+            settings,
+            devices: Vec::new(),
             previous,
         }
     }
@@ -112,19 +96,106 @@ impl PodRouting {
         &self.previous
     }
 
+    /// The devices that have a route, the one with the pod's primary address first.
+    pub fn devices(&self) -> &[u32] {
+        &self.devices
+    }
+
     /// Undoes [`Self::install`].
     pub fn uninstall(self, netns: &Netns) -> Result<(), KernelError> {
         on_thread(netns, "take down", || {
-            with_netlink(async |handle| {
-                remove(&handle, self.packet_mark).await;
-                Ok(())
-            })?;
-            for (path, value) in SYSCTLS.iter().zip(&self.previous) {
-                fs::write(path, value).map_err(|error| format!("restore {path}: {error}"))?;
-            }
-            Ok(())
+            take_down(self.settings, &self.previous)
         })
     }
+}
+
+fn take_down(settings: RoutingSettings, previous: &[String]) -> Result<(), String> {
+    with_netlink(async |handle| {
+        for family in Family::ALL {
+            table::clear(&handle, family, settings.packet_mark).await;
+        }
+        Ok(())
+    })?;
+    sysctls::restore(previous)
+}
+
+/// Rules and routes of both families; returns the devices with a route.
+async fn routes(
+    handle: &Handle,
+    addresses: &[PodAddress],
+    settings: RoutingSettings,
+) -> Result<Vec<u32>, String> {
+    let loopback = table::loopback_up(handle).await?;
+    let mut devices: Vec<u32> = addresses.iter().map(|address| address.device).collect();
+    devices.extend(table::devices(handle).await?);
+    let mut seen = Vec::new();
+    devices.retain(|device| {
+        let new = *device != loopback && !seen.contains(device);
+        seen.push(*device);
+        new
+    });
+    devices.truncate(MOST_DEVICES);
+    for family in Family::ALL {
+        if family == Family::V6 && !has_ipv6() {
+            continue;
+        }
+        table::clear(handle, family, settings.packet_mark).await;
+        table::add_rules(handle, family, settings.packet_mark).await?;
+        for (priority, (way, needed)) in (1..).zip(ways(family, addresses, &devices, loopback)) {
+            match table::add_route(handle, family, way, priority).await {
+                Ok(()) => {}
+                Err(error) if !needed && error.is_without_family() => {}
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+    }
+    Ok(devices)
+}
+
+/// The routes of a family in order, and whether the pod can be served without one whose device does not do this family.
+fn ways(
+    family: Family,
+    addresses: &[PodAddress],
+    devices: &[u32],
+    loopback: u32,
+) -> Vec<(Way, bool)> {
+    let own: Vec<PodAddress> = addresses
+        .iter()
+        .filter(|address| Family::of(address.ip) == family)
+        .copied()
+        .collect();
+    let to_pod = |device: u32| Way::ToPod {
+        device,
+        source: own
+            .iter()
+            .find(|address| address.device == device)
+            .or(own.first())
+            .map(|address| address.ip),
+    };
+    let primary = own.first().map(|address| address.device);
+    let others = devices
+        .iter()
+        .filter(|device| Some(**device) != primary)
+        .map(|device| (to_pod(*device), false));
+    match (primary, family) {
+        (Some(primary), _) => [(to_pod(primary), true), (to_pod(loopback), true)]
+            .into_iter()
+            .chain(others)
+            .collect(),
+        // An application is told at once that IPv6 does not get it anywhere, as it would be without us, and tries IPv4. The
+        // others serve bound sockets, which this one does not: they end at the agent, which refuses them.
+        (None, Family::V6) => std::iter::once((Way::Nowhere, false))
+            .chain(others)
+            .collect(),
+        // IPv4 would send a bound socket's packets to the link after it has found such a route.
+        (None, Family::V4) => std::iter::once((to_pod(loopback), true))
+            .chain(others)
+            .collect(),
+    }
+}
+
+fn has_ipv6() -> bool {
+    Path::new("/proc/sys/net/ipv6").exists()
 }
 
 /// A thread of its own: /proc/sys and netlink sockets belong to the namespace of the thread that opens them.
@@ -161,77 +232,64 @@ fn with_netlink<T>(work: impl AsyncFnOnce(Handle) -> Result<T, String>) -> Resul
     })
 }
 
-async fn loopback(handle: &Handle) -> Result<u32, String> {
-    use futures_util::TryStreamExt as _;
-    let found = handle
-        .link()
-        .get()
-        .match_name("lo".to_owned())
-        .execute()
-        .try_next()
-        .await;
-    found
-        .map_err(|error| format!("find lo: {error}"))?
-        .map(|link| link.header.index)
-        .ok_or_else(|| "there is no loopback device".to_owned())
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// The devices that are up: the others take no routes.
-async fn devices(handle: &Handle) -> Result<Vec<u32>, String> {
-    use futures_util::TryStreamExt as _;
-    let links = handle.link().get().execute();
-    let up = links.try_filter(|link| std::future::ready(link.header.flags.contains(LinkFlags::Up)));
-    let found = up.map_ok(|link| link.header.index).try_collect().await;
-    found.map_err(|error| format!("list devices: {error}"))
-}
+    const LOOPBACK: u32 = 1;
 
-async fn loopback_up(handle: &Handle) -> Result<(), String> {
-    let index = loopback(handle).await?;
-    let link = rtnetlink::LinkUnspec::new_with_index(index).up().build();
-    handle
-        .link()
-        .set(link)
-        .execute()
-        .await
-        .map_err(|error| format!("set lo up: {error}"))
-}
-
-/// Everything is the pod's own.
-fn to_the_pod() -> RouteMessageBuilder<Ipv4Addr> {
-    RouteMessageBuilder::<Ipv4Addr>::new()
-        .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
-        .kind(RouteType::Local)
-        .scope(RouteScope::Host)
-        .table_id(TABLE)
-}
-
-fn rule(mark: u32) -> RuleMessage {
-    let mut rule = RuleMessage::default();
-    rule.header.family = AddressFamily::Inet;
-    rule.header.action = RuleAction::ToTable;
-    rule.attributes = vec![
-        RuleAttribute::Priority(PRIORITY),
-        RuleAttribute::FwMark(mark),
-        RuleAttribute::FwMask(MARK_MASK),
-        RuleAttribute::Table(TABLE),
-    ];
-    rule
-}
-
-async fn add_rule(handle: &Handle, mark: u32) -> Result<(), String> {
-    let mut request = handle.rule().add();
-    *request.message_mut() = rule(mark);
-    request
-        .execute()
-        .await
-        .map_err(|error| format!("add rule for mark {mark:#x}: {error}"))
-}
-
-/// What is absent need not be removed, hence no error.
-async fn remove(handle: &Handle, packet_mark: u32) {
-    for mark in [STEER_MARK, packet_mark] {
-        while handle.rule().del(rule(mark)).execute().await.is_ok() {}
+    fn address(ip: &str, device: u32) -> PodAddress {
+        PodAddress {
+            ip: ip.parse().unwrap(),
+            device,
+        }
     }
-    let route = to_the_pod().build();
-    while handle.route().del(route.clone()).execute().await.is_ok() {}
+
+    fn found(family: Family, addresses: &[PodAddress]) -> Vec<(u32, String)> {
+        ways(family, addresses, &[2, 3], LOOPBACK)
+            .into_iter()
+            .map(|(way, _)| match way {
+                Way::ToPod { device, source } => {
+                    (device, source.map_or_else(String::new, |ip| ip.to_string()))
+                }
+                Way::Nowhere => (0, "nowhere".to_owned()),
+            })
+            .collect()
+    }
+
+    #[test]
+    fn each_device_s_route_prefers_the_device_s_own_address() {
+        let addresses = [
+            address("10.0.0.1", 2),
+            address("fd00::1", 2),
+            address("fd00::3", 3),
+            address("10.0.0.2", 2),
+        ];
+        let ip = |device, ip: &str| (device, ip.to_owned());
+        assert_eq!(
+            found(Family::V4, &addresses),
+            [
+                ip(2, "10.0.0.1"),
+                ip(LOOPBACK, "10.0.0.1"),
+                ip(3, "10.0.0.1")
+            ]
+        );
+        assert_eq!(
+            found(Family::V6, &addresses),
+            [ip(2, "fd00::1"), ip(LOOPBACK, "fd00::1"), ip(3, "fd00::3")]
+        );
+    }
+
+    #[test]
+    fn a_family_without_an_address_leads_nowhere_out_of_the_pod() {
+        let ip = |device, ip: &str| (device, ip.to_owned());
+        assert_eq!(
+            found(Family::V6, &[address("10.0.0.1", 2)]),
+            [ip(0, "nowhere"), ip(2, ""), ip(3, "")]
+        );
+        assert_eq!(
+            found(Family::V4, &[address("fd00::1", 2)]),
+            [ip(LOOPBACK, ""), ip(2, ""), ip(3, "")]
+        );
+    }
 }

@@ -2,15 +2,17 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    os::fd::AsFd,
     sync::Arc,
     time::Duration,
 };
 
 use culvert_abi::{HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT, listener_kind};
+use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 
-use super::{KernelError, Netns, Tables};
+use super::{KernelError, Netns, Steered, Tables};
 
 const BACKLOG: i32 = 4096;
 /// How long sent bytes may stay unacknowledged.
@@ -59,6 +61,11 @@ impl PodSockets {
         })
     }
 
+    /// What `connect` knew of a connection that the pod's outbound listener accepted.
+    pub fn steered(&self, accepted: impl AsFd) -> Steered {
+        self.tables.steered(accepted)
+    }
+
     /// Takes the listeners away from `inbound`.
     pub fn unlisten(&self) {
         for kind in [
@@ -73,14 +80,10 @@ impl PodSockets {
     fn listener(&self, port: u16, kind: u32) -> Result<TcpListener, KernelError> {
         let socket = self
             .netns
-            .run(|| -> io::Result<Socket> {
-                let socket = Socket::new(
-                    Domain::IPV4,
-                    Type::STREAM.nonblocking().cloexec(),
-                    Some(Protocol::TCP),
-                )?;
+            .run(|| {
+                let socket = any_family()?;
                 socket.set_reuse_address(true)?;
-                // Connections accepted here have addresses that are not the pod's.
+                // Connections accepted here have addresses that are not the pod's. (The kernel has one such flag for both families.)
                 socket.set_ip_transparent_v4(true)?;
                 // Accepted connections inherit both.
                 socket.set_tcp_keepalive(&keepalive())?;
@@ -89,7 +92,12 @@ impl PodSockets {
                     // for as long as it likes, and another agent does not.
                     socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED))?;
                 }
-                socket.bind(&SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port).into())?;
+                let any = if socket.domain()? == Domain::IPV6 {
+                    IpAddr::V6(Ipv6Addr::UNSPECIFIED)
+                } else {
+                    IpAddr::V4(Ipv4Addr::UNSPECIFIED)
+                };
+                socket.bind(&SocketAddr::new(any, port).into())?;
                 Ok(socket)
             })
             .and_then(|socket| socket)
@@ -103,40 +111,66 @@ impl PodSockets {
         Ok(socket.into())
     }
 
-    /// A socket for a connection that leaves the pod.
-    pub fn outgoing(&self) -> io::Result<Socket> {
-        let socket = self.netns.run(|| {
-            Socket::new(
-                Domain::IPV4,
-                Type::STREAM.nonblocking().cloexec(),
-                Some(Protocol::TCP),
-            )
-        })??;
+    /// A socket for a connection that leaves the pod, from an address of the pod's, or from the one that the kernel chooses.
+    pub fn outgoing(&self, destination: SocketAddr, from: Option<IpAddr>) -> io::Result<Socket> {
+        let domain = Domain::for_address(destination);
+        let socket = self.netns.run(|| stream(domain))??;
         self.tables.mark_proxy(&socket).map_err(io::Error::other)?;
         socket.set_tcp_nodelay(true)?;
         socket.set_tcp_keepalive(&keepalive())?;
+        if let Some(ip) = from {
+            // The port is chosen once the destination is known too, or the address would soon have none left.
+            setsockopt(&socket, IpBindAddressNoPort, &true)?;
+            socket.bind(&SocketAddr::new(ip, 0).into())?;
+        }
         Ok(socket)
     }
 
     /// A socket for a tunnel, whose other end always reads: one that does not for a while is gone.
-    pub fn tunnel(&self) -> io::Result<Socket> {
-        let socket = self.outgoing()?;
+    pub fn tunnel(&self, destination: SocketAddr, from: Option<IpAddr>) -> io::Result<Socket> {
+        let socket = self.outgoing(destination, from)?;
         socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED))?;
         Ok(socket)
     }
 
     /// A socket for a connection to the pod's own application, which will see `client` as its peer. With a port of 0,
-    /// or one that is taken, the kernel chooses the port.
-    pub fn to_application(&self, client: SocketAddr) -> io::Result<Socket> {
-        let socket = self.outgoing()?;
+    /// or one that is taken, the kernel chooses the port. A client of the other family cannot be shown: the application
+    /// then sees the pod itself.
+    pub fn to_application(&self, client: SocketAddr, target: SocketAddr) -> io::Result<Socket> {
+        let socket = self.outgoing(target, None)?;
+        if client.is_ipv4() != target.is_ipv4() {
+            return Ok(socket);
+        }
         socket.set_mark(self.packet_mark)?;
         socket.set_ip_transparent_v4(true)?;
         socket.set_reuse_address(true)?;
         if client.port() == 0 || socket.bind(&client.into()).is_err() {
-            socket.bind(&SocketAddr::new(client.ip(), 0).into())?;
+            let mut any_port = client;
+            any_port.set_port(0);
+            socket.bind(&any_port.into())?;
         }
         Ok(socket)
     }
+}
+
+/// For connections of either family, or of IPv4 only where the kernel has no IPv6.
+fn any_family() -> io::Result<Socket> {
+    match stream(Domain::IPV6) {
+        Ok(socket) => {
+            socket.set_only_v6(false)?;
+            Ok(socket)
+        }
+        Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => stream(Domain::IPV4),
+        Err(error) => Err(error),
+    }
+}
+
+fn stream(domain: Domain) -> io::Result<Socket> {
+    Socket::new(
+        domain,
+        Type::STREAM.nonblocking().cloexec(),
+        Some(Protocol::TCP),
+    )
 }
 
 /// A peer that is silent for [`IDLE`] is asked whether it is still there.

@@ -9,18 +9,25 @@ use std::{
         fd::{AsFd, AsRawFd, FromRawFd as _, OwnedFd},
         unix::ffi::OsStrExt as _,
     },
-    path::Path,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
-use aya::maps::{MapData, RingBuf};
+use aya::maps::{IterableMap, MapData, RingBuf};
 use tokio::io::unix::AsyncFd;
 
 const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_PROG_GET_FD_BY_ID: libc::c_long = 13;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_LINK_UPDATE: libc::c_long = 29;
+const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
+const BPF_MAP_LOOKUP_AND_DELETE_BATCH: libc::c_long = 25;
+const BPF_LINK_GET_FD_BY_ID: libc::c_long = 30;
 const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
 const SO_NETNS_COOKIE: libc::c_int = 71;
+/// Longer chains are not read: a hash map of ours never has them, even if somebody chose the keys.
+const MOST_IN_BUCKET: u32 = 1 << 20;
 const NS_GET_NSTYPE: libc::c_ulong = 0xb703;
 
 /// Opens a pinned eBPF object.
@@ -64,38 +71,261 @@ pub fn link_update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
     bpf(BPF_LINK_UPDATE, &attributes).map(drop)
 }
 
-/// What a link is attached to: a cgroup's id, or a namespace's inode.
-pub fn link_target(link: impl AsFd) -> io::Result<u64> {
-    #[repr(C)]
-    #[derive(Default)]
-    struct Info {
-        kind: u32,
-        id: u32,
-        program: u32,
-        padding: u32,
-        target: u64,
-        rest: [u64; 16],
-    }
+/// What the kernel says of a link.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct LinkInfo {
+    /// `enum bpf_link_type` of the kernel's linux/bpf.h.
+    pub kind: u32,
+    pub id: u32,
+    pub program: u32,
+    padding: u32,
+    /// A cgroup's id, or a namespace's inode; 0 once that has gone.
+    pub target: u64,
+    rest: [u64; 16],
+}
+
+impl LinkInfo {
+    pub const CGROUP: u32 = 3;
+    pub const NETNS: u32 = 5;
+}
+
+pub fn link_info(link: impl AsFd) -> io::Result<LinkInfo> {
     #[repr(C)]
     struct Attributes {
         fd: u32,
         length: u32,
         info: u64,
     }
-    const NETNS_LINK: u32 = 5;
-    let mut info = Info::default();
+    let mut info = LinkInfo::default();
     let attributes = Attributes {
         fd: link.as_fd().as_raw_fd() as u32,
-        length: size_of::<Info>() as u32,
+        length: size_of::<LinkInfo>() as u32,
         info: (&raw mut info) as u64,
     };
     bpf(BPF_OBJ_GET_INFO_BY_FD, &attributes)?;
-    // A namespace link reports a 32-bit inode followed by the attach type.
-    Ok(if info.kind == NETNS_LINK {
-        info.target & 0xffff_ffff
+    if info.kind == LinkInfo::NETNS {
+        // A namespace link reports a 32-bit inode followed by the attach type.
+        info.target &= 0xffff_ffff;
+    }
+    Ok(info)
+}
+
+/// Kinds of eBPF objects that have ids.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Objects {
+    Programs = 11,
+    Links = 31,
+}
+
+/// The smallest id above `id` that is in use. Takes no reference: asking does not keep an object alive.
+pub fn next_id(objects: Objects, id: u32) -> io::Result<Option<u32>> {
+    #[repr(C)]
+    struct Attributes {
+        start: u32,
+        next: u32,
+        flags: u32,
+    }
+    let mut attributes = Attributes {
+        start: id,
+        next: 0,
+        flags: 0,
+    };
+    match bpf_answering(objects as libc::c_long, &mut attributes) {
+        Ok(_) => Ok(Some(attributes.next)),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Opens a link by its id.
+pub fn link_by_id(id: u32) -> io::Result<OwnedFd> {
+    by_id(BPF_LINK_GET_FD_BY_ID, id)
+}
+
+/// Opens a program by its id.
+pub fn program_by_id(id: u32) -> io::Result<OwnedFd> {
+    by_id(BPF_PROG_GET_FD_BY_ID, id)
+}
+
+fn by_id(command: libc::c_long, id: u32) -> io::Result<OwnedFd> {
+    let fd = bpf(command, &[id, 0, 0])?;
+    // SAFETY: the kernel returned a descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The programs that are attached to a cgroup itself at one hook, and how: flags of `BPF_PROG_ATTACH`.
+pub fn cgroup_programs(cgroup: impl AsFd, hook: u32) -> io::Result<(u32, Vec<u32>)> {
+    /// As many as the kernel lets be attached at one hook of a cgroup.
+    const MOST: usize = 64;
+    #[repr(C)]
+    struct Attributes {
+        target: u32,
+        hook: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        programs: u64,
+        count: u32,
+        padding: u32,
+        rest: [u64; 4],
+    }
+    let mut programs = [0u32; MOST];
+    let mut attributes = Attributes {
+        target: cgroup.as_fd().as_raw_fd() as u32,
+        hook,
+        query_flags: 0,
+        attach_flags: 0,
+        programs: (&raw mut programs) as u64,
+        count: MOST as u32,
+        padding: 0,
+        rest: [0; 4],
+    };
+    bpf_answering(BPF_PROG_QUERY, &mut attributes)?;
+    let found = programs.into_iter().take(attributes.count as usize);
+    Ok((attributes.attach_flags, found.collect()))
+}
+
+/// The path of the cgroup with this id, below the mount that `mount` is a directory of.
+pub fn cgroup_path(mount: impl AsFd, id: u64) -> io::Result<PathBuf> {
+    /// `struct file_handle` with the eight bytes of a kernfs handle.
+    #[repr(C)]
+    struct Handle {
+        length: u32,
+        kind: i32,
+        id: u64,
+    }
+    const FILEID_KERNFS: i32 = 0xfe;
+    let mut handle = Handle {
+        length: 8,
+        kind: FILEID_KERNFS,
+        id,
+    };
+    // SAFETY: a live handle whose length says how much follows its header.
+    let fd = unsafe {
+        libc::syscall(
+            libc::SYS_open_by_handle_at,
+            mount.as_fd().as_raw_fd(),
+            &raw mut handle,
+            libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC,
+        )
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel returned a descriptor that nobody else owns.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+}
+
+/// What becomes of the entries that [`map_batch`] reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BatchReads {
+    Copies,
+    /// They are removed from the map.
+    Takes,
+}
+
+/// How far a walk through a hash map has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BatchCursor {
+    #[default]
+    Start,
+    /// The next bucket, as the kernel numbers them.
+    At(u32),
+    End,
+}
+
+/// Reads the next entries of a hash map, about `most`, into `entries`. The kernel goes bucket by bucket, each under its lock:
+/// whatever is entered or removed meanwhile, an entry that is there all the time is read exactly once.
+///
+/// The sizes of `K` and `V` must be those of the map, which aya's typed maps have checked; others are refused.
+pub fn map_batch<K: aya::Pod, V: aya::Pod>(
+    map: &aya::maps::HashMap<MapData, K, V>,
+    reads: BatchReads,
+    cursor: &mut BatchCursor,
+    most: u32,
+    entries: &mut Vec<(K, V)>,
+) -> io::Result<()> {
+    #[repr(C)]
+    struct Attributes {
+        before: u64,
+        after: u64,
+        keys: u64,
+        values: u64,
+        count: u32,
+        map: u32,
+        element_flags: u64,
+        flags: u64,
+    }
+    let mut before = match *cursor {
+        BatchCursor::Start => None,
+        BatchCursor::At(bucket) => Some(bucket),
+        BatchCursor::End => return Ok(()),
+    };
+    let data = IterableMap::<K, V>::map(map);
+    let mut room = most.max(1);
+    loop {
+        let (mut keys, mut values) = (
+            Vec::<K>::with_capacity(room as usize),
+            Vec::<V>::with_capacity(room as usize),
+        );
+        let mut after = 0u32;
+        let mut attributes = Attributes {
+            before: before
+                .as_mut()
+                .map_or(0, |bucket| std::ptr::from_mut(bucket) as u64),
+            after: (&raw mut after) as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: room,
+            map: data.fd().as_fd().as_raw_fd() as u32,
+            element_flags: 0,
+            flags: 0,
+        };
+        let command = match reads {
+            BatchReads::Copies => BPF_MAP_LOOKUP_BATCH,
+            BatchReads::Takes => BPF_MAP_LOOKUP_AND_DELETE_BATCH,
+        };
+        let ended = match bpf_answering(command, &mut attributes) {
+            Ok(_) => false,
+            Err(error) => match error.raw_os_error() {
+                // The last buckets: there may be entries all the same.
+                Some(libc::ENOENT) => true,
+                // A single bucket holds more: the kernel has read nothing.
+                Some(libc::ENOSPC) if room < MOST_IN_BUCKET => {
+                    room = room.saturating_mul(4);
+                    continue;
+                }
+                _ => return Err(error),
+            },
+        };
+        let read = attributes.count.min(room) as usize;
+        // SAFETY: the kernel has written so many of each, of the sizes that aya checked when it typed the map, and there is
+        // room for `room`; every bit pattern is a valid `Pod`.
+        unsafe {
+            keys.set_len(read);
+            values.set_len(read);
+        }
+        entries.extend(keys.into_iter().zip(values));
+        *cursor = if ended {
+            BatchCursor::End
+        } else {
+            BatchCursor::At(after)
+        };
+        return Ok(());
+    }
+}
+
+/// For commands that answer in their attributes.
+fn bpf_answering<T>(command: libc::c_long, attributes: &mut T) -> io::Result<i32> {
+    // SAFETY: `attributes` is a live, fully initialised structure of the size that is passed, and may be written.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attributes, size_of::<T>()) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
     } else {
-        info.target
-    })
+        Ok(result as i32)
+    }
 }
 
 fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<i32> {

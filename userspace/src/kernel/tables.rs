@@ -3,20 +3,36 @@
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::AsFd,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockHash};
+use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockHash};
 use culvert_abi::{
-    Address, Claim, Config, Endpoint, Flow, FlowKey, Listener, Pod, Quota, Reason, SocketState,
-    Verdict, VerdictKey, role,
+    Address, Claim, Endpoint, Flow, FlowKey, Listener, Lost, LostKey, Pod, Quota, Reason, SocketState, Verdict,
+    VerdictKey, config_flag, role,
 };
 
-use super::{KernelError, NetnsCookie, sys};
+use super::{
+    KernelError, KernelSettings, NetnsCookie, SocketName,
+    configuration::Configuration,
+    owner::{Owner, Pen},
+    pins::Pins,
+    services::ServiceTables,
+    sys,
+};
 
 /// Flag of `bpf_map_update_elem`: only if the key is new.
 const BPF_NOEXIST: u64 = 1;
+
+/// Not a namespace: the entry of QUOTAS that counts for the whole node.
+const NODE: NetnsCookie = NetnsCookie(0);
+
+/// Names a flow: the key alone is used again.
+pub type FlowName = (FlowKey, u32);
+
+/// Entries read with one system call.
+const AT_ONCE: u32 = 4096;
 
 /// An established direct flow, as the kernel knows it.
 #[derive(Clone, Copy, Debug)]
@@ -33,24 +49,57 @@ impl OpenFlow {
     pub fn server(&self) -> SocketAddr {
         socket_address(self.key.server, self.key.server_port)
     }
+
+    pub fn name(&self) -> FlowName {
+        (self.key, self.flow.sequence)
+    }
+
+    pub fn client_end(&self) -> SocketName {
+        SocketName {
+            local: self.client(),
+            remote: self.server(),
+            cookie: self.flow.client_socket,
+        }
+    }
+
+    pub fn server_end(&self) -> SocketName {
+        SocketName {
+            local: self.server(),
+            remote: self.client(),
+            cookie: self.flow.server_socket,
+        }
+    }
+}
+
+/// Why a connection came to the agent, and what was chosen for it before.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Steered {
+    /// The endpoint of the service, if it is one that the kernel part knows.
+    pub chosen: Option<SocketAddr>,
+    /// Why it is not direct.
+    pub reason: Option<Reason>,
 }
 
 /// Every table, each behind its own lock: calls are single system calls and never wait for anything else.
 pub struct Tables {
-    config: Mutex<(Array<MapData, Config>, Config)>,
+    config: Mutex<Configuration>,
     pods: Mutex<HashMap<MapData, u64, Pod>>,
     endpoints: Mutex<HashMap<MapData, Address, Endpoint>>,
     verdicts: Mutex<HashMap<MapData, VerdictKey, Verdict>>,
     claims: Mutex<HashMap<MapData, FlowKey, Claim>>,
     quotas: Mutex<HashMap<MapData, u64, Quota>>,
     flows: Mutex<HashMap<MapData, FlowKey, Flow>>,
+    lost: Mutex<HashMap<MapData, LostKey, Lost>>,
     listeners: Mutex<SockHash<MapData, Listener>>,
     sockets: Mutex<SkStorage<MapData, SocketState>>,
+    services: Arc<ServiceTables>,
     counters: PerCpuArray<MapData, u64>,
 }
 
 impl Tables {
+    /// Opens the maps, and makes this process their owner.
     pub(super) fn open(
+        pins: &Pins,
         mut take: impl FnMut(&'static str) -> Result<Map, KernelError>,
     ) -> Result<Self, KernelError> {
         macro_rules! table {
@@ -60,70 +109,103 @@ impl Tables {
                     .map_err(|error: MapError| KernelError::map($name, error))?
             };
         }
-        let nothing = Config {
-            heartbeat_ns: 0,
-            verdict_max_age_ns: 0,
-            knobs: 0,
-            padding: 0,
-            reserved: [0; 2],
-        };
+        let mut config =
+            Configuration::open(table!("CONFIG"), Pen::of(pins)?, Owner::this_process()?);
+        config.take()?;
         Ok(Self {
-            config: Mutex::new((table!("CONFIG"), nothing)),
+            config: Mutex::new(config),
             pods: Mutex::new(table!("PODS")),
             endpoints: Mutex::new(table!("ENDPOINTS")),
             verdicts: Mutex::new(table!("VERDICTS")),
             claims: Mutex::new(table!("CLAIMS")),
             quotas: Mutex::new(table!("QUOTAS")),
             flows: Mutex::new(table!("FLOWS")),
+            lost: Mutex::new(table!("LOST")),
             listeners: Mutex::new(table!("LISTENERS")),
             sockets: Mutex::new(table!("SOCKETS")),
+            services: Arc::new(ServiceTables::open(take("SERVICES")?, take("SLOTS")?)?),
             counters: table!("COUNTERS"),
         })
     }
 
-    pub(super) fn configure(
-        &self,
-        verdict_max_age: Duration,
-        knobs: u32,
-    ) -> Result<(), KernelError> {
-        {
-            let mut config = lock(&self.config);
-            config.1.verdict_max_age_ns = nanoseconds(verdict_max_age);
-            config.1.knobs = knobs;
+    pub(super) fn configure(&self, settings: &KernelSettings) -> Result<(), KernelError> {
+        self.put_quota(NODE)?;
+        if let Some(host) = settings.host {
+            self.put_quota(host.netns)?;
         }
-        self.beat()
+        lock(&self.config)
+            .change(|config| {
+                config.heartbeat_ns = now();
+                config.verdict_max_age_ns = nanoseconds(settings.verdict_max_age);
+                config.knobs = settings.knobs;
+                config.host_netns = settings.host.map_or(0, |host| host.netns.0);
+                config.pods_cgroup = settings.host.map_or(0, |host| host.pods_cgroup);
+                config.flags = if settings.telemetry {
+                    0
+                } else {
+                    config_flag::NO_TELEMETRY
+                };
+            })
+            .map(drop)
     }
 
-    /// Tells the hooks that the agent lives.
-    pub fn beat(&self) -> Result<(), KernelError> {
-        let mut config = lock(&self.config);
-        config.1.heartbeat_ns = nanoseconds(sys::monotonic_now());
-        let value = config.1;
-        config
-            .0
-            .set(0, value, 0)
-            .map_err(|error| KernelError::map("CONFIG", error))
+    /// While a change is being written no connection is decided by what is half-written: it goes to the agent.
+    pub fn set_changing(&self, changing: bool) -> Result<(), KernelError> {
+        lock(&self.config)
+            .change(|config| {
+                config.heartbeat_ns = now();
+                if changing {
+                    config.flags |= config_flag::CHANGING;
+                } else {
+                    config.flags &= !config_flag::CHANGING;
+                }
+            })
+            .map(drop)
+    }
+
+    /// Tells the hooks that the agent lives; `false` when another agent has taken the tables over.
+    pub fn beat(&self) -> Result<bool, KernelError> {
+        lock(&self.config).change(|config| config.heartbeat_ns = now())
+    }
+
+    /// Whether the tables are this agent's. One that is not their owner any more writes nothing: each method that would write
+    /// does nothing.
+    pub fn is_owner(&self) -> bool {
+        lock(&self.config).is_owner()
+    }
+
+    /// Undoes what [`Self::open`] did to the owner.
+    pub(super) fn give_back(&self) {
+        lock(&self.config).give_back();
     }
 
     /// Enters or changes a pod.
     pub fn put_pod(&self, cookie: NetnsCookie, pod: Pod) -> Result<(), KernelError> {
-        // A count that is there is the kernel part's business.
-        match lock(&self.quotas).insert(
-            cookie.0,
-            Quota {
-                claims: 0,
-                window_ns: 0,
-                refusals: 0,
-            },
-            BPF_NOEXIST,
-        ) {
-            Err(MapError::SyscallError(error))
-                if error.io_error.raw_os_error() == Some(libc::EEXIST) => {}
-            result => result.map_err(|error| KernelError::map("QUOTAS", error))?,
+        if !self.is_owner() {
+            return Ok(());
         }
+        self.put_quota(cookie)?;
         lock(&self.pods)
             .insert(cookie.0, pod, 0)
             .map_err(|error| KernelError::map("PODS", error))
+    }
+
+    /// A count that is there is the kernel part's business.
+    fn put_quota(&self, cookie: NetnsCookie) -> Result<(), KernelError> {
+        let unused = Quota {
+            claims: 0,
+            flows: 0,
+            window_ns: 0,
+            refusals: 0,
+        };
+        match lock(&self.quotas).insert(cookie.0, unused, BPF_NOEXIST) {
+            Err(MapError::SyscallError(error))
+                if error.io_error.raw_os_error() == Some(libc::EEXIST) =>
+            {
+                Ok(())
+            }
+            result => result.map_err(|error| KernelError::map("QUOTAS", error)),
+        }
     }
 
     pub fn pods(&self) -> Vec<(NetnsCookie, Pod)> {
@@ -135,11 +217,17 @@ impl Tables {
     }
 
     pub fn remove_pod(&self, cookie: NetnsCookie) -> Result<(), KernelError> {
+        if !self.is_owner() {
+            return Ok(());
+        }
         absent_is_fine("PODS", lock(&self.pods).remove(&cookie.0))?;
         absent_is_fine("QUOTAS", lock(&self.quotas).remove(&cookie.0))
     }
 
     pub fn put_endpoint(&self, ip: IpAddr, endpoint: Endpoint) -> Result<(), KernelError> {
+        if !self.is_owner() {
+            return Ok(());
+        }
         lock(&self.endpoints)
             .insert(address(ip), endpoint, 0)
             .map_err(|error| KernelError::map("ENDPOINTS", error))
@@ -151,6 +239,9 @@ impl Tables {
 
     /// Removes the addresses of a namespace that is gone.
     pub fn remove_endpoints_of(&self, cookie: NetnsCookie) -> Result<(), KernelError> {
+        if !self.is_owner() {
+            return Ok(());
+        }
         let gone = self
             .endpoints()
             .into_iter()
@@ -162,13 +253,26 @@ impl Tables {
     }
 
     pub fn remove_endpoint(&self, ip: IpAddr) -> Result<(), KernelError> {
+        if !self.is_owner() {
+            return Ok(());
+        }
         absent_is_fine("ENDPOINTS", lock(&self.endpoints).remove(&address(ip)))
     }
 
     pub fn put_verdict(&self, key: VerdictKey, verdict: Verdict) -> Result<(), KernelError> {
+        if !self.is_owner() {
+            return Ok(());
+        }
         lock(&self.verdicts)
             .insert(key, verdict, 0)
             .map_err(|error| KernelError::map("VERDICTS", error))
+    }
+
+    pub fn remove_verdict(&self, key: &VerdictKey) -> Result<(), KernelError> {
+        if !self.is_owner() {
+            return Ok(());
+        }
+        absent_is_fine("VERDICTS", lock(&self.verdicts).remove(key))
     }
 
     /// Deletes the verdicts that `is_void` names.
@@ -176,6 +280,9 @@ impl Tables {
         &self,
         mut is_void: impl FnMut(&VerdictKey, &Verdict) -> bool,
     ) -> Result<usize, KernelError> {
+        if !self.is_owner() {
+            return Ok(0);
+        }
         let mut verdicts = lock(&self.verdicts);
         let void: Vec<_> = verdicts
             .iter()
@@ -191,6 +298,9 @@ impl Tables {
 
     /// Deletes the claims of a pod that leaves. Those towards it belong to their clients, and their key is never used again.
     pub fn remove_claims(&self, client: NetnsCookie) -> Result<(), KernelError> {
+        if !self.is_owner() {
+            return Ok(());
+        }
         let mut claims = lock(&self.claims);
         let gone: Vec<_> = claims
             .iter()
@@ -204,12 +314,27 @@ impl Tables {
         Ok(())
     }
 
-    pub fn flows(&self) -> Vec<OpenFlow> {
-        lock(&self.flows)
-            .iter()
-            .flatten()
+    /// The direct flows that are open now: each that is open all the while this takes, once.
+    pub fn flows(&self) -> Result<Vec<OpenFlow>, KernelError> {
+        let found = all("FLOWS", &lock(&self.flows), sys::BatchReads::Copies)?;
+        Ok(found
+            .into_iter()
             .map(|(key, flow)| OpenFlow { key, flow })
-            .collect()
+            .collect())
+    }
+
+    /// How many direct flows are open.
+    pub fn open_flows(&self) -> u64 {
+        let node = lock(&self.quotas).get(&NODE.0, 0);
+        node.map_or(0, |node| u64::try_from(node.flows).unwrap_or(0))
+    }
+
+    /// Takes what lost events would have said.
+    pub fn take_lost(&self) -> Result<Vec<(LostKey, Lost)>, KernelError> {
+        if !self.is_owner() {
+            return Ok(Vec::new());
+        }
+        all("LOST", &lock(&self.lost), sys::BatchReads::Takes)
     }
 
     /// Makes `socket` the listener that `inbound` gives connections of `kind` to.
@@ -219,6 +344,9 @@ impl Tables {
         kind: u32,
         socket: impl AsFd,
     ) -> Result<(), KernelError> {
+        if !self.is_owner() {
+            return Ok(());
+        }
         let key = Listener {
             netns_cookie: cookie.0,
             kind,
@@ -230,6 +358,10 @@ impl Tables {
     }
 
     pub(super) fn remove_listener(&self, cookie: NetnsCookie, kind: u32) {
+        // Another agent's listener is not ours to remove.
+        if !self.is_owner() {
+            return;
+        }
         let key = Listener {
             netns_cookie: cookie.0,
             kind,
@@ -255,17 +387,42 @@ impl Tables {
             server_netns: 0,
             received_at_fin_wait: 0,
             acked_at_start: 0,
+            service_address: [0; 16],
+            chosen: [0; 16],
+            service_port: 0,
+            chosen_port: 0,
             role: role::PROXY,
             workload: 0,
             sequence: 0,
             mark: 0,
             fin_acked: 0,
             connect_latency_us: 0,
-            reserved: 0,
+            service: 0,
+            reason: 0,
+            established: 0,
         };
         lock(&self.sockets)
             .insert(&std::os::fd::AsRawFd::as_raw_fd(&socket.as_fd()), state, 0)
             .map_err(|error| KernelError::map("SOCKETS", error))
+    }
+
+    /// The tables of services.
+    pub fn services(&self) -> &Arc<ServiceTables> {
+        &self.services
+    }
+
+    /// What `connect` knew of a connection that it steered, read from the socket that the agent accepted.
+    pub fn steered(&self, accepted: impl AsFd) -> Steered {
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&accepted.as_fd());
+        // Without it the agent chooses, and nobody is told why it had to.
+        let Ok(state) = lock(&self.sockets).get(&fd, 0) else {
+            return Steered::default();
+        };
+        Steered {
+            chosen: (state.chosen_port != 0)
+                .then(|| socket_address(state.chosen, state.chosen_port)),
+            reason: Reason::from_index(state.reason).filter(|reason| *reason != Reason::Direct),
+        }
     }
 
     /// How often each reason was counted since the maps were made, over all CPUs.
@@ -281,6 +438,21 @@ impl Tables {
             })
             .collect()
     }
+}
+
+/// Everything in a table.
+fn all<K: aya::Pod, V: aya::Pod>(
+    name: &'static str,
+    table: &HashMap<MapData, K, V>,
+    reads: sys::BatchReads,
+) -> Result<Vec<(K, V)>, KernelError> {
+    let mut found = Vec::new();
+    let mut cursor = sys::BatchCursor::Start;
+    while cursor != sys::BatchCursor::End {
+        sys::map_batch(table, reads, &mut cursor, AT_ONCE, &mut found)
+            .map_err(|error| KernelError::map(name, error))?;
+    }
+    Ok(found)
 }
 
 /// An address as the eBPF programs hold it.
@@ -300,7 +472,10 @@ pub fn socket_address(address: Address, port: u16) -> SocketAddr {
     SocketAddr::new(ip, port)
 }
 
-fn absent_is_fine(name: &'static str, result: Result<(), MapError>) -> Result<(), KernelError> {
+pub(super) fn absent_is_fine(
+    name: &'static str,
+    result: Result<(), MapError>,
+) -> Result<(), KernelError> {
     match result {
         Ok(()) | Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(()),
         Err(MapError::SyscallError(error))
@@ -312,11 +487,15 @@ fn absent_is_fine(name: &'static str, result: Result<(), MapError>) -> Result<()
     }
 }
 
+fn now() -> u64 {
+    nanoseconds(sys::monotonic_now())
+}
+
 fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// A poisoned lock guards a map handle, which a panic cannot leave half-written.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -35,22 +35,23 @@ impl Mesh {
             .collect()
     }
 
-    /// Those of the endpoints that `client` may be sent to, each with its weight (never 0) and the address to use.
+    /// Those of the endpoints that `client` may be sent to when it connects to `destination`, an address and port of the
+    /// service.
     pub fn candidates(
         &self,
         service: &Service,
-        service_port: u16,
+        destination: SocketAddr,
         client: Option<&Workload>,
-    ) -> Vec<(Endpoint, SocketAddr, u32)> {
+    ) -> Vec<Candidate> {
         let rules = &service.load_balancer;
         let fit = self
-            .endpoints(service, service_port)
+            .endpoints(service, destination.port())
             .into_iter()
             .filter_map(|endpoint| {
                 let weight = endpoint.workload.capacity.unwrap_or(1);
                 let healthy = endpoint.workload.status == Health::Healthy
                     || rules.health_policy == HealthPolicy::AllowAll;
-                let ip = usable_address(&endpoint.workload, service, client)?;
+                let ip = usable_address(&endpoint.workload, service, destination, client)?;
                 let address = SocketAddr::new(ip, endpoint.target_port);
                 (healthy && weight > 0).then_some((endpoint, address, weight))
             });
@@ -64,11 +65,11 @@ impl Mesh {
     pub fn choose_endpoint(
         &self,
         service: &Service,
-        service_port: u16,
+        destination: SocketAddr,
         client: Option<&Workload>,
         random: &mut impl FnMut() -> u64,
     ) -> Option<(Arc<Workload>, SocketAddr)> {
-        let candidates = self.candidates(service, service_port, client);
+        let candidates = self.candidates(service, destination, client);
         let total: u64 = candidates
             .iter()
             .map(|(_, _, weight)| u64::from(*weight))
@@ -82,6 +83,20 @@ impl Mesh {
             }
         }
         None
+    }
+
+    /// The endpoint with this address and port, if `client` may be sent to it.
+    pub fn endpoint_at(
+        &self,
+        service: &Service,
+        destination: SocketAddr,
+        client: Option<&Workload>,
+        chosen: SocketAddr,
+    ) -> Option<Arc<Workload>> {
+        self.candidates(service, destination, client)
+            .into_iter()
+            .find(|(_, address, _)| *address == chosen)
+            .map(|(endpoint, _, _)| endpoint.workload)
     }
 }
 
@@ -101,10 +116,11 @@ fn target_port(workload: &Workload, service: &Service, service_port: u16) -> Opt
     (target != 0).then_some(target)
 }
 
-/// An address of the family that the client has too, else the first that the service allows.
+/// Of the addresses that the service allows, one of a family that the client has too, and of the family it connects to.
 fn usable_address(
     workload: &Workload,
     service: &Service,
+    destination: SocketAddr,
     client: Option<&Workload>,
 ) -> Option<IpAddr> {
     let shared = |ip: &IpAddr| {
@@ -115,15 +131,14 @@ fn usable_address(
                 .any(|other| other.is_ipv4() == ip.is_ipv4())
         })
     };
-    let mut allowed = workload
-        .addresses
-        .iter()
-        .copied()
-        .filter(|ip| service.ip_families.allow(*ip));
-    allowed.clone().find(shared).or_else(|| allowed.next())
+    let allowed = workload.addresses.iter().copied();
+    allowed
+        .filter(|ip| service.ip_families.allow(*ip))
+        .min_by_key(|ip| (!shared(ip), ip.is_ipv4() != destination.is_ipv4()))
 }
 
-type Candidate = (Endpoint, SocketAddr, u32);
+/// An endpoint that a client may be sent to, the address to use, and its weight, which is never 0.
+pub type Candidate = (Endpoint, SocketAddr, u32);
 
 /// Applies the routing preferences.
 fn near_enough(

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::snapshot::{Indexes, Network};
-use super::{Mesh, Service, ServiceName, Workload, WorkloadSpec};
+use super::{Annotations, Mesh, Namespace, Service, ServiceName, Workload, WorkloadSpec};
 use crate::policy::{Authorization, Identity, IdentityError, PolicyName, Scope, Strictness};
 
 /// What a source read.
@@ -21,6 +21,8 @@ pub struct MeshResources {
     pub services: Vec<Service>,
     /// All policies.
     pub policies: Vec<Authorization>,
+    /// The namespaces about which something is known.
+    pub namespaces: Vec<Namespace>,
 }
 
 /// What resources leave out.
@@ -76,6 +78,9 @@ pub enum MeshError {
     /// Two policies have one name.
     #[error("two policies have the name {0}; a name may occur once per namespace")]
     DuplicatePolicy(PolicyName),
+    /// Two namespaces have one name.
+    #[error("the namespace {0} occurs twice; put its annotations into one")]
+    DuplicateNamespace(Arc<str>),
 }
 
 impl Default for MeshDefaults {
@@ -98,8 +103,15 @@ impl Mesh {
         for service in resources.services {
             indexes.add_service(Arc::new(service))?;
         }
+        let mut namespaces = HashMap::new();
+        for Namespace { name, annotations } in resources.namespaces {
+            insert_new(&mut namespaces, name.clone(), annotations)
+                .map_err(|_| MeshError::DuplicateNamespace(name))?;
+        }
         for spec in resources.workloads {
-            indexes.add_workload(Arc::new(Workload::new(spec, defaults)?))?;
+            let namespace = namespaces.get(&spec.namespace).copied();
+            let workload = Workload::new(spec, namespace.unwrap_or_default(), defaults)?;
+            indexes.add_workload(Arc::new(workload))?;
         }
         for policy in resources.policies {
             indexes.add_policy(Arc::new(policy))?;
@@ -109,7 +121,11 @@ impl Mesh {
 }
 
 impl Workload {
-    fn new(mut spec: WorkloadSpec, defaults: &MeshDefaults) -> Result<Self, MeshError> {
+    fn new(
+        mut spec: WorkloadSpec,
+        namespace: Annotations,
+        defaults: &MeshDefaults,
+    ) -> Result<Self, MeshError> {
         if spec.uid.is_empty() {
             return Err(MeshError::NoUid {
                 namespace: spec.namespace,
@@ -134,7 +150,12 @@ impl Workload {
                 uid: spec.uid.clone(),
                 source,
             })?;
-        Ok(Self { spec, identity })
+        let direct = spec.annotations.direct.or(namespace.direct).unwrap_or(true);
+        Ok(Self {
+            spec,
+            identity,
+            direct,
+        })
     }
 }
 

@@ -6,7 +6,9 @@
 mod address;
 mod balance;
 mod build;
+mod kernel_choice;
 mod service;
+mod slots;
 mod snapshot;
 mod store;
 mod workload;
@@ -17,14 +19,16 @@ mod tests;
 pub use address::{
     AddressError, NetworkAddress, NetworkCidr, ServiceName, ServiceNameError, canonical_net,
 };
-pub use balance::Endpoint;
+pub use balance::{Candidate, Endpoint};
 pub use build::{MeshDefaults, MeshError, MeshResources};
+pub use kernel_choice::{ClientView, KernelChoice, MOST_ENDPOINTS};
 pub use service::{
     HealthPolicy, IpFamilies, LoadBalancer, LoadBalancerMode, LocalityScope, Service,
 };
+pub use slots::{AliasSlot, alias_table};
 pub use snapshot::{Destination, Mesh};
 pub use store::{Revision, Store};
 pub use workload::{
-    GatewayAddress, GatewayDestination, Health, Locality, PortMap, TunnelProtocol, Workload,
-    WorkloadSpec,
+    Annotations, GatewayAddress, GatewayDestination, Health, Locality, Namespace, PortMap,
+    TunnelProtocol, Workload, WorkloadSpec,
 };

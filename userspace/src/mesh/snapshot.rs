@@ -151,6 +151,15 @@ impl Mesh {
             })
     }
 
+    /// The services with exactly this address.
+    pub(super) fn services_at(&self, network: &str, ip: IpAddr) -> &[Arc<Service>] {
+        self.indexes
+            .networks
+            .get(network)
+            .and_then(|network| network.vips.exact.get(&ip.to_canonical()))
+            .map_or(&[], Vec::as_slice)
+    }
+
     /// The policies that apply to a workload, each once: those it lists, those of its namespace, those of the whole mesh.
     pub fn policies_for(&self, workload: &Workload) -> Applicable {
         let mut applicable = Applicable::default();

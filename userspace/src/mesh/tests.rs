@@ -60,6 +60,7 @@ fn mesh(
             workloads,
             services,
             policies,
+            ..MeshResources::default()
         },
         &MeshDefaults::default(),
     )
@@ -75,6 +76,7 @@ fn refused(
         workloads,
         services,
         policies,
+        ..MeshResources::default()
     };
     Mesh::build(resources, &MeshDefaults::default())
         .unwrap_err()
@@ -82,6 +84,10 @@ fn refused(
 }
 
 fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+fn at(text: &str) -> SocketAddr {
     text.parse().unwrap()
 }
 
@@ -381,7 +387,8 @@ mod balancing {
     fn chosen(mesh: &Mesh, client: Option<&str>, draws: u64) -> Vec<String> {
         let service = mesh.service_by_name("ns/h").unwrap();
         let client = client.map(|uid| &**only(mesh, uid));
-        let choose = |number| mesh.choose_endpoint(service, 80, client, &mut || number);
+        let choose =
+            |number| mesh.choose_endpoint(service, at("10.96.0.1:80"), client, &mut || number);
         (0..draws)
             .filter_map(choose)
             .map(|(workload, _)| workload.uid.to_string())
@@ -450,7 +457,7 @@ mod balancing {
         );
         let service = mesh.service_by_name("ns/h").unwrap();
         let weights: Vec<_> = mesh
-            .candidates(service, 80, None)
+            .candidates(service, at("10.96.0.1:80"), None)
             .into_iter()
             .map(|one| one.2)
             .collect();
@@ -466,7 +473,9 @@ mod balancing {
         let mesh = with(h(), vec![huge("a", "10.0.0.1"), huge("b", "10.0.0.2")]);
         let service = mesh.service_by_name("ns/h").unwrap();
         let (workload, address) = mesh
-            .choose_endpoint(service, 80, None, &mut || u64::from(u32::MAX))
+            .choose_endpoint(service, at("10.96.0.1:80"), None, &mut || {
+                u64::from(u32::MAX)
+            })
             .unwrap();
         assert_eq!(
             (&*workload.uid, address),
@@ -500,7 +509,10 @@ mod balancing {
             ],
         );
         let service = mesh.service_by_name("ns/h").unwrap();
-        assert!(mesh.choose_endpoint(service, 81, None, &mut || 0).is_none());
+        assert!(
+            mesh.choose_endpoint(service, at("10.96.0.1:81"), None, &mut || 0)
+                .is_none()
+        );
         assert!(chosen(&with(h(), vec![]), None, 1).is_empty());
         let unaddressed = WorkloadSpec {
             addresses: vec![],
@@ -515,17 +527,23 @@ mod balancing {
             addresses: vec![ip("fd00::1"), ip("10.0.0.1")],
             ..endpoint("dual", "10.0.0.1", "ns/h")
         };
-        let address = |ip_families, client: &str| {
-            let client = workload("client", &[client]);
+        let choose = |ip_families, client: &[&str], destination: &str| {
+            let client = workload("client", client);
             let mesh = with(Service { ip_families, ..h() }, vec![dual.clone(), client]);
             let service = mesh.service_by_name("ns/h").unwrap();
-            let chosen = mesh.choose_endpoint(service, 80, Some(only(&mesh, "client")), &mut || 0);
+            let client = Some(only(&mesh, "client").as_ref());
+            let chosen = mesh.choose_endpoint(service, at(destination), client, &mut || 0);
             chosen.unwrap().1.ip()
         };
+        let address = |families, client: &str| choose(families, &[client], "10.96.0.1:80");
         assert_eq!(address(IpFamilies::Automatic, "10.0.0.9"), ip("10.0.0.1"));
         assert_eq!(address(IpFamilies::Dual, "fd00::9"), ip("fd00::1"));
         assert_eq!(address(IpFamilies::Ipv4Only, "fd00::9"), ip("10.0.0.1"));
         assert_eq!(address(IpFamilies::Ipv6Only, "10.0.0.9"), ip("fd00::1"));
+        let both = ["10.0.0.9", "fd00::9"];
+        let address = |destination| choose(IpFamilies::Automatic, &both, destination);
+        assert_eq!(address("10.96.0.1:80"), ip("10.0.0.1"));
+        assert_eq!(address("[fd00::96]:80"), ip("fd00::1"));
     }
 
     #[test]
@@ -570,6 +588,60 @@ mod balancing {
         assert!(all(LoadBalancerMode::Passthrough).is_empty());
         assert!(without_zone(LoadBalancerMode::Strict).is_empty());
         assert_eq!(without_zone(LoadBalancerMode::Failover), ["region"; 2]);
+    }
+}
+
+mod annotations {
+    use super::*;
+
+    fn asking(uid: &str, namespace: &str, direct: Option<bool>) -> WorkloadSpec {
+        WorkloadSpec {
+            namespace: namespace.into(),
+            annotations: Annotations { direct },
+            ..workload(uid, &[])
+        }
+    }
+
+    fn namespace(name: &str, direct: Option<bool>) -> Namespace {
+        Namespace {
+            name: name.into(),
+            annotations: Annotations { direct },
+        }
+    }
+
+    #[test]
+    fn a_pods_word_counts_before_its_namespaces() {
+        let resources = MeshResources {
+            workloads: vec![
+                asking("a", "off", None),
+                asking("b", "off", Some(true)),
+                asking("c", "on", Some(false)),
+                asking("d", "silent", None),
+                asking("e", "unknown", None),
+            ],
+            namespaces: vec![
+                namespace("off", Some(false)),
+                namespace("on", Some(true)),
+                namespace("silent", None),
+            ],
+            ..MeshResources::default()
+        };
+        let mesh = Mesh::build(resources, &MeshDefaults::default()).unwrap();
+        let direct = ["a", "b", "c", "d", "e"].map(|uid| only(&mesh, uid).direct);
+        assert_eq!(direct, [false, true, false, true, true]);
+    }
+
+    #[test]
+    fn a_namespace_occurs_once() {
+        let resources = MeshResources {
+            namespaces: vec![namespace("a", None), namespace("a", Some(false))],
+            ..MeshResources::default()
+        };
+        let error = Mesh::build(resources, &MeshDefaults::default()).unwrap_err();
+        assert!(
+            error.to_string().contains("the namespace a occurs twice"),
+            "{error}"
+        );
     }
 }
 

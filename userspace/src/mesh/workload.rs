@@ -15,6 +15,8 @@ use crate::policy::{Identity, PolicyName};
 pub struct Workload {
     pub(super) spec: WorkloadSpec,
     pub(super) identity: Identity,
+    /// Whether its connections within the node may be direct, as it or its namespace says.
+    pub direct: bool,
 }
 
 /// What a source says about a workload.
@@ -62,6 +64,25 @@ pub struct WorkloadSpec {
     pub canonical_revision: Arc<str>,
     /// The deployment or the like that it belongs to.
     pub workload_name: Arc<str>,
+    /// What its annotations ask of Culvert.
+    pub annotations: Annotations,
+}
+
+/// What the annotations `culvert.dev/...` of a pod or a namespace say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Annotations {
+    /// `culvert.dev/direct`: whether connections within the node may be direct. The pod's word counts before its namespace's,
+    /// and without one they may.
+    pub direct: Option<bool>,
+}
+
+/// What is known of a namespace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Namespace {
+    /// Its name.
+    pub name: Arc<str>,
+    /// For its pods that say nothing themselves.
+    pub annotations: Annotations,
 }
 
 /// How a workload is reached.
@@ -150,6 +171,11 @@ impl PortMap {
     /// All pairs of service port and target port.
     pub fn iter(&self) -> impl Iterator<Item = (u16, u16)> {
         self.0.iter().copied()
+    }
+
+    /// How many pairs there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
     }
 
     /// True if it says nothing.

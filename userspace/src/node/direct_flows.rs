@@ -9,11 +9,11 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    enforcer::{Enforcer, FlowName},
+    enforcer::Enforcer,
     pods::Pods,
 };
 use crate::{
-    kernel::{EventStream, FlowEvent, FlowEventKind},
+    kernel::{EventStream, FlowEvent, FlowEventKind, FlowName},
     policy::Identity,
     proxy::Context,
     telemetry::{
@@ -34,6 +34,7 @@ struct Open {
 }
 
 pub struct DirectFlows {
+    tables: Arc<crate::kernel::Tables>,
     enforcer: Arc<Enforcer>,
     pods: Arc<Pods>,
     context: Arc<Context>,
@@ -42,8 +43,9 @@ pub struct DirectFlows {
 }
 
 impl DirectFlows {
-    pub fn new(enforcer: Arc<Enforcer>, pods: Arc<Pods>, context: Arc<Context>) -> Self {
+    pub fn new(tables: Arc<crate::kernel::Tables>, enforcer: Arc<Enforcer>, pods: Arc<Pods>, context: Arc<Context>) -> Self {
         Self {
+            tables,
             enforcer,
             pods,
             context,
@@ -72,7 +74,10 @@ impl DirectFlows {
 
     /// Lets go of flows that ended without telling; dropped, they count as closed.
     fn reconcile(&mut self) {
-        let open = self.enforcer.open_flows();
+        let Ok(open) = self.tables.flows() else {
+            return;
+        };
+        let open: std::collections::HashSet<_> = open.iter().map(crate::kernel::OpenFlow::name).collect();
         self.open
             .retain(|name, followed| open.contains(name) || followed.since.elapsed() < RECONCILE);
         self.reconciled = Instant::now();
@@ -104,7 +109,7 @@ impl DirectFlows {
                 record.duration = event.duration;
                 record.rtt = Some(event.rtt);
                 record.retransmits = Some(event.retransmits);
-                if self.enforcer.was_revoked(&event.key, event.sequence) {
+                if self.enforcer.was_revoked(&(event.key, event.sequence)) {
                     record.error = Some("policy changed and denies".to_owned());
                     record.response_flags = ResponseFlags::Deny;
                     telemetry.metrics.revoked(FlowPath::Direct);
@@ -116,6 +121,14 @@ impl DirectFlows {
                     let open = telemetry.metrics.opened(&record);
                     telemetry.closed(open, record);
                 }
+            }
+            FlowEventKind::Failed => {
+                let mut record = self.record(event);
+                record.duration = event.duration;
+                record.retransmits = Some(event.retransmits);
+                record.error = Some("never established".to_owned());
+                record.response_flags = ResponseFlags::Connect;
+                telemetry.failed(record);
             }
             FlowEventKind::Refused => {
                 let mut record = self.record(event);
@@ -155,6 +168,11 @@ impl DirectFlows {
             destination.map(AsRef::as_ref),
             destination.map(|workload| workload.identity()),
         ));
+        record.service = self
+            .enforcer
+            .service(event.service)
+            .and_then(|name| mesh.service_by_name(name.as_str()))
+            .map(|service| Arc::new(crate::telemetry::ServiceName::of(service)));
         record
     }
 }

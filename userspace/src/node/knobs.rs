@@ -11,8 +11,12 @@ pub struct Knobs {
     pub proxy: ProxyKnobs,
     /// Whom the admin socket answers.
     pub admin: socket::Limits,
+    /// Pods may go on accepting data in a SYN.
+    pub keep_fast_open: bool,
     /// Open flows and old verdicts stay when policy changes.
     pub skip_sweep: bool,
+    /// What the kernel part knows of services does not follow the mesh.
+    pub skip_service_sync: bool,
 }
 
 impl Knobs {
@@ -38,7 +42,14 @@ impl Knobs {
                 "skip-steering" => knobs.kernel |= knob::SKIP_STEERING,
                 "missing-listener-passes" => knobs.kernel |= knob::MISSING_LISTENER_PASSES,
                 "skip-admitted" => knobs.kernel |= knob::SKIP_ADMITTED,
+                "keep-fast-open" => knobs.keep_fast_open = true,
+                "skip-quotas" => knobs.kernel |= knob::SKIP_QUOTAS,
+                "host-pods-are-node" => knobs.kernel |= knob::HOST_PODS_ARE_NODE,
+                "skip-slot-check" => knobs.kernel |= knob::SKIP_SLOT_CHECK,
+                "skip-changing" => knobs.kernel |= knob::SKIP_CHANGING,
+                "skip-source-check" => knobs.kernel |= knob::SKIP_SOURCE_CHECK,
                 "skip-sweep" => knobs.skip_sweep = true,
+                "skip-service-sync" => knobs.skip_service_sync = true,
                 "skip-policy" => knobs.proxy.skip_policy = true,
                 "skip-authority" => knobs.proxy.skip_authority = true,
                 "skip-reauthorization" => knobs.proxy.skip_reauthorization = true,

@@ -10,10 +10,11 @@ mod knobs;
 mod limits;
 mod pods;
 mod readiness;
+mod unload;
 
 use std::{
-    path::PathBuf,
-    sync::{Arc, atomic::AtomicU64},
+    path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -28,16 +29,17 @@ use crate::{
     admin::{AdminSocket, HttpServers, http},
     config::Config,
     identity::{Certificates, DevCa, DevCaIssuer, RenewalSettings},
-    kernel::{Kernel, KernelSettings},
+    kernel::{HostProcesses, Kernel, KernelSettings, RoutingSettings},
     mesh::{MeshDefaults, Revision, Store},
     policy::{DenyReason, PolicyName},
     proxy::{Context, OpenConnections, Workers, hbone},
-    telemetry::{KernelCounters, Telemetry},
+    telemetry::{AccessLog, KernelCounters, Telemetry},
     xds::{LocalFile, LocalFileStatus},
 };
 
-use enforcer::Enforcer;
+use enforcer::{Enforcer, EnforcerSettings};
 pub use error::NodeError;
+pub use unload::{UndonePod, Unloaded, unload};
 use handler::{Handler, HandlerParts};
 use pods::Pods;
 use readiness::Readiness;
@@ -49,11 +51,11 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 
 /// Runs the agent until SIGTERM, SIGINT or `/quitquitquit`.
 ///
-/// `lost_lines` counts what the log could not keep up with, for the metrics.
+/// `access_log` is where connections are logged.
 pub async fn run(
     config: Config,
     cgroup_mount: PathBuf,
-    lost_lines: Arc<AtomicU64>,
+    access_log: AccessLog,
 ) -> Result<(), NodeError> {
     let started = Instant::now();
     limits::raise_open_files();
@@ -63,17 +65,27 @@ pub async fn run(
     let control = CancellationToken::new();
     let mut tasks = JoinSet::new();
 
-    // The socket first: another agent's pods must not be taken over by one that cannot be reached.
-    let admin = AdminSocket::bind(&config.admin_socket, knobs.admin)?;
+    let kernel = KernelSettings {
+        cgroup_root: config.cgroup_root.clone(),
+        host: host_processes(&config, &cgroup_mount)?,
+        cgroup_mount,
+        pin_dir: config.pin_dir.clone(),
+        verdict_max_age: config.verdict_max_age,
+        telemetry: config.flow_telemetry,
+        knobs: knobs.kernel,
+    };
+    // Before anything of another agent's is taken over: this one may not be allowed to start.
+    Kernel::check(&kernel)?;
     let addresses = http::Addresses {
         stats: config.stats_address,
         readiness: config.readiness_address,
         admin: config.admin_address,
     };
     let http = HttpServers::bind(addresses, http::Limits::default())?;
+    // Before the kernel part: another agent's pods must not be taken over by one that cannot be reached.
+    let admin = AdminSocket::bind(&config.admin_socket, knobs.admin)?;
 
-    let telemetry = Arc::new(Telemetry::default());
-    telemetry.metrics.set_lost_log_lines(lost_lines);
+    let telemetry = Arc::new(Telemetry::logging_to(access_log));
     let certificates = certificates(&config)?;
     {
         let (certificates, control) = (certificates.clone(), control.clone());
@@ -86,13 +98,7 @@ pub async fn run(
     let store = Arc::new(Store::new());
     let source = mesh_source(&config, &store, &control, &mut tasks)?;
 
-    let (kernel, events) = Kernel::attach(&KernelSettings {
-        cgroup_root: config.cgroup_root.clone(),
-        cgroup_mount,
-        pin_dir: config.pin_dir.clone(),
-        verdict_max_age: config.verdict_max_age,
-        knobs: knobs.kernel,
-    })?;
+    let (kernel, events) = Kernel::attach(&kernel)?;
     let tables = Arc::clone(kernel.tables());
     {
         let tables = Arc::clone(&tables);
@@ -104,6 +110,7 @@ pub async fn run(
                     .iter()
                     .find(|(reason, _)| *reason == lost)
                     .map_or(0, |(_, count)| *count),
+                open_flows: tables.open_flows(),
                 decisions: counters
                     .into_iter()
                     .map(|(reason, count)| (reason.name(), count))
@@ -112,19 +119,35 @@ pub async fn run(
         });
     }
     {
-        let (tables, control) = (Arc::clone(&tables), control.clone());
+        let (tables, control, shutdown) = (Arc::clone(&tables), control.clone(), shutdown.clone());
         tasks.spawn(async move {
             let mut ticks = tokio::time::interval(HEARTBEAT);
             while control.run_until_cancelled(ticks.tick()).await.is_some() {
-                if let Err(error) = tables.beat() {
-                    tracing::error!(%error, "cannot tell the kernel part that the agent lives");
+                match tables.beat() {
+                    Ok(true) => {}
+                    Ok(false) if shutdown.is_cancelled() => {}
+                    Ok(false) => {
+                        tracing::warn!("another agent has taken the kernel part over: this one ends its connections and stops");
+                        shutdown.cancel();
+                    }
+                    Err(error) => {
+                        tracing::error!(%error, "cannot tell the kernel part that the agent lives")
+                    }
                 }
             }
             "heartbeat"
         });
     }
 
-    let enforcer = Arc::new(Enforcer::new(tables, knobs.skip_sweep)?);
+    let enforcer = Arc::new(Enforcer::new(
+        Arc::clone(&tables),
+        EnforcerSettings {
+            network: config.network.as_str().into(),
+            direct: config.direct,
+            skip_sweep: knobs.skip_sweep,
+            skip_service_sync: knobs.skip_service_sync,
+        },
+    )?);
     let open = Arc::new(OpenConnections::default());
     let failed = CancellationToken::new();
     let context = Arc::new(Context {
@@ -158,6 +181,10 @@ pub async fn run(
         workers,
         Arc::clone(&context),
         &config,
+        RoutingSettings {
+            packet_mark: config.packet_mark,
+            keep_fast_open: knobs.keep_fast_open,
+        },
     ));
     follow_mesh(
         &mut tasks,
@@ -166,11 +193,14 @@ pub async fn run(
         Arc::clone(&context),
     );
     {
-        let feeder = direct_flows::DirectFlows::new(
-            Arc::clone(&enforcer),
-            Arc::clone(&pods),
-            Arc::clone(&context),
-        );
+        let feeder = direct_flows::DirectFlows::new(direct_flows::Sources {
+            tables,
+            enforcer: Arc::clone(&enforcer),
+            pods: Arc::clone(&pods),
+            context: Arc::clone(&context),
+            report_interval: config.flow_report_interval,
+            telemetry: config.flow_telemetry,
+        });
         let control = control.clone();
         tasks.spawn(async move {
             feeder.run(events, control).await;
@@ -260,6 +290,24 @@ fn certificates(config: &Config) -> Result<Certificates, NodeError> {
         Arc::new(issuer),
         RenewalSettings::default(),
     ))
+}
+
+/// Which processes are kubelet and the like.
+fn host_processes(
+    config: &Config,
+    cgroup_mount: &Path,
+) -> Result<Option<HostProcesses>, NodeError> {
+    if !config.pass_node_probes {
+        return Ok(None);
+    }
+    let usual = || HostProcesses::usual_pods_cgroup(cgroup_mount);
+    let Some(pods) = config.pods_cgroup.clone().or_else(usual) else {
+        tracing::warn!(
+            "kubelet's cgroup for pods was not found: probes of the node are judged by policy like any other connection; name the cgroup with CULVERT_PODS_CGROUP"
+        );
+        return Ok(None);
+    };
+    Ok(Some(HostProcesses::find(&config.host_netns, &pods)?))
 }
 
 fn mesh_source(

@@ -13,7 +13,7 @@ use super::enforcer::Enforcer;
 use crate::{
     config::Config,
     enrol::{EnrolError, Enrolment, KnownPod, LocalPod, Memory, PodSpec, PodUid, Registry},
-    kernel::{Kernel, KernelError, NetnsCookie},
+    kernel::{Kernel, KernelError, NetnsCookie, RoutingSettings},
     proxy::{Context, PodProxy, Workers},
 };
 
@@ -27,7 +27,7 @@ pub struct Pods {
     enforcer: Arc<Enforcer>,
     context: Arc<Context>,
     trust_domain: String,
-    packet_mark: u32,
+    routing: RoutingSettings,
 }
 
 struct Running {
@@ -50,6 +50,7 @@ impl Pods {
         workers: Workers,
         context: Arc<Context>,
         config: &Config,
+        routing: RoutingSettings,
     ) -> Self {
         Self {
             registry: Registry::default(),
@@ -64,7 +65,7 @@ impl Pods {
             enforcer,
             context,
             trust_domain: config.trust_domain.clone(),
-            packet_mark: config.packet_mark,
+            routing,
         }
     }
 
@@ -179,18 +180,18 @@ impl Pods {
         if !self.registry.check(&uid, &netns)? {
             return self.registry.by_uid(&uid).ok_or(EnrolError::Unknown(uid));
         }
-        let address = Enrolment::address(&spec, &netns, &mesh, known)?;
+        let addresses = Enrolment::addresses(&spec, &netns, &mesh, known)?;
         drop(mesh);
-        let ip = IpAddr::V4(address.ip);
-        self.registry.check_address(&uid, ip)?;
+        let ips: Vec<IpAddr> = addresses.iter().map(|address| address.ip).collect();
+        self.registry.check_addresses(&uid, &ips)?;
         let (enrolment, listeners) = tokio::task::block_in_place(|| {
             Enrolment::begin(
                 kernel,
                 spec,
                 netns,
-                address,
+                &addresses,
                 identity.clone(),
-                self.packet_mark,
+                self.routing,
                 known,
             )
         })?;
@@ -218,7 +219,7 @@ impl Pods {
         self.registry.insert(Arc::clone(&pod));
         pods.insert(uid.clone(), (enrolment, proxy));
         self.remember(running);
-        tracing::info!(pod = %uid, identity = %pod.identity, ip = %pod.ip, "pod enrolled");
+        tracing::info!(pod = %uid, identity = %pod.identity, addresses = ?pod.addresses, "pod enrolled");
         Ok(pod)
     }
 
@@ -227,7 +228,7 @@ impl Pods {
         let mut running = self.running.lock().await;
         if let Some(waiting) = running.waiting.remove(uid) {
             let forgotten = tokio::task::block_in_place(|| {
-                Enrolment::forget(&running.kernel, waiting.known, self.packet_mark)
+                Enrolment::forget(&running.kernel, waiting.known, self.routing)
             });
             self.remember(&running);
             return forgotten;

@@ -1,6 +1,10 @@
 //! Opening connections from inside a pod's namespace, with a deadline.
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use socket2::{SockRef, Socket};
 use tokio::{net::TcpStream, time::timeout};
@@ -10,17 +14,32 @@ use crate::{enrol::LocalPod, kernel::PodSockets};
 /// How long a peer or application has to accept a connection.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 
-/// A connection out of the pod, with the pod's address as source.
-pub(super) async fn out_of_pod(
-    sockets: PodSockets,
-    destination: SocketAddr,
-) -> io::Result<TcpStream> {
-    connect(sockets.outgoing()?, destination).await
+/// The address that what a pod's client began goes on from; `None` for the one the kernel chooses.
+///
+/// The kernel chooses as it would for the client itself, unless that has chosen another of the pod's addresses.
+pub(super) fn source(pod: &LocalPod, client: IpAddr, target: IpAddr) -> Option<IpAddr> {
+    let same_family = |ip: &&IpAddr| ip.is_ipv4() == client.is_ipv4();
+    let primary = pod.addresses.iter().find(same_family);
+    let chosen = primary != Some(&client) && pod.has_address(client);
+    (chosen && client.is_ipv4() == target.is_ipv4()).then_some(client)
 }
 
-/// A tunnel out of the pod, with the pod's address as source.
-pub(super) async fn tunnel(sockets: PodSockets, destination: SocketAddr) -> io::Result<TcpStream> {
-    connect(sockets.tunnel()?, destination).await
+/// A connection out of the pod.
+pub(super) async fn out_of_pod(
+    sockets: PodSockets,
+    from: Option<IpAddr>,
+    destination: SocketAddr,
+) -> io::Result<TcpStream> {
+    connect(sockets.outgoing(destination, from)?, destination).await
+}
+
+/// A tunnel out of the pod.
+pub(super) async fn tunnel(
+    sockets: PodSockets,
+    from: Option<IpAddr>,
+    destination: SocketAddr,
+) -> io::Result<TcpStream> {
+    connect(sockets.tunnel(destination, from)?, destination).await
 }
 
 /// A connection to the pod's application that shows it `client` as its peer.
@@ -29,7 +48,7 @@ pub(super) async fn to_application(
     client: SocketAddr,
     target: SocketAddr,
 ) -> io::Result<TcpStream> {
-    match connect(pod.sockets.to_application(client)?, target).await {
+    match connect(pod.sockets.to_application(client, target)?, target).await {
         // The client's port is in use towards this target, by a connection that is just ending: another port will do.
         Err(error)
             if matches!(
@@ -38,14 +57,19 @@ pub(super) async fn to_application(
             ) =>
         {
             connect(
-                pod.sockets
-                    .to_application(SocketAddr::new(client.ip(), 0))?,
+                pod.sockets.to_application(with_port(client, 0), target)?,
                 target,
             )
             .await
         }
         result => result,
     }
+}
+
+/// The same address, with what belongs to it, and another port.
+pub(super) fn with_port(mut address: SocketAddr, port: u16) -> SocketAddr {
+    address.set_port(port);
+    address
 }
 
 async fn connect(socket: Socket, destination: SocketAddr) -> io::Result<TcpStream> {

@@ -211,7 +211,6 @@ mod tests {
 
     #[test]
     fn only_the_port_of_the_tunnels_own_address_is_believed() {
-        let source: IpAddr = "10.0.0.7".parse().unwrap();
         for (header, port) in [
             (Some("for=\"10.0.0.7:4000\""), 4000),
             (Some("proto=tcp; for=\"10.0.0.7:4000\""), 4000),
@@ -222,12 +221,28 @@ mod tests {
             (Some("\"\"\"for=;;,,="), 0),
             (None, 0),
         ] {
+            let source: IpAddr = "10.0.0.7".parse().unwrap();
             let found = forwarded(header, |address| address.ip() == source);
             assert_eq!(
                 found.map_or(0, |address| address.port()),
                 port,
                 "{header:?}"
             );
+        }
+    }
+
+    #[test]
+    fn an_ipv6_address_is_read_in_brackets() {
+        let source: IpAddr = "fd00::7".parse().unwrap();
+        for (header, port) in [
+            ("for=\"[fd00::7]:4000\"", 4000),
+            ("for=\"[fd00:0:0::7]:4000\";proto=tcp", 4000),
+            ("for=\"[fd00::8]:4000\"", 0),
+            ("for=\"fd00::7:4000\"", 0),
+            ("for=\"[fd00::7]\"", 0),
+        ] {
+            let found = forwarded(Some(header), |address| address.ip() == source);
+            assert_eq!(found.map_or(0, |found| found.port()), port, "{header}");
         }
     }
 }

@@ -1,7 +1,5 @@
 //! Into a pod: policy, then the application. Plaintext connections arrive here; `hbone_server` shares the rest.
 
-use std::net::SocketAddr;
-
 use tokio::net::TcpStream;
 
 use super::{
@@ -118,7 +116,7 @@ pub(super) async fn handle_plaintext(ours: Ours, stream: TcpStream) {
         }
     };
     // The client's own port is taken in this namespace, by the very connection that was accepted.
-    let seen_as = SocketAddr::new(source.ip(), 0);
+    let seen_as = dial::with_port(source, 0);
     match dial::to_application(&ours.pod, seen_as, destination).await {
         Ok(application) => {
             report

@@ -36,7 +36,14 @@ use crate::{
 /// Decides about connections to pods of this node on behalf of the kernel part, which remembers it.
 pub trait Judge: Send + Sync {
     /// `None` when the destination is not a pod of this node that may be reached directly.
-    fn judge(&self, source: &LocalPod, destination: std::net::SocketAddr) -> Option<Evaluation>;
+    ///
+    /// `source_ip` is the address that the connection comes from.
+    fn judge(
+        &self,
+        source: &LocalPod,
+        source_ip: std::net::IpAddr,
+        destination: std::net::SocketAddr,
+    ) -> Option<Evaluation>;
 }
 
 /// What every connection needs.

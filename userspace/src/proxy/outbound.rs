@@ -64,6 +64,8 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream) {
     let mut report = Report::new(&ours.context.telemetry, source, destination);
     report.describe(Direction::Outbound, Reporter::Source, FlowPath::Plaintext);
     report.source(client.as_deref(), Some(&ours.pod.identity));
+    let steered = ours.pod.sockets.steered(&stream);
+    report.not_direct(steered.reason);
     // Somebody in the pod connected to the agent's port, not through it.
     if is_own(&ours.pod, destination.ip()) {
         dial::reset(stream);
@@ -72,7 +74,13 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream) {
     }
     // Without a mesh nothing is known to be outside of it, and a pod of it must not be reached in plaintext.
     let route = if known {
-        route(&mesh, &ours.context.network, destination, client.as_deref())
+        route(
+            &mesh,
+            &ours.context.network,
+            destination,
+            client.as_deref(),
+            steered.chosen,
+        )
     } else {
         Route::Nowhere("the mesh is not known yet")
     };
@@ -89,7 +97,7 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream) {
         } => {
             report.destination(workload.as_deref(), None);
             report.service(service.as_deref());
-            passthrough::carry(&ours, stream, target, report).await;
+            passthrough::carry(&ours, stream, source, target, report).await;
         }
         Route::Tunnel {
             workload,
@@ -99,7 +107,7 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream) {
             report.describe(Direction::Outbound, Reporter::Source, FlowPath::Hbone);
             report.destination(Some(&workload), Some(workload.identity()));
             report.service(service.as_deref());
-            if let Some(evaluation) = ours.context.judge.judge(&ours.pod, target)
+            if let Some(evaluation) = ours.context.judge.judge(&ours.pod, source.ip(), target)
                 && let Decision::Deny(reason) = evaluation.decision
                 && ours.context.knobs.asks_policy()
             {
@@ -127,7 +135,15 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream) {
 }
 
 /// Decides the way: service by its rules, workload by what it speaks, everything else as it is.
-fn route(mesh: &Mesh, network: &str, destination: SocketAddr, client: Option<&Workload>) -> Route {
+///
+/// `chosen` is the endpoint that the kernel part has chosen already, so that the shares are those of one choice, not of two.
+fn route(
+    mesh: &Mesh,
+    network: &str,
+    destination: SocketAddr,
+    client: Option<&Workload>,
+    chosen: Option<SocketAddr>,
+) -> Route {
     match mesh.lookup(network, destination.ip(), client) {
         Destination::Unknown => Route::Plain {
             workload: None,
@@ -148,7 +164,14 @@ fn route(mesh: &Mesh, network: &str, destination: SocketAddr, client: Option<&Wo
             }
         }
         Destination::Service(service) => {
-            match mesh.choose_endpoint(&service, destination.port(), client, &mut random) {
+            // The mesh may have changed since: what is not a candidate any more is not taken.
+            let chosen = chosen.and_then(|chosen| {
+                let workload = mesh.endpoint_at(&service, destination, client, chosen)?;
+                Some((workload, chosen))
+            });
+            match chosen
+                .or_else(|| mesh.choose_endpoint(&service, destination, client, &mut random))
+            {
                 Some((workload, target)) => to_workload(workload, target, network, Some(service)),
                 None => Route::Nowhere("the service has no healthy endpoint for this port"),
             }
@@ -230,7 +253,9 @@ async fn tunnel(
             );
         }
     };
+    let from = dial::source(&ours.pod, source.ip(), target.ip());
     let key = PoolKey {
+        from,
         source: ours.pod.uid().as_str().into(),
         identity: ours.pod.identity.clone(),
         destination: tunnel_address,
@@ -243,7 +268,7 @@ async fn tunnel(
         traceparent: None,
     };
     let sockets = ours.pod.sockets.clone();
-    let dial = move || dial::tunnel(sockets.clone(), tunnel_address);
+    let dial = move || dial::tunnel(sockets.clone(), from, tunnel_address);
     let connecting = ours.worker.pool.connect(&key, &certificate, &request, dial);
     let connected = tokio::select! {
         connected = connecting => connected,

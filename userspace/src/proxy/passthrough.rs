@@ -1,4 +1,4 @@
-//! Out of a pod to what is not in the mesh: plain TCP, with the pod's own address as source.
+//! Out of a pod to what is not in the mesh: plain TCP, with an address of the pod as source.
 
 use std::net::SocketAddr;
 
@@ -6,8 +6,15 @@ use tokio::net::TcpStream;
 
 use super::{dial, pod::Ours, report::Report};
 
-pub(super) async fn carry(ours: &Ours, stream: TcpStream, destination: SocketAddr, report: Report) {
-    match dial::out_of_pod(ours.pod.sockets.clone(), destination).await {
+pub(super) async fn carry(
+    ours: &Ours,
+    stream: TcpStream,
+    source: SocketAddr,
+    destination: SocketAddr,
+    report: Report,
+) {
+    let from = dial::source(&ours.pod, source.ip(), destination.ip());
+    match dial::out_of_pod(ours.pod.sockets.clone(), from, destination).await {
         Ok(upstream) => {
             report
                 .carry(stream, upstream, &ours.stop.close, || false)

@@ -63,6 +63,11 @@ impl Report {
         self.record.hbone_addr = Some(target);
     }
 
+    /// Why the kernel part gave the connection to the agent.
+    pub fn not_direct(&mut self, reason: Option<culvert_abi::Reason>) {
+        self.record.not_direct = reason;
+    }
+
     pub fn policy(&mut self, policy: Option<&PolicyName>) {
         self.record.policy = policy.map(ToString::to_string);
     }

@@ -1,73 +1,186 @@
 //! The access log: one line per connection when it ends, target `access`, error level for failures. Field names and
-//! their order are those of ztunnel, so that parsers made for it work; `path`, `rtt`, `retransmits` and `policy` are ours.
+//! their order are those of ztunnel, so that parsers made for it work; `path`, `not_direct`, `end`, `connect_latency`, `rtt`,
+//! `retransmits` and `policy` are ours. Lines are rendered by the log's own thread, from a record that others share.
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::SystemTime;
 
 use tracing::Level;
 
-use super::record::FlowRecord;
+use super::flows::FlowEvent;
+use super::line::{Fields, Head};
+use super::record::{FlowRecord, Party};
+use super::writer::LogWriter;
+use crate::config::LogFormat;
 
-/// Logs one ended or refused connection.
-pub fn log_connection(record: &FlowRecord) {
-    macro_rules! line {
-        ($level:expr) => {
-            tracing::event!(
-                target: "access",
-                $level,
-                src.addr = %record.source_addr,
-                src.workload = record.source.name.as_deref(),
-                src.namespace = record.source.namespace.as_deref(),
-                src.identity = identity(&record.source).as_deref(),
-                dst.addr = %record.destination_addr,
-                dst.hbone_addr = record.hbone_addr.map(tracing::field::display),
-                dst.service = record.service.as_ref().map(|service| service.hostname.as_str()),
-                dst.workload = record.destination.name.as_deref(),
-                dst.namespace = record.destination.namespace.as_deref(),
-                dst.identity = identity(&record.destination).as_deref(),
-                direction = record.direction.as_str(),
-                bytes_sent = record.bytes_sent,
-                bytes_recv = record.bytes_received,
-                duration = format!("{}ms", record.duration.as_millis()).as_str(),
-                path = record.path.as_str(),
-                rtt = record.rtt.map(micros).as_deref(),
-                retransmits = record.retransmits,
-                policy = record.policy.as_deref(),
-                error = record.error.as_deref(),
-                "connection complete"
-            )
+const TARGET: &str = "access";
+
+/// Where ended and refused connections are logged; the default is nowhere.
+#[derive(Clone, Default)]
+pub struct AccessLog(Option<Open>);
+
+#[derive(Clone)]
+struct Open {
+    writer: LogWriter,
+    format: LogFormat,
+}
+
+/// A connection that has ended, not rendered yet.
+#[derive(Clone, Debug)]
+pub(super) struct AccessLine {
+    pub time: SystemTime,
+    pub event: Arc<FlowEvent>,
+}
+
+impl std::fmt::Debug for AccessLog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("AccessLog")
+    }
+}
+
+impl AccessLog {
+    pub(super) fn new(writer: LogWriter, format: LogFormat) -> Self {
+        Self(Some(Open { writer, format }))
+    }
+
+    /// Whether connections that ended well are logged: without, their records need not be made.
+    pub fn has_every_line(&self) -> bool {
+        self.0.is_some() && is_enabled(false)
+    }
+
+    /// Lines dropped because the log is not read fast enough; for the metrics.
+    pub fn lost_lines(&self) -> Option<Arc<AtomicU64>> {
+        self.0.as_ref().map(|open| open.writer.lost())
+    }
+
+    /// Logs connections as the filter says.
+    pub(super) fn log(&self, mut lines: Vec<AccessLine>) {
+        let Some(open) = &self.0 else {
+            return;
         };
-    }
-    match record.error {
-        None => line!(Level::INFO),
-        Some(_) => line!(Level::ERROR),
+        let (well, failed) = (is_enabled(false), is_enabled(true));
+        lines.retain(|line| {
+            if line.event.flow().error.is_some() {
+                failed
+            } else {
+                well
+            }
+        });
+        open.writer.access(lines, open.format);
     }
 }
 
-fn identity(party: &super::Party) -> Option<String> {
-    party.identity.as_ref().map(ToString::to_string)
+fn is_enabled(failure: bool) -> bool {
+    if failure {
+        tracing::enabled!(target: TARGET, Level::ERROR)
+    } else {
+        tracing::enabled!(target: TARGET, Level::INFO)
+    }
 }
 
-fn micros(rtt: Duration) -> String {
-    format!("{}us", rtt.as_micros())
+impl AccessLine {
+    /// Appends the line.
+    pub fn render(&self, format: LogFormat, out: &mut String) {
+        render(self.event.flow(), self.time, format, out);
+    }
+}
+
+#[cfg(test)]
+impl Default for AccessLine {
+    fn default() -> Self {
+        let event = FlowEvent::Closed {
+            time_ms: 0,
+            flow: FlowRecord::default(),
+        };
+        Self {
+            time: SystemTime::UNIX_EPOCH,
+            event: Arc::new(event),
+        }
+    }
+}
+
+fn render(record: &FlowRecord, time: SystemTime, format: LogFormat, out: &mut String) {
+    let head = Head {
+        time,
+        level: if record.error.is_some() {
+            "error"
+        } else {
+            "info"
+        },
+        target: TARGET,
+        message: "connection complete",
+    };
+    let mut line = Fields::after(&head, format, out);
+    line.address("src.addr", record.source_addr);
+    name(&mut line, "src.workload", "src.namespace", &record.source);
+    identity(&mut line, "src.identity", &record.source);
+    line.address("dst.addr", record.destination_addr);
+    if let Some(address) = record.hbone_addr {
+        line.address("dst.hbone_addr", address);
+    }
+    if let Some(service) = &record.service {
+        line.text("dst.service", &service.hostname);
+    }
+    let destination = &record.destination;
+    name(&mut line, "dst.workload", "dst.namespace", destination);
+    identity(&mut line, "dst.identity", destination);
+    line.text("direction", record.direction.as_str());
+    line.number("bytes_sent", record.bytes_sent);
+    line.number("bytes_recv", record.bytes_received);
+    line.amount("duration", record.duration.as_millis(), "ms");
+    line.text("path", record.path.as_str());
+    if let Some(reason) = &record.not_direct {
+        line.text("not_direct", reason);
+    }
+    if let Some(end) = record.end {
+        line.text("end", end.as_str());
+    }
+    if let Some(latency) = record.connect_latency {
+        line.amount("connect_latency", latency.as_micros(), "us");
+    }
+    if let Some(rtt) = record.rtt {
+        line.amount("rtt", rtt.as_micros(), "us");
+    }
+    if let Some(retransmits) = record.retransmits {
+        line.number("retransmits", retransmits.into());
+    }
+    if let Some(policy) = &record.policy {
+        line.text("policy", policy);
+    }
+    if let Some(error) = &record.error {
+        line.text("error", error);
+    }
+    line.end();
+}
+
+fn name(line: &mut Fields<'_>, workload: &str, namespace: &str, party: &Party) {
+    if let Some(value) = &party.name {
+        line.text(workload, value);
+    }
+    if let Some(value) = &party.namespace {
+        line.text(namespace, value);
+    }
+}
+
+fn identity(line: &mut Fields<'_>, field: &str, party: &Party) {
+    if let Some(identity) = &party.identity {
+        line.text(field, &identity.to_string());
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::logging::{Kept, subscriber};
-    use super::super::record::{Direction, FlowPath, Party, ServiceName};
+    use super::super::record::{Direction, FlowEnd, FlowPath, ServiceName};
     use super::*;
-    use crate::config::{LogFilter, LogFormat};
     use crate::policy::Identity;
-    use std::sync::Arc;
+    use std::time::Duration;
 
     fn logged(record: &FlowRecord, format: LogFormat) -> String {
-        let kept = Kept::default();
-        let filter = LogFilter::parse("info").unwrap();
-        let subscriber = subscriber(&filter, format, kept.clone()).unwrap();
-        tracing::subscriber::with_default(subscriber, || log_connection(record));
-        let lines = kept.0.lock().unwrap();
-        assert_eq!(lines.len(), 1);
-        lines[0].clone()
+        let mut text = String::new();
+        render(record, SystemTime::now(), format, &mut text);
+        assert_eq!(text.matches('\n').count(), 1);
+        text
     }
 
     fn party(name: &str) -> Arc<Party> {
@@ -92,9 +205,12 @@ mod tests {
             })),
             direction: Direction::Inbound,
             path: FlowPath::Hbone,
+            not_direct: Some(culvert_abi::Reason::SteeredRemote),
             bytes_sent: 175,
             bytes_received: 80,
             duration: Duration::from_micros(1500),
+            end: Some(FlowEnd::ResetByPeer),
+            connect_latency: Some(Duration::from_micros(300)),
             rtt: Some(Duration::from_micros(120)),
             retransmits: Some(2),
             policy: Some("shop/allow".to_owned()),
@@ -117,8 +233,8 @@ mod tests {
              dst.addr=10.0.0.2:15008 dst.hbone_addr=10.0.0.2:80 dst.service=\"server.shop.svc\" \
              dst.workload=\"server\" dst.namespace=\"shop\" \
              dst.identity=\"spiffe://cluster.local/ns/shop/sa/server\" direction=\"inbound\" \
-             bytes_sent=175 bytes_recv=80 duration=\"1ms\" path=\"hbone\" rtt=\"120us\" retransmits=2 \
-             policy=\"shop/allow\"\n"
+             bytes_sent=175 bytes_recv=80 duration=\"1ms\" path=\"hbone\" not_direct=\"steered_remote\" \
+             rtt=\"120us\" retransmits=2 policy=\"shop/allow\"\n"
         );
     }
 

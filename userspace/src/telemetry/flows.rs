@@ -5,15 +5,15 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{Notify, broadcast};
 
 use super::record::FlowRecord;
 
 /// Events a follower may lag behind.
 const FOLLOWER_LAG: usize = 1024;
 /// Events kept for those who come later.
-const RECENT: usize = 512;
+pub(super) const RECENT: usize = 512;
 
 /// Something that happened to a flow.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +26,13 @@ pub enum FlowEvent {
         /// What is known so far.
         flow: FlowRecord,
     },
+    /// It is still open; told now and then.
+    Report {
+        /// When, in milliseconds since 1970.
+        time_ms: u64,
+        /// What it has come to by now.
+        flow: FlowRecord,
+    },
     /// It ended, or was refused.
     Closed {
         /// When, in milliseconds since 1970.
@@ -35,10 +42,22 @@ pub enum FlowEvent {
     },
 }
 
+impl FlowEvent {
+    /// The connection.
+    pub fn flow(&self) -> &FlowRecord {
+        match self {
+            Self::Opened { flow, .. } | Self::Report { flow, .. } | Self::Closed { flow, .. } => {
+                flow
+            }
+        }
+    }
+}
+
 /// The publishing end.
 #[derive(Debug)]
 pub struct Feed {
     live: broadcast::Sender<Arc<FlowEvent>>,
+    joined: Notify,
     recent: Mutex<VecDeque<Arc<FlowEvent>>>,
 }
 
@@ -62,6 +81,7 @@ impl Default for Feed {
     fn default() -> Self {
         Self {
             live: broadcast::Sender::new(FOLLOWER_LAG),
+            joined: Notify::new(),
             recent: Mutex::new(VecDeque::with_capacity(RECENT)),
         }
     }
@@ -70,24 +90,50 @@ impl Default for Feed {
 impl Feed {
     /// Publishes an event to the followers of this moment and keeps it for a while.
     pub fn publish(&self, event: FlowEvent) {
-        let event = Arc::new(event);
+        self.publish_all(&[Arc::new(event)]);
+    }
+
+    /// Publishes events in their order.
+    pub fn publish_all(&self, events: &[Arc<FlowEvent>]) {
         let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
-        while recent.len() >= RECENT {
-            recent.pop_front();
+        // Under the lock, so that a new follower sees each event once.
+        if self.is_followed() {
+            for event in events {
+                // The last follower may have gone just now.
+                let _ = self.live.send(event.clone());
+            }
         }
-        recent.push_back(event.clone());
-        // Under the lock, so that a new follower sees each event once. No follower is no error.
-        let _ = self.live.send(event);
+        let kept = events.len().min(RECENT);
+        let overdue = (recent.len() + kept).saturating_sub(RECENT);
+        recent.drain(..overdue.min(recent.len()));
+        recent.extend(events.iter().skip(events.len() - kept).cloned());
+    }
+
+    /// Tells those who follow now, and nobody who comes later.
+    pub fn whisper(&self, event: FlowEvent) {
+        let _ = self.live.send(Arc::new(event));
+    }
+
+    /// Whether anybody follows.
+    pub fn is_followed(&self) -> bool {
+        self.live.receiver_count() > 0
+    }
+
+    /// Waits until somebody begins to follow. Safe to cancel.
+    pub async fn joined(&self) {
+        self.joined.notified().await;
     }
 
     /// Follows from now on, beginning with at most `earlier` of the latest events.
     pub fn follow(&self, earlier: usize) -> Follower {
         let recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
         let skipped = recent.len().saturating_sub(earlier);
-        Follower {
+        let follower = Follower {
             earlier: recent.iter().skip(skipped).cloned().collect(),
             live: self.live.subscribe(),
-        }
+        };
+        self.joined.notify_one();
+        follower
     }
 }
 

@@ -2,6 +2,7 @@
 //! no value can end its quotes, and no terminal acts on it; so nobody can forge a line or a field.
 
 use std::fmt::Write;
+use std::net::SocketAddr;
 use std::time::SystemTime;
 
 use time::OffsetDateTime;
@@ -36,48 +37,137 @@ impl Line {
     /// The line with its newline.
     pub fn render(&self, format: LogFormat) -> String {
         let mut out = String::with_capacity(512);
-        match format {
-            LogFormat::Text => self.text(&mut out),
-            LogFormat::Json => self.json(&mut out),
+        let head = Head {
+            time: self.time,
+            level: self.level,
+            target: &self.target,
+            message: &self.message,
+        };
+        let mut line = Fields::after(&head, format, &mut out);
+        for (name, value) in &self.fields {
+            match value {
+                Value::Plain(text) => line.plain(name, text),
+                Value::Literal(text) => line.literal(name, text),
+                Value::Text(text) => line.text(name, text),
+            }
         }
-        out.push('\n');
+        line.end();
         out
     }
+}
 
-    /// Columns separated by tabs; fields by spaces. Tabs in values are escaped.
-    fn text(&self, out: &mut String) {
-        timestamp(self.time, out);
-        let _ = write!(out, "\t{}\t", self.level);
-        escape(&self.target, out);
-        out.push('\t');
-        escape(&self.message, out);
-        let mut separator = '\t';
-        for (name, value) in &self.fields {
-            out.push(separator);
-            separator = ' ';
-            let _ = write!(out, "{name}=");
-            match value {
-                Value::Plain(text) | Value::Literal(text) if is_plain(text) => out.push_str(text),
-                Value::Plain(text) | Value::Literal(text) | Value::Text(text) => quote(text, out),
+/// What every line begins with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Head<'a> {
+    pub time: SystemTime,
+    pub level: &'static str,
+    pub target: &'a str,
+    pub message: &'a str,
+}
+
+/// A line that is being written, field by field. In text, columns are separated by tabs, fields by spaces, and tabs in
+/// values are escaped.
+pub(super) struct Fields<'a> {
+    out: &'a mut String,
+    format: LogFormat,
+    separator: char,
+}
+
+impl<'a> Fields<'a> {
+    pub fn after(head: &Head<'_>, format: LogFormat, out: &'a mut String) -> Self {
+        match format {
+            LogFormat::Text => {
+                timestamp(head.time, out);
+                out.push('\t');
+                out.push_str(head.level);
+                out.push('\t');
+                escape(head.target, out);
+                out.push('\t');
+                escape(head.message, out);
+            }
+            LogFormat::Json => {
+                out.push_str("{\"level\":\"");
+                out.push_str(head.level);
+                out.push_str("\",\"time\":\"");
+                timestamp(head.time, out);
+                out.push_str("\",\"scope\":");
+                quote(head.target, out);
+                out.push_str(",\"message\":");
+                quote(head.message, out);
+            }
+        }
+        Self {
+            out,
+            format,
+            separator: '\t',
+        }
+    }
+
+    fn name(&mut self, name: &str) {
+        match self.format {
+            LogFormat::Text => {
+                self.out.push(self.separator);
+                self.separator = ' ';
+                self.out.push_str(name);
+                self.out.push('=');
+            }
+            LogFormat::Json => {
+                self.out.push_str(",\"");
+                self.out.push_str(name);
+                self.out.push_str("\":");
             }
         }
     }
 
-    fn json(&self, out: &mut String) {
-        let _ = write!(out, "{{\"level\":\"{}\",\"time\":\"", self.level);
-        timestamp(self.time, out);
-        out.push_str("\",\"scope\":");
-        quote(&self.target, out);
-        out.push_str(",\"message\":");
-        quote(&self.message, out);
-        for (name, value) in &self.fields {
-            let _ = write!(out, ",\"{name}\":");
-            match value {
-                Value::Literal(text) => out.push_str(text),
-                Value::Plain(text) | Value::Text(text) => quote(text, out),
-            }
+    /// Text, quoted.
+    pub fn text(&mut self, name: &str, value: &str) {
+        self.name(name);
+        quote(value, self.out);
+    }
+
+    /// Bare in text if it is plain, quoted in JSON.
+    pub fn plain(&mut self, name: &str, value: &str) {
+        self.name(name);
+        match self.format {
+            LogFormat::Text if is_plain(value) => self.out.push_str(value),
+            _ => quote(value, self.out),
         }
-        out.push('}');
+    }
+
+    /// A number or truth value: bare in both.
+    pub fn literal(&mut self, name: &str, value: &str) {
+        self.name(name);
+        match self.format {
+            LogFormat::Text if !is_plain(value) => quote(value, self.out),
+            _ => self.out.push_str(value),
+        }
+    }
+
+    pub fn number(&mut self, name: &str, value: u64) {
+        self.name(name);
+        let _ = write!(self.out, "{value}");
+    }
+
+    /// What displays as plain text; for others there is [`Self::plain`].
+    pub fn address(&mut self, name: &str, value: SocketAddr) {
+        self.name(name);
+        let _ = match self.format {
+            LogFormat::Text => write!(self.out, "{value}"),
+            LogFormat::Json => write!(self.out, "\"{value}\""),
+        };
+    }
+
+    /// A number with its unit, quoted.
+    pub fn amount(&mut self, name: &str, value: u128, unit: &str) {
+        self.name(name);
+        let _ = write!(self.out, "\"{value}{unit}\"");
+    }
+
+    pub fn end(self) {
+        if self.format == LogFormat::Json {
+            self.out.push('}');
+        }
+        self.out.push('\n');
     }
 }
 
@@ -112,6 +202,11 @@ fn quote(text: &str, out: &mut String) {
 /// JSON's escapes, and more than JSON asks for: all control characters (a terminal obeys C1 as well), line and
 /// paragraph separators, and characters that change the direction of text.
 fn escape(text: &str, out: &mut String) {
+    let harmless = |byte: u8| (b' '..=b'~').contains(&byte) && byte != b'"' && byte != b'\\';
+    if text.len() <= MAX_VALUE && text.bytes().all(harmless) {
+        out.push_str(text);
+        return;
+    }
     for (at, c) in text.char_indices() {
         if at >= MAX_VALUE {
             out.push('…');

@@ -3,8 +3,6 @@
 //! Set up once by `culvert node`. Spans are not shown.
 
 use std::fmt::Debug;
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::{Duration, SystemTime};
 
 use tracing::field::{Field, Visit};
@@ -13,6 +11,7 @@ use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
 
+use super::access_log::AccessLog;
 use super::line::{Line, Value};
 use super::writer::{LineSink, LogWriter};
 use crate::config::{LogFilter, LogFormat};
@@ -40,12 +39,13 @@ pub enum LoggingError {
 #[must_use = "the log's last lines are written when this is dropped"]
 pub struct LogGuard {
     writer: LogWriter,
+    format: LogFormat,
 }
 
 impl LogGuard {
-    /// Lines dropped because the log is not read fast enough; for the metrics.
-    pub fn lost_lines(&self) -> Arc<AtomicU64> {
-        self.writer.lost()
+    /// Where connections are logged.
+    pub fn access_log(&self) -> AccessLog {
+        AccessLog::new(self.writer.clone(), self.format)
     }
 }
 
@@ -64,7 +64,7 @@ pub fn start(filter: &LogFilter, format: LogFormat) -> Result<LogGuard, LoggingE
     subscriber(filter, format, writer.clone())?
         .try_init()
         .map_err(|_| LoggingError::Twice)?;
-    Ok(LogGuard { writer })
+    Ok(LogGuard { writer, format })
 }
 
 /// The same to any sink.

@@ -12,10 +12,10 @@ mod party;
 mod record;
 mod writer;
 
-pub use access_log::log_connection;
+pub use access_log::AccessLog;
 pub use flows::{Feed, FlowEvent, Follower, Next};
 pub use hub::Telemetry;
-pub use metrics::{KernelCounters, Metrics, OpenFlow};
+pub use metrics::{KernelCounters, Metrics, OpenFlow, PairSeries};
 pub use record::{
-    Direction, FlowPath, FlowRecord, Party, Reporter, ResponseFlags, Security, ServiceName,
+    Direction, FlowEnd, FlowPath, FlowRecord, Party, Reporter, ResponseFlags, Security, ServiceName,
 };

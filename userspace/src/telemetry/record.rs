@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use culvert_abi::Reason;
+
 use crate::policy::Identity;
 
 /// What is known of one end of a connection. Shared: one per workload, not one per connection.
@@ -87,6 +89,55 @@ pub enum FlowPath {
     /// Relayed as it came.
     #[default]
     Plaintext,
+}
+
+macro_rules! ends {
+    ($($(#[doc = $doc:literal])+ $variant:ident = $name:literal;)*) => {
+        /// How a connection ended, or why it was never established.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+        pub enum FlowEnd { $($(#[doc = $doc])+ #[serde(rename = $name)] $variant,)* }
+
+        impl FlowEnd {
+            /// All of them, in the order of their numbers.
+            pub const ALL: &[Self] = &[$(Self::$variant),*];
+
+            /// As it appears in labels and logs.
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $name),* }
+            }
+
+            /// One sentence for the metrics reference.
+            pub const fn describe(self) -> &'static str {
+                match self { $(Self::$variant => concat!($($doc),+)),* }
+            }
+        }
+    };
+}
+ends! {
+    /// Both sides closed in order.
+    Fin = "fin";
+    /// The client reset it: it closed without reading everything, without lingering, or was killed.
+    ResetByClient = "reset_by_client";
+    /// The server reset it.
+    ResetByPeer = "reset_by_peer";
+    /// The other side did not answer any more, or never.
+    Timeout = "timeout";
+    /// Policy came to forbid it and the agent cut it.
+    Revoked = "revoked";
+    /// Somebody else than the agent destroyed the socket.
+    Destroyed = "destroyed";
+    /// Nobody listens.
+    Refused = "refused";
+    /// The network said that the other side cannot be reached.
+    Unreachable = "unreachable";
+    /// Policy refused it.
+    Denied = "denied";
+    /// It could not be carried for another reason; the log line's error says which.
+    Failed = "failed";
+    /// The agent or the pod stopped.
+    Stopped = "stopped";
+    /// Not known: its report was lost.
+    Unknown = "unknown";
 }
 
 /// Why a connection failed, in the short form of the `response_flags` label.
@@ -173,6 +224,13 @@ pub struct FlowRecord {
     pub reporter: Reporter,
     /// The way the bytes took.
     pub path: FlowPath,
+    /// Why it is not direct, where the kernel part gave it to the agent: a reason of `culvert_kernel_decisions_total`.
+    #[serde(
+        default,
+        with = "reason_name",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub not_direct: Option<Reason>,
     /// Bytes from server to client, whoever reports: Istio's "sent during response".
     pub bytes_sent: u64,
     /// Bytes from client to server, whoever reports: Istio's "received during request".
@@ -180,6 +238,17 @@ pub struct FlowRecord {
     /// From open to end.
     #[serde(rename = "duration_us", with = "micros")]
     pub duration: Duration,
+    /// How it ended; none while it is open.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end: Option<FlowEnd>,
+    /// From SYN to establishment, where the kernel measured it.
+    #[serde(
+        rename = "connect_latency_us",
+        default,
+        with = "micros_option",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub connect_latency: Option<Duration>,
     /// Smoothed round-trip time, where the kernel measured one.
     #[serde(
         rename = "rtt_us",
@@ -203,6 +272,11 @@ pub struct FlowRecord {
     pub security: Security,
 }
 
+impl FlowPath {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; 3] = [Self::Direct, Self::Hbone, Self::Plaintext];
+}
+
 impl FlowRecord {
     /// A connection of which only the addresses are known.
     pub fn new(source_addr: SocketAddr, destination_addr: SocketAddr) -> Self {
@@ -216,9 +290,12 @@ impl FlowRecord {
             direction: Direction::default(),
             reporter: Reporter::default(),
             path: FlowPath::default(),
+            not_direct: None,
             bytes_sent: 0,
             bytes_received: 0,
             duration: Duration::ZERO,
+            end: None,
+            connect_latency: None,
             rtt: None,
             retransmits: None,
             policy: None,
@@ -247,6 +324,23 @@ mod identity_text {
         Option::<String>::deserialize(from)?
             .map(|text| Identity::parse(&text).map_err(serde::de::Error::custom))
             .transpose()
+    }
+}
+
+mod reason_name {
+    use super::*;
+
+    pub fn serialize<S: Serializer>(reason: &Option<Reason>, to: S) -> Result<S::Ok, S::Error> {
+        reason.map(Reason::name).serialize(to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Reason>, D::Error> {
+        let named = |name: String| {
+            let mut all = Reason::ALL.into_iter();
+            all.find(|reason| reason.name() == name)
+                .ok_or_else(|| serde::de::Error::custom(format!("{name:?} is not a reason")))
+        };
+        Option::<String>::deserialize(from)?.map(named).transpose()
     }
 }
 
@@ -326,9 +420,12 @@ mod tests {
             hbone_addr: Some("10.0.0.2:80".parse().unwrap()),
             service: Some(Arc::new(ServiceName::default())),
             duration: Duration::from_micros(1234),
+            end: Some(FlowEnd::ResetByPeer),
+            connect_latency: Some(Duration::from_micros(90)),
             rtt: Some(Duration::from_micros(70)),
             retransmits: Some(1),
             policy: Some("ns/p".into()),
+            not_direct: Some(Reason::SteeredRemote),
             error: Some("x\n\"".into()),
             response_flags: ResponseFlags::TlsFailure,
             ..FlowRecord::default()

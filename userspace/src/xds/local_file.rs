@@ -13,6 +13,7 @@ use serde_saphyr::{Error as YamlError, MessageFormatter, UserMessageFormatter};
 
 use crate::mesh::{MeshError, MeshResources};
 
+mod annotations;
 mod directories;
 mod format;
 mod scalars;

@@ -120,6 +120,7 @@ impl Server {
             certificate: self.ca.issue("client"),
             key: PoolKey {
                 source: "pod-1".into(),
+                from: None,
                 identity: identity("client"),
                 destination: self.address,
                 expected: ExpectedServer::one(identity("server")),

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -31,6 +31,8 @@ use crate::proxy::tls::{ExpectedServer, TestKnobs};
 pub struct PoolKey {
     /// Uid of the pod whose connections the tunnel carries.
     pub source: Arc<str>,
+    /// The address it leaves the pod from; `None` for the one that the kernel chooses.
+    pub from: Option<IpAddr>,
     pub identity: Identity,
     /// Where the tunnel ends, normally port 15008 of a pod or waypoint.
     pub destination: SocketAddr,

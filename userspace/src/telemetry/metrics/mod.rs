@@ -1,6 +1,7 @@
 //! The agent's metrics. `reference` lists them, `traffic` holds the istio_tcp series, this file has the rest and the
 //! exposition. Every other label has values from our own code only, so nothing from outside can make a series.
 
+mod histogram;
 pub mod reference;
 mod traffic;
 
@@ -11,16 +12,18 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
-use super::record::{FlowPath, FlowRecord};
+use super::record::{FlowEnd, FlowPath, FlowRecord};
+use histogram::{Histogram, Reading};
 pub use reference::metrics_reference;
 use reference::{Kind, Metric};
-pub use traffic::OpenFlow;
+pub use traffic::{OpenFlow, PairSeries};
 use traffic::{Series, Traffic};
 
 /// The media type of the exposition.
@@ -33,6 +36,8 @@ pub struct KernelCounters {
     pub decisions: Vec<(&'static str, u64)>,
     /// Flow events that found no room in the ring buffer.
     pub lost_events: u64,
+    /// Direct flows that are open.
+    pub open_flows: u64,
 }
 
 type KernelSource = Box<dyn Fn() -> KernelCounters + Send + Sync>;
@@ -52,10 +57,6 @@ impl Tally {
         self.with(word, |count| count.saturating_add(by));
     }
 
-    fn sub(&self, word: &'static str, by: u64) {
-        self.with(word, |count| count.saturating_sub(by));
-    }
-
     fn rows(&self) -> Vec<(Vec<String>, u64)> {
         let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         counts
@@ -65,13 +66,52 @@ impl Tally {
     }
 }
 
+/// Counts by path, without a lock.
+#[derive(Debug, Default)]
+struct PathCounts([AtomicU64; FlowPath::ALL.len()]);
+
+impl PathCounts {
+    fn of(&self, path: FlowPath) -> Option<&AtomicU64> {
+        self.0.get(path as usize)
+    }
+
+    fn add(&self, path: FlowPath, by: u64) {
+        if let Some(count) = self.of(path) {
+            count.fetch_add(by, Ordering::Relaxed);
+        }
+    }
+
+    fn sub(&self, path: FlowPath, by: u64) {
+        if let Some(count) = self.of(path) {
+            count.fetch_sub(by, Ordering::Relaxed);
+        }
+    }
+
+    fn read(&self) -> impl Iterator<Item = (FlowPath, u64)> {
+        let counts = self.0.iter().map(|count| count.load(Ordering::Relaxed));
+        FlowPath::ALL.into_iter().zip(counts)
+    }
+
+    fn rows(&self) -> Vec<(Vec<String>, u64)> {
+        let counted = self.read().filter(|(_, count)| *count > 0);
+        counted
+            .map(|(path, count)| (vec![path.as_str().to_owned()], count))
+            .collect()
+    }
+}
+
 /// Everything that is counted.
 #[derive(Default)]
 struct State {
     traffic: Traffic,
-    flows: Tally,
-    open_flows: Tally,
-    revoked: Tally,
+    flows: PathCounts,
+    open_flows: PathCounts,
+    revoked: PathCounts,
+    retransmits: PathCounts,
+    /// By the number of the end.
+    ended: [PathCounts; FlowEnd::ALL.len()],
+    connect: Histogram,
+    rtt: Histogram,
     mesh_updates: Tally,
     xds_messages: Tally,
     xds_terminations: Tally,
@@ -123,7 +163,32 @@ impl Metrics {
 
     /// An open connection was cut because policy came to forbid it.
     pub fn revoked(&self, path: FlowPath) {
-        self.state.revoked.add(path.as_str(), 1);
+        self.state.revoked.add(path, 1);
+    }
+
+    /// The series of direct flows between the parties of a record.
+    pub fn pair(&self, record: &FlowRecord) -> PairSeries {
+        PairSeries::new(self.state.clone(), record)
+    }
+
+    /// So many connections ended in this way, or never began.
+    pub fn ended(&self, path: FlowPath, end: FlowEnd, count: u64) {
+        if let Some(paths) = self.state.ended.get(end as usize) {
+            paths.add(path, count);
+        }
+    }
+
+    /// What the kernel measured of a direct flow.
+    pub fn measured(&self, connect: Duration, rtt: Duration) {
+        self.state.connect.observe(connect);
+        self.state.rtt.observe(rtt);
+    }
+
+    /// Segments that were sent again.
+    pub fn retransmits(&self, path: FlowPath, count: u64) {
+        if count > 0 {
+            self.state.retransmits.add(path, count);
+        }
     }
 
     /// The last pod of a workload is gone: its series go, once its connections have ended.
@@ -200,6 +265,22 @@ impl Collector for Exposition {
         let single = |value: u64| vec![(Vec::new(), value)];
         let loaded = |value: &AtomicU64| single(value.load(Ordering::Relaxed));
         let decisions = kernel.decisions.iter();
+        let open_flows = state.open_flows.read().map(|(path, count)| {
+            let of_kernel = match path {
+                FlowPath::Direct => kernel.open_flows,
+                FlowPath::Hbone | FlowPath::Plaintext => 0,
+            };
+            (vec![path.as_str().to_owned()], count + of_kernel)
+        });
+        let open_flows = open_flows.collect();
+        let ended = FlowEnd::ALL.iter().zip(&state.ended).flat_map(|(end, paths)| {
+            let counted = paths.read().filter(|(_, count)| *count > 0);
+            counted.map(|(path, count)| {
+                let labels = vec![path.as_str().to_owned(), end.as_str().to_owned()];
+                (labels, count)
+            })
+        });
+        let ended = ended.collect();
         let build = vec!["culvert".to_owned(), env!("CARGO_PKG_VERSION").to_owned()];
         let mut put =
             |metric: &Metric, rows: Vec<(Vec<String>, u64)>| family(&mut encoder, metric, &rows);
@@ -215,7 +296,9 @@ impl Collector for Exposition {
         put(&reference::ACTIVE_PODS, loaded(&state.active_pods))?;
         put(&reference::PENDING_PODS, loaded(&state.pending_pods))?;
         put(&reference::FLOWS, state.flows.rows())?;
-        put(&reference::OPEN_FLOWS, state.open_flows.rows())?;
+        put(&reference::OPEN_FLOWS, open_flows)?;
+        put(&reference::ENDED, ended)?;
+        put(&reference::RETRANSMITS, state.retransmits.rows())?;
         put(&reference::REVOKED, state.revoked.rows())?;
         let decisions = decisions.map(|(reason, count)| (vec![(*reason).to_owned()], *count));
         put(&reference::DECISIONS, decisions.collect())?;
@@ -230,8 +313,21 @@ impl Collector for Exposition {
         put(
             &reference::SERIES_OVERFLOW,
             single(state.traffic.overflowed()),
-        )
+        )?;
+        durations(&mut encoder, &reference::CONNECT, &state.connect.read())?;
+        durations(&mut encoder, &reference::RTT, &state.rtt.read())
     }
+}
+
+/// Writes a histogram.
+fn durations(
+    encoder: &mut DescriptorEncoder<'_>,
+    metric: &Metric,
+    reading: &Reading,
+) -> fmt::Result {
+    let mut encoder =
+        encoder.encode_descriptor(metric.name, metric.help, None, MetricType::Histogram)?;
+    encoder.encode_histogram::<NoLabelSet>(reading.sum, reading.count, &reading.buckets, None)
 }
 
 /// Writes one metric with its rows of label values; the values come in the order of the metric's labels.
@@ -246,6 +342,7 @@ fn family(
     let kind = match metric.kind {
         Kind::Counter => MetricType::Counter,
         Kind::Gauge => MetricType::Gauge,
+        Kind::Histogram => MetricType::Histogram,
     };
     let mut family = encoder.encode_descriptor(metric.name, metric.help, None, kind)?;
     for (values, value) in rows {
@@ -258,7 +355,7 @@ fn family(
         let mut sample = family.encode_family(&labels)?;
         match metric.kind {
             Kind::Counter => sample.encode_counter::<NoLabelSet, u64, u64>(value, None)?,
-            Kind::Gauge => sample.encode_gauge(value)?,
+            Kind::Gauge | Kind::Histogram => sample.encode_gauge(value)?,
         }
     }
     Ok(())

@@ -3,6 +3,8 @@
 
 use std::fmt::Write;
 
+use super::super::record::FlowEnd;
+
 /// What a metric counts like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -10,6 +12,8 @@ pub enum Kind {
     Counter,
     /// Rises and falls.
     Gauge,
+    /// Durations by size; exposed with `_bucket`, `_sum` and `_count`.
+    Histogram,
 }
 
 /// One metric.
@@ -30,7 +34,7 @@ impl Metric {
     pub fn exposed_name(&self) -> String {
         match self.kind {
             Kind::Counter => format!("{}_total", self.name),
-            Kind::Gauge => self.name.to_owned(),
+            Kind::Gauge | Kind::Histogram => self.name.to_owned(),
         }
     }
 }
@@ -86,9 +90,13 @@ metrics! {
     PENDING_PODS = Gauge "workload_manager_pending_proxy_count" &[], "Pods whose enrolment is not complete.";
     FLOWS = Counter "culvert_flows" &["path"], "Connections established, by the way their bytes take.";
     OPEN_FLOWS = Gauge "culvert_open_flows" &["path"], "Connections open now, by the way their bytes take.";
+    ENDED = Counter "culvert_flows_ended" &["path", "end"], "Connections that ended, or were refused or never established, by the way their bytes took and how they ended; the ends are below.";
+    RETRANSMITS = Counter "culvert_flow_retransmits" &["path"], "Segments that clients of direct connections sent again, counted when connections end.";
+    CONNECT = Histogram "culvert_flow_connect_seconds" &[], "Direct connections by the time from SYN to establishment, as the kernel measured it, counted when they end.";
+    RTT = Histogram "culvert_flow_rtt_seconds" &[], "Direct connections by their smoothed round-trip time when they ended.";
     REVOKED = Counter "culvert_revoked_flows" &["path"], "Open connections cut because policy came to forbid them.";
     DECISIONS = Counter "culvert_kernel_decisions" &["reason"], "What the hooks of the kernel part decided, by reason; the reasons are below.";
-    LOST_EVENTS = Counter "culvert_flow_events_lost" &[], "Flow events that the kernel could not hand over; their connections are missing from log and metrics.";
+    LOST_EVENTS = Counter "culvert_flow_events_lost" &[], "Flow events that the kernel could not hand over; their connections are missing from the log; their bytes and numbers are in the metrics all the same.";
     MESH_UPDATES = Counter "culvert_mesh_updates" &["result"], "Attempts to take over a changed mesh; `rejected` ones left the old state.";
     LOST_LOG_LINES = Counter "culvert_log_lines_lost" &[], "Log lines dropped because the log is not read fast enough.";
     SERIES = Gauge "culvert_traffic_series" &[], "Label sets held for the istio_tcp metrics.";
@@ -108,6 +116,7 @@ pub fn metrics_reference() -> String {
         let kind = match metric.kind {
             Kind::Counter => "counter",
             Kind::Gauge => "gauge",
+            Kind::Histogram => "histogram",
         };
         let labels = match metric.labels {
             [] => "none".to_owned(),
@@ -128,6 +137,13 @@ pub fn metrics_reference() -> String {
         TRAFFIC_LABELS.join("`, `"),
         super::traffic::MAX_SERIES,
     );
+    out.push_str(
+        "\n## Ends of `culvert_flows_ended_total`\n\nThe access log and `culvert flows` use the same words.\n\n\
+         | end | meaning |\n| --- | --- |\n",
+    );
+    for end in FlowEnd::ALL {
+        let _ = writeln!(out, "| `{}` | {} |", end.as_str(), end.describe().trim());
+    }
     out.push_str(
         "\n## Reasons of `culvert_kernel_decisions_total`\n\n| reason | meaning |\n| --- | --- |\n",
     );

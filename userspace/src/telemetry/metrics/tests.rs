@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::super::record::{FlowPath, Party, Reporter, ResponseFlags, Security, ServiceName};
+use super::super::record::{FlowEnd, FlowPath, Party, Reporter, ResponseFlags, Security, ServiceName};
 use super::*;
 use crate::policy::Identity;
 
@@ -25,7 +25,7 @@ fn record(source: &str, destination: &str) -> FlowRecord {
             namespace: "shop".to_owned(),
         })),
         reporter: Reporter::Source,
-        path: FlowPath::Direct,
+        path: FlowPath::Hbone,
         security: Security::MutualTls,
         ..FlowRecord::default()
     }
@@ -47,10 +47,8 @@ fn sample(metrics: &Metrics, name: &str, parts: &[&str]) -> Option<u64> {
 fn a_connection_is_counted_open_and_closed_with_all_labels() {
     let metrics = Metrics::default();
     let open = metrics.opened(&record("web", "db"));
-    assert_eq!(
-        sample(&metrics, "culvert_open_flows", &["path=\"direct\""]),
-        Some(1)
-    );
+    let path = ["path=\"hbone\""];
+    assert_eq!(sample(&metrics, "culvert_open_flows", &path), Some(1));
     open.close(&FlowRecord {
         bytes_sent: 10,
         bytes_received: 20,
@@ -75,7 +73,7 @@ fn a_connection_is_counted_open_and_closed_with_all_labels() {
         let line = format!("{name}{labels}{value}\n");
         assert!(text.contains(&line), "no {line} in {text}");
     }
-    assert_eq!(sample(&metrics, "culvert_open_flows", &[]), Some(0));
+    assert_eq!(sample(&metrics, "culvert_open_flows", &path), Some(0));
     assert_eq!(sample(&metrics, "culvert_flows_total", &[]), Some(1));
     assert!(text.ends_with("# EOF\n"));
 }
@@ -213,7 +211,10 @@ fn what_is_exposed_is_what_is_listed() {
     metrics.set_kernel_source(|| KernelCounters {
         decisions: vec![("no_claim", 3)],
         lost_events: 2,
+        open_flows: 1,
     });
+    metrics.ended(FlowPath::Direct, FlowEnd::Fin, 1);
+    metrics.retransmits(FlowPath::Direct, 1);
     let text = metrics.render();
     let exposed: BTreeSet<String> = text
         .lines()
@@ -222,7 +223,12 @@ fn what_is_exposed_is_what_is_listed() {
         .collect();
     let listed: BTreeSet<String> = reference::ALL
         .iter()
-        .map(|metric| metric.exposed_name())
+        .flat_map(|metric| match metric.kind {
+            Kind::Histogram => ["bucket", "sum", "count"]
+                .map(|part| format!("{}_{part}", metric.name))
+                .to_vec(),
+            Kind::Counter | Kind::Gauge => vec![metric.exposed_name()],
+        })
         .collect();
     assert_eq!(exposed, listed);
     for metric in reference::ALL {
@@ -241,13 +247,66 @@ fn what_is_exposed_is_what_is_listed() {
 #[test]
 fn a_direct_connection_is_one_flow_though_both_ends_report_it() {
     let metrics = Metrics::default();
-    let source = metrics.opened(&record("web", "db"));
-    let destination = metrics.opened(&FlowRecord {
-        reporter: Reporter::Destination,
-        ..record("web", "db")
+    metrics.set_kernel_source(|| KernelCounters {
+        open_flows: 4,
+        ..KernelCounters::default()
     });
-    assert_eq!(sample(&metrics, "culvert_open_flows", &[]), Some(1));
-    drop((source, destination));
-    assert_eq!(sample(&metrics, "culvert_open_flows", &[]), Some(0));
-    assert_eq!(sample(&metrics, "culvert_flows_total", &[]), Some(1));
+    let pair = metrics.pair(&record("web", "db"));
+    pair.opened(2);
+    pair.bytes(5, 6);
+    pair.closed(ResponseFlags::None, 1);
+    pair.closed(ResponseFlags::Deny, 1);
+    pair.failed(1);
+    assert_eq!(sample(&metrics, "culvert_flows_total", &[]), Some(2));
+    let direct = ["path=\"direct\""];
+    assert_eq!(sample(&metrics, "culvert_open_flows", &direct), Some(4));
+    for reporter in ["reporter=\"source\"", "reporter=\"destination\""] {
+        let denied = [reporter, "response_flags=\"DENY\""];
+        let well = [reporter, "response_flags=\"-\""];
+        let closed = "istio_tcp_connections_closed_total";
+        assert_eq!(sample(&metrics, closed, &denied), Some(1));
+        assert_eq!(sample(&metrics, closed, &well), Some(1));
+        let sent = "istio_tcp_sent_bytes_total";
+        assert_eq!(sample(&metrics, sent, &well), Some(5));
+    }
+    let failed = "istio_tcp_connections_failed_total";
+    assert_eq!(
+        sample(&metrics, failed, &["reporter=\"source\""]),
+        Some(1)
+    );
+    assert_eq!(
+        sample(&metrics, failed, &["reporter=\"destination\""]),
+        None
+    );
+}
+
+#[test]
+fn the_series_of_a_pair_stay_while_the_pair_is_held() {
+    let metrics = Metrics::default();
+    let pair = metrics.pair(&record("old", "db"));
+    metrics.forget_workload("shop", "old");
+    pair.opened(1);
+    assert!(metrics.render().contains("\"old\""));
+    drop(pair);
+    assert!(!metrics.render().contains("\"old\""));
+}
+
+#[test]
+fn durations_are_exposed_as_cumulative_buckets() {
+    let metrics = Metrics::default();
+    for micros in [30, 40, 300] {
+        metrics.measured(Duration::from_micros(micros), Duration::ZERO);
+    }
+    let name = "culvert_flow_connect_seconds";
+    for (bound, count) in [("2.5e-5", 0), ("5e-5", 2), ("0.0005", 3), ("+Inf", 3)] {
+        let le = format!("le=\"{bound}\"");
+        let bucket = format!("{name}_bucket");
+        assert_eq!(
+            sample(&metrics, &bucket, &[&le]),
+            Some(count),
+            "{}",
+            metrics.render()
+        );
+    }
+    assert_eq!(sample(&metrics, &format!("{name}_count"), &[]), Some(3));
 }

@@ -199,22 +199,32 @@ impl Traffic {
     fn closed(&self, id: u64, live: &Live, flags: ResponseFlags) {
         live.sample();
         locked(&self.live).remove(&id);
+        self.count_closed(&live.key, &live.series, flags, 1);
+        self.release(&live.key, &live.series);
+    }
+
+    /// Counts ends, under the flags that they ended with.
+    fn count_closed(&self, key: &Key, series: &Series, flags: ResponseFlags, count: u64) {
         // A series made now for a workload that was forgotten would never be dropped.
-        let forgotten = live.series.forgotten.load(Ordering::Relaxed);
-        if flags == live.key.response_flags || forgotten {
-            live.series.closed.fetch_add(1, Ordering::Relaxed);
+        let forgotten = series.forgotten.load(Ordering::Relaxed);
+        if flags == key.response_flags || forgotten {
+            series.closed.fetch_add(count, Ordering::Relaxed);
         } else {
             let key = Key {
                 response_flags: flags,
-                ..live.key.clone()
+                ..key.clone()
             };
             let (_, series) = self.series(key, false);
-            series.closed.fetch_add(1, Ordering::Relaxed);
+            series.closed.fetch_add(count, Ordering::Relaxed);
         }
+    }
+
+    /// One that kept a series alive lets go of it.
+    fn release(&self, key: &Key, series: &Series) {
         let mut all = locked(&self.series);
-        let last = live.series.open.fetch_sub(1, Ordering::Relaxed) == 1;
-        if last && live.series.forgotten.load(Ordering::Relaxed) {
-            all.remove(&live.key);
+        let last = series.open.fetch_sub(1, Ordering::Relaxed) == 1;
+        if last && series.forgotten.load(Ordering::Relaxed) {
+            all.remove(key);
         }
     }
 
@@ -256,14 +266,95 @@ impl Traffic {
     }
 }
 
+/// The series of both ends of direct flows between the same two parties: looked up once, used for many. While it is held,
+/// its series stay.
+pub struct PairSeries {
+    state: Arc<super::State>,
+    ends: [(Key, Arc<Series>); 2],
+}
+
+impl std::fmt::Debug for PairSeries {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("PairSeries")
+    }
+}
+
+impl PairSeries {
+    pub(super) fn new(state: Arc<super::State>, record: &FlowRecord) -> Self {
+        let ends = [Reporter::Source, Reporter::Destination].map(|reporter| {
+            let key = Key {
+                reporter,
+                ..Key::of(record, ResponseFlags::None)
+            };
+            state.traffic.series(key, true)
+        });
+        Self { state, ends }
+    }
+
+    /// So many were established.
+    pub fn opened(&self, count: u64) {
+        self.add(|series| &series.opened, count);
+        let flows = &self.state.flows;
+        flows.add(FlowPath::Direct, count);
+    }
+
+    /// So many bytes more from server to client, and from client to server.
+    pub fn bytes(&self, sent: u64, received: u64) {
+        self.add(|series| &series.sent, sent);
+        self.add(|series| &series.received, received);
+    }
+
+    /// So many ended.
+    pub fn closed(&self, flags: ResponseFlags, count: u64) {
+        for (key, series) in &self.ends {
+            self.state.traffic.count_closed(key, series, flags, count);
+        }
+    }
+
+    /// So many were never established, for another reason than policy.
+    pub fn failed(&self, count: u64) {
+        for (key, series) in &self.ends {
+            // Nobody at the destination has seen it.
+            if key.reporter == Reporter::Destination {
+                continue;
+            }
+            if series.forgotten.load(Ordering::Relaxed) {
+                series.failed.fetch_add(count, Ordering::Relaxed);
+                continue;
+            }
+            let key = Key {
+                response_flags: ResponseFlags::Connect,
+                ..key.clone()
+            };
+            let (_, series) = self.state.traffic.series(key, false);
+            series.failed.fetch_add(count, Ordering::Relaxed);
+        }
+    }
+
+    fn add(&self, counter: impl Fn(&Series) -> &AtomicU64, count: u64) {
+        if count > 0 {
+            for (_, series) in &self.ends {
+                counter(series).fetch_add(count, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+impl Drop for PairSeries {
+    fn drop(&mut self) {
+        for (key, series) in &self.ends {
+            self.state.traffic.release(key, series);
+        }
+    }
+}
+
 /// An open connection, as the metrics know it. Dropped without `close`, it counts as closed all the same.
 #[must_use = "the connection counts as closed when this is dropped"]
 pub struct OpenFlow {
     state: Arc<super::State>,
     id: u64,
     live: Arc<Live>,
-    /// The way it is counted under; a direct flow has both ends here, and is one flow.
-    path: Option<FlowPath>,
+    path: FlowPath,
     flags: ResponseFlags,
 }
 
@@ -276,18 +367,13 @@ impl std::fmt::Debug for OpenFlow {
 impl OpenFlow {
     pub(super) fn new(state: Arc<super::State>, record: &FlowRecord) -> Self {
         let (id, live) = state.traffic.opened(record);
-        let second_end =
-            record.path == FlowPath::Direct && record.reporter == Reporter::Destination;
-        let path = (!second_end).then_some(record.path);
-        if let Some(path) = path {
-            state.flows.add(path.as_str(), 1);
-            state.open_flows.add(path.as_str(), 1);
-        }
+        state.flows.add(record.path, 1);
+        state.open_flows.add(record.path, 1);
         Self {
             state,
             id,
             live,
-            path,
+            path: record.path,
             flags: ResponseFlags::None,
         }
     }
@@ -312,8 +398,6 @@ impl OpenFlow {
 impl Drop for OpenFlow {
     fn drop(&mut self) {
         self.state.traffic.closed(self.id, &self.live, self.flags);
-        if let Some(path) = self.path {
-            self.state.open_flows.sub(path.as_str(), 1);
-        }
+        self.state.open_flows.sub(self.path, 1);
     }
 }

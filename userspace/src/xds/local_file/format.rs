@@ -9,6 +9,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde::Deserialize;
 
+use super::annotations::Annotations;
 use super::scalars::{Name, Pattern, Port, Principal, ServiceAccount, TargetPort, Text};
 use crate::mesh::{
     self, GatewayDestination, Health, HealthPolicy, IpFamilies, LoadBalancerMode, LocalityScope,
@@ -24,6 +25,16 @@ pub struct Document {
     workloads: Option<Vec<Workload>>,
     services: Option<Vec<Service>>,
     policies: Option<Vec<Policy>>,
+    namespaces: Option<Vec<Namespace>>,
+}
+
+/// Ours: the format that this one follows knows no annotations.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Namespace {
+    name: Text<Name>,
+    #[serde(default)]
+    annotations: Annotations,
 }
 
 type Ports = BTreeMap<Text<Port>, Text<TargetPort>>;
@@ -67,6 +78,8 @@ struct Workload {
     canonical_revision: String,
     #[serde(default)]
     workload_name: String,
+    #[serde(default)]
+    annotations: Annotations,
 }
 
 #[derive(Deserialize, Default)]
@@ -257,9 +270,13 @@ struct Match {
 }
 
 impl Document {
-    /// None if the file has none of the three lists.
+    /// None if the file has none of the lists.
     pub fn into_resources(self) -> Option<MeshResources> {
-        if self.workloads.is_none() && self.services.is_none() && self.policies.is_none() {
+        if self.workloads.is_none()
+            && self.services.is_none()
+            && self.policies.is_none()
+            && self.namespaces.is_none()
+        {
             return None;
         }
         let mut shared = Shared::default();
@@ -281,6 +298,15 @@ impl Document {
                 .into_iter()
                 .flatten()
                 .map(|Policy(policy)| policy)
+                .collect(),
+            namespaces: self
+                .namespaces
+                .into_iter()
+                .flatten()
+                .map(|namespace| mesh::Namespace {
+                    name: shared.text(&namespace.name.0.0),
+                    annotations: namespace.annotations.0,
+                })
                 .collect(),
         })
     }
@@ -339,6 +365,7 @@ impl Workload {
             canonical_name: shared.text(&self.canonical_name),
             canonical_revision: shared.text(&self.canonical_revision),
             workload_name: shared.text(&self.workload_name),
+            annotations: self.annotations.0,
         }
     }
 }

@@ -60,6 +60,7 @@ workloads:
     canonicalName: front
     canonicalRevision: v1
     workloadName: front
+    annotations: {culvert.dev/direct: "off"}
 services:
   - name: front
     namespace: web
@@ -146,6 +147,9 @@ fn every_documented_key_is_read() {
         canonical_name: "front".into(),
         canonical_revision: "v1".into(),
         workload_name: "front".into(),
+        annotations: Annotations {
+            direct: Some(false),
+        },
     };
     assert_eq!(*workload, expected);
 
@@ -515,5 +519,89 @@ proptest::proptest! {
     #[test]
     fn any_bytes_are_read_or_refused(bytes: Vec<u8>) {
         let _ = LocalFile::new("mesh.yaml").parse(&bytes);
+    }
+}
+
+mod annotations {
+    use super::*;
+
+    fn of_workload(annotations: &str) -> String {
+        format!(
+            "workloads:\n  - {{uid: u, name: n, namespace: ns}}\n  - uid: v\n    name: m\n    namespace: ns\n    annotations: {annotations}\n"
+        )
+    }
+
+    #[test]
+    fn direct_is_on_off_or_not_said() {
+        for (written, direct) in [
+            ("{culvert.dev/direct: off}", Some(false)),
+            ("{culvert.dev/direct: \"off\"}", Some(false)),
+            ("{\"culvert.dev/direct\": 'on', team: web}", Some(true)),
+            (
+                "{team: web, replicas: 3, sidecar.istio.io/inject: \"false\"}",
+                None,
+            ),
+            ("{}", None),
+        ] {
+            let resources = load(of_workload(written)).unwrap();
+            let read: Vec<_> = resources
+                .workloads
+                .iter()
+                .map(|one| one.annotations.direct)
+                .collect();
+            assert_eq!(read, [None, direct], "{written}");
+        }
+    }
+
+    #[test]
+    fn a_namespace_has_them_too() {
+        let text = "namespaces:\n  - name: web\n    annotations: {culvert.dev/direct: off}\n  - {name: shop}\n";
+        let resources = load(text).unwrap();
+        let read: Vec<_> = resources
+            .namespaces
+            .iter()
+            .map(|one| (&*one.name, one.annotations.direct))
+            .collect();
+        assert_eq!(read, [("web", Some(false)), ("shop", None)]);
+    }
+
+    #[test]
+    fn one_of_ours_that_is_not_understood_is_refused_where_it_is() {
+        for (written, says) in [
+            (
+                "{culvert.dev/direct: maybe}",
+                "culvert.dev/direct: \"maybe\" is neither on nor off",
+            ),
+            (
+                "{culvert.dev/direct: false}",
+                "culvert.dev/direct: \"false\" is neither on nor off",
+            ),
+            (
+                "{culvert.dev/dirct: off}",
+                "there is no annotation culvert.dev/dirct (here \"off\")",
+            ),
+            (
+                "{culvert.dev/: off}",
+                "there is no annotation culvert.dev/ (here \"off\")",
+            ),
+            ("{culvert.dev/direct: [off]}", "expected string"),
+            (
+                "{culvert.dev/direct: off, culvert.dev/direct: on}",
+                "occurs twice",
+            ),
+            ("off", "expected mapping"),
+        ] {
+            let (line, _, message) = refused(of_workload(written));
+            assert_eq!(line, 6, "{written}: {message}");
+            assert!(message.contains(says), "{written}: {message}");
+        }
+    }
+
+    #[test]
+    fn a_namespace_is_named() {
+        let (_, _, message) = refused("namespaces:\n  - name: a/b\n");
+        assert!(message.contains("not a name"), "{message}");
+        let (_, _, message) = refused("namespaces:\n  - name: a\n    direct: off\n");
+        assert!(message.contains("direct"), "{message}");
     }
 }

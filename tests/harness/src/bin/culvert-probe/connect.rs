@@ -4,12 +4,16 @@
 use std::io::{self, BufRead, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use culvert_harness::ways;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{setsockopt, sockopt::TcpFastOpenConnect};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 
 use crate::report;
 
@@ -43,6 +47,15 @@ pub struct Arguments {
     /// Multipath TCP
     #[arg(long)]
     mptcp: bool,
+    /// How to connect
+    #[arg(long, value_enum, default_value_t = How::Poll)]
+    how: How,
+    /// Use the socket that somebody offers at this path
+    #[arg(long, conflicts_with_all = ["device", "mptcp", "mark", "reuse"])]
+    socket_from: Option<PathBuf>,
+    /// Say so once there is a socket, and wait for a line of standard input before it connects
+    #[arg(long)]
+    pause: bool,
     /// Text to send
     #[arg(long)]
     send: Option<String>,
@@ -61,6 +74,20 @@ pub struct Arguments {
     /// Keep it open: send each line of standard input, its end as FIN, and tell what comes
     #[arg(long, conflicts_with_all = ["send", "read", "read_all", "half_close"])]
     hold: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum How {
+    /// Without blocking
+    Poll,
+    /// Blocking
+    Block,
+    /// By io_uring
+    Uring,
+    /// TCP Fast Open: together with what is to be sent
+    FastOpen,
+    /// TCP Fast Open: with the first write
+    FastOpenConnect,
 }
 
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
@@ -98,6 +125,50 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
 }
 
 fn connect(arguments: &Arguments) -> io::Result<TcpStream> {
+    let socket = match &arguments.socket_from {
+        Some(path) => Socket::from(ways::take_over(path)?),
+        None => make(arguments)?,
+    };
+    if arguments.bind_ip.is_some() || arguments.bind_port != 0 {
+        let any = if arguments.to.is_ipv4() {
+            IpAddr::from([0; 4])
+        } else {
+            IpAddr::from([0; 16])
+        };
+        socket
+            .bind(&SocketAddr::new(arguments.bind_ip.unwrap_or(any), arguments.bind_port).into())?;
+    }
+    if arguments.pause {
+        report::line(&json!({"event": "paused"}));
+        io::stdin().lock().read_line(&mut String::new())?;
+    }
+    let timeout = Duration::from_millis(arguments.timeout_ms);
+    let to = SockAddr::from(arguments.to);
+    match arguments.how {
+        How::Poll => socket.connect_timeout(&to, timeout)?,
+        How::Block => {
+            socket.set_write_timeout(Some(timeout))?;
+            socket.connect(&to)?;
+        }
+        How::Uring => ways::connect_by_ring(&socket, &to)?,
+        How::FastOpen => {
+            socket.set_write_timeout(Some(timeout))?;
+            let text = arguments.send.as_deref().unwrap_or_default();
+            socket.send_to_with_flags(text.as_bytes(), &to, nix::libc::MSG_FASTOPEN)?;
+        }
+        How::FastOpenConnect => {
+            setsockopt(&socket, TcpFastOpenConnect, &true)?;
+            socket.connect(&to)?;
+        }
+    }
+    let stream = TcpStream::from(socket);
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(timeout))?;
+    stream.set_write_timeout(Some(timeout))?;
+    Ok(stream)
+}
+
+fn make(arguments: &Arguments) -> io::Result<Socket> {
     let protocol = arguments.mptcp.then_some(Protocol::MPTCP);
     let socket = Socket::new(Domain::for_address(arguments.to), Type::STREAM, protocol)?;
     if let Some(device) = &arguments.device {
@@ -109,22 +180,31 @@ fn connect(arguments: &Arguments) -> io::Result<TcpStream> {
     if let Some(mark) = arguments.mark {
         socket.set_mark(mark)?;
     }
-    if arguments.bind_ip.is_some() || arguments.bind_port != 0 {
-        let any = if arguments.to.is_ipv4() {
-            IpAddr::from([0; 4])
-        } else {
-            IpAddr::from([0; 16])
-        };
-        socket
-            .bind(&SocketAddr::new(arguments.bind_ip.unwrap_or(any), arguments.bind_port).into())?;
-    }
-    let timeout = Duration::from_millis(arguments.timeout_ms);
-    socket.connect_timeout(&arguments.to.into(), timeout)?;
-    let stream = TcpStream::from(socket);
-    stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(timeout))?;
-    stream.set_write_timeout(Some(timeout))?;
-    Ok(stream)
+    Ok(socket)
+}
+
+#[derive(clap::Args)]
+pub struct Offer {
+    /// Where others find it in the file system
+    #[arg(long)]
+    at: PathBuf,
+    /// For IPv6
+    #[arg(long)]
+    ipv6: bool,
+}
+
+/// Makes a socket here, for somebody else to connect.
+pub fn offer(arguments: &Offer) -> anyhow::Result<()> {
+    let domain = if arguments.ipv6 {
+        Domain::IPV6
+    } else {
+        Domain::IPV4
+    };
+    let socket = Socket::new(domain, Type::STREAM, None)?;
+    let listener = UnixListener::bind(&arguments.at)?;
+    report::line(&json!({"event": "offered"}));
+    ways::hand_over(&listener, &socket)?;
+    Ok(())
 }
 
 fn address(address: io::Result<SocketAddr>) -> Value {
@@ -134,7 +214,12 @@ fn address(address: io::Result<SocketAddr>) -> Value {
 }
 
 fn steps(mut stream: TcpStream, arguments: &Arguments, report: &mut Map<String, Value>) {
-    if let Some(text) = &arguments.send {
+    // Sent already, if it went with the SYN.
+    if let Some(text) = arguments
+        .send
+        .as_ref()
+        .filter(|_| arguments.how != How::FastOpen)
+    {
         report.insert(
             "send".into(),
             report::outcome(&stream.write_all(text.as_bytes())).into(),
@@ -176,10 +261,18 @@ fn steps(mut stream: TcpStream, arguments: &Arguments, report: &mut Map<String, 
 /// Two threads: this one sends what standard input says, the other tells what comes. The second ends the program.
 fn hold(stream: TcpStream) -> anyhow::Result<()> {
     stream.set_read_timeout(None)?;
-    let reader = stream.try_clone()?;
-    let watcher = std::thread::spawn(move || watch(reader));
     let mut writer = stream;
-    for line in io::stdin().lock().lines() {
+    let mut lines = io::stdin().lock().lines();
+    // A connection that is made by the first write cannot be read from before.
+    let connected = writer.peer_addr().is_ok();
+    let first = if connected { None } else { lines.next() };
+    if let Some(line) = first {
+        let sent = writer.write_all(format!("{}\n", line?).as_bytes());
+        report::line(&json!({"event": "sent", "outcome": report::outcome(&sent)}));
+    }
+    let reader = writer.try_clone()?;
+    let watcher = std::thread::spawn(move || watch(reader));
+    for line in lines {
         let sent = writer.write_all(format!("{}\n", line?).as_bytes());
         report::line(&json!({"event": "sent", "outcome": report::outcome(&sent)}));
     }

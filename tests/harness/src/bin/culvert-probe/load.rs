@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use clap::ArgGroup;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
+use socket2::{Domain, Socket, Type};
 
 use crate::pattern::Pattern;
 use crate::report;
@@ -18,6 +19,10 @@ const STEP: Duration = Duration::from_secs(30);
 /// Samples kept per connection: 200 MB at the very most.
 const MOST_SAMPLES: u64 = 50_000_000;
 const MOST_SIZE: u64 = 1 << 20;
+/// No load goes on for longer than ten minutes.
+const MOST_MILLIS: u64 = 600_000;
+/// A stream that ends by the clock looks at it after so many bytes: a look costs as much as a small write's tenth.
+const BETWEEN_LOOKS: u64 = 64 << 10;
 
 #[derive(clap::Args)]
 #[command(group = ArgGroup::new("length").required(true))]
@@ -31,6 +36,9 @@ pub struct RequestResponse {
     /// How long to go on
     #[arg(long, group = "length", value_parser = clap::value_parser!(u64).range(1..=600))]
     seconds: Option<u64>,
+    /// How long to go on, in milliseconds
+    #[arg(long, group = "length", value_parser = clap::value_parser!(u64).range(1..=MOST_MILLIS))]
+    millis: Option<u64>,
     /// How many requests each connection makes
     #[arg(long, group = "length", value_parser = clap::value_parser!(u64).range(1..=MOST_SAMPLES))]
     count: Option<u64>,
@@ -64,7 +72,8 @@ impl Samples {
 
 pub fn request_response(arguments: &RequestResponse) -> anyhow::Result<()> {
     let last = arguments.count.unwrap_or(MOST_SAMPLES);
-    let lasts = Duration::from_secs(arguments.seconds.unwrap_or(600));
+    let seconds = arguments.seconds.map(Duration::from_secs);
+    let lasts = seconds.unwrap_or_else(|| lasts(arguments.millis));
     let size = usize::try_from(arguments.size)?;
     in_parallel(arguments.connections, |samples, start| {
         // Every thread meets the others, also one without a connection.
@@ -90,19 +99,28 @@ pub fn request_response(arguments: &RequestResponse) -> anyhow::Result<()> {
     })
 }
 
+/// Without a limit of time, another one applies.
+fn lasts(millis: Option<u64>) -> Duration {
+    Duration::from_millis(millis.unwrap_or(MOST_MILLIS))
+}
+
 fn exchange(stream: &mut TcpStream, buffer: &mut [u8]) -> io::Result<()> {
     stream.write_all(buffer)?;
     stream.read_exact(buffer)
 }
 
 #[derive(clap::Args)]
+#[command(group = ArgGroup::new("limit").required(true))]
 pub struct Connections {
     /// Server address
     #[arg(long)]
     to: SocketAddr,
     /// Connections in all
-    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
-    count: u64,
+    #[arg(long, group = "limit", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    count: Option<u64>,
+    /// How long to go on, in milliseconds
+    #[arg(long, group = "limit", value_parser = clap::value_parser!(u64).range(1..=MOST_MILLIS))]
+    millis: Option<u64>,
     /// Threads that connect
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     threads: u16,
@@ -112,11 +130,17 @@ pub struct Connections {
 }
 
 pub fn connections(arguments: &Connections) -> anyhow::Result<()> {
-    let each = arguments.count.div_ceil(u64::from(arguments.threads));
+    let all = arguments.count.unwrap_or(MOST_SAMPLES);
+    let each = all.div_ceil(u64::from(arguments.threads));
+    let lasts = lasts(arguments.millis);
     in_parallel(arguments.threads, |samples, start| {
         start.wait();
+        let deadline = Instant::now() + lasts;
         for _ in 0..each {
             let began = Instant::now();
+            if began >= deadline {
+                break;
+            }
             match one_connection(arguments) {
                 Ok(()) => samples.take(began),
                 Err(error) => samples.fail(&error),
@@ -127,7 +151,7 @@ pub fn connections(arguments: &Connections) -> anyhow::Result<()> {
 }
 
 fn one_connection(arguments: &Connections) -> io::Result<()> {
-    let mut stream = open(arguments.to)?;
+    let mut stream = open_plainly(arguments.to)?;
     let mut byte = [b'c'];
     exchange(&mut stream, &mut byte)?;
     // Whoever closes first keeps the port for a minute: the server, with one port for all, rather than us.
@@ -195,7 +219,17 @@ fn open(to: SocketAddr) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
+/// With as few system calls as possible: where connections are what is measured. The timeouts bound connect as well.
+fn open_plainly(to: SocketAddr) -> io::Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+    socket.set_write_timeout(Some(STEP))?;
+    socket.set_read_timeout(Some(STEP))?;
+    socket.connect(&to.into())?;
+    Ok(socket.into())
+}
+
 #[derive(clap::Args)]
+#[command(group = ArgGroup::new("amount").required(true))]
 pub struct Stream {
     /// Server address
     #[arg(long)]
@@ -204,8 +238,11 @@ pub struct Stream {
     #[arg(long, default_value_t = 128 << 10, value_parser = clap::value_parser!(u64).range(1..=MOST_SIZE))]
     size: u64,
     /// Bytes in all
-    #[arg(long)]
-    bytes: u64,
+    #[arg(long, group = "amount")]
+    bytes: Option<u64>,
+    /// How long to go on, in milliseconds
+    #[arg(long, group = "amount", value_parser = clap::value_parser!(u64).range(1..=MOST_MILLIS))]
+    millis: Option<u64>,
     /// Compare checksums (server: collect); slower, as both ends compute them
     #[arg(long)]
     verify: bool,
@@ -228,7 +265,8 @@ pub fn stream(arguments: &Stream) -> anyhow::Result<()> {
         .map(str::to_owned);
     let arrived = reply.get("bytes").and_then(Value::as_u64);
     let ok = pushed.is_ok()
-        && arrived == Some(arguments.bytes)
+        && arrived == Some(sent)
+        && arguments.bytes.is_none_or(|bytes| sent == bytes)
         && (!arguments.verify || local == remote);
     report::line(&json!({
         "bytes": sent,
@@ -250,8 +288,17 @@ fn push(arguments: &Stream, sent: &mut u64, hash: &mut Option<Sha256>) -> io::Re
     let mut buffer = vec![0; size];
     let mut pattern = Pattern::new(arguments.seed);
     pattern.fill(&mut buffer);
-    while *sent < arguments.bytes {
-        let left = usize::try_from(arguments.bytes - *sent).unwrap_or(usize::MAX);
+    let bytes = arguments.bytes.unwrap_or(u64::MAX);
+    let deadline = Instant::now() + lasts(arguments.millis);
+    let mut look = 0;
+    while *sent < bytes {
+        if arguments.millis.is_some() && *sent >= look {
+            if Instant::now() >= deadline {
+                break;
+            }
+            look = *sent + BETWEEN_LOOKS;
+        }
+        let left = usize::try_from(bytes - *sent).unwrap_or(usize::MAX);
         let chunk = buffer.get_mut(..size.min(left)).unwrap_or_default();
         if let Some(hash) = hash {
             pattern.fill(chunk);

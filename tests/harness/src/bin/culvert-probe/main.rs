@@ -2,6 +2,8 @@
 //! It reports as lines of JSON on standard output; errors of the network are results, named by errno, not failures.
 
 mod connect;
+mod crowd;
+mod greet;
 mod load;
 mod pattern;
 mod raw;
@@ -27,8 +29,18 @@ enum Probe {
     Stream(load::Stream),
     /// Measure new connections, each with one byte there and back (server: once, or echo with --client-closes)
     Conn(load::Connections),
+    /// Keep many connections busy until standard input ends, and compare every byte (server: echo)
+    Crowd(crowd::Crowd),
+    /// Make connections one after the other until standard input ends (server: echo)
+    Churn(crowd::Churn),
+    /// Accept connections and say a name on each
+    Greet(greet::Greet),
+    /// Make connections and count the names they meet (server: greet)
+    Meet(greet::Meet),
     /// Make one connection and tell the outcome of every step
     Connect(connect::Arguments),
+    /// Make a socket and give it to whoever asks for it
+    Offer(connect::Offer),
     /// Send SYNs with any source and sequence number, and look no further
     RawSyn(raw::Syn),
     /// Carry out a handshake by hand, with a chosen source and sequence number
@@ -41,7 +53,12 @@ fn main() -> anyhow::Result<()> {
         Probe::Rr(arguments) => load::request_response(&arguments),
         Probe::Stream(arguments) => load::stream(&arguments),
         Probe::Conn(arguments) => load::connections(&arguments),
+        Probe::Crowd(arguments) => crowd::crowd(&arguments),
+        Probe::Churn(arguments) => crowd::churn(&arguments),
+        Probe::Greet(arguments) => greet::greet(&arguments),
+        Probe::Meet(arguments) => greet::meet(&arguments),
         Probe::Connect(arguments) => connect::run(&arguments),
+        Probe::Offer(arguments) => connect::offer(&arguments),
         Probe::RawSyn(arguments) => raw::syn(&arguments),
         Probe::RawHandshake(arguments) => raw::handshake(&arguments),
     }

@@ -85,6 +85,9 @@ pub struct Handshake {
     /// Text to send once connected
     #[arg(long, default_value = "raw handshake\n")]
     data: String,
+    /// Send the text with the SYN too
+    #[arg(long)]
+    syn_data: bool,
     /// Interface to send from
     #[arg(long, default_value = "eth0")]
     interface: String,
@@ -145,13 +148,21 @@ pub fn handshake(arguments: &Handshake) -> anyhow::Result<()> {
 fn converse(wire: &mut Wire, arguments: &Handshake, seen: &mut Seen) -> anyhow::Result<()> {
     let wait = Duration::from_millis(arguments.wait_ms);
     wire.find_peer()?;
-    wire.send(arguments.seq, 0, flag::SYN, &[])?;
+    let early = if arguments.syn_data {
+        arguments.data.as_bytes()
+    } else {
+        &[]
+    };
+    wire.send(arguments.seq, 0, flag::SYN, early)?;
     let mut next = arguments.seq.wrapping_add(1);
     let mut expected = None;
+    let with_early = next.wrapping_add(u32::try_from(early.len())?);
     wire.each(Instant::now() + wait, |fields, _| {
         // An answer to another SYN with these addresses is not ours.
-        if fields.has(flag::SYN | flag::ACK) && fields.acknowledgment == next {
+        if fields.has(flag::SYN | flag::ACK) && [next, with_early].contains(&fields.acknowledgment)
+        {
             expected = Some(fields.sequence.wrapping_add(1));
+            next = fields.acknowledgment;
         }
         seen.rst |= fields.has(flag::RST);
         expected.is_some() || fields.has(flag::RST)

@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::ValueEnum;
-use serde_json::json;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::report;
 
@@ -29,6 +29,9 @@ pub struct Arguments {
     /// Address to listen on
     #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::UNSPECIFIED))]
     bind: IpAddr,
+    /// Multipath TCP
+    #[arg(long)]
+    mptcp: bool,
     /// What to do with a connection
     #[arg(long, value_enum, default_value_t = Mode::Echo)]
     mode: Mode,
@@ -70,7 +73,8 @@ struct Tally {
 }
 
 pub fn run(arguments: Arguments) -> anyhow::Result<()> {
-    let listener = listen(SocketAddr::new(arguments.bind, arguments.port))
+    let protocol = arguments.mptcp.then_some(Protocol::MPTCP);
+    let listener = listen(SocketAddr::new(arguments.bind, arguments.port), protocol)
         .with_context(|| format!("listening on {}:{}", arguments.bind, arguments.port))?;
     report::line(&json!({"event": "listening", "local": listener.local_addr()?.to_string()}));
     let (listener, arguments) = (Arc::new(listener), Arc::new(arguments));
@@ -86,8 +90,8 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
     anyhow::bail!("accepting connections failed")
 }
 
-fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+pub fn listen(address: SocketAddr, protocol: Option<Protocol>) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, protocol)?;
     socket.set_reuse_address(true)?;
     if address.is_ipv6() {
         socket.set_only_v6(false)?;
@@ -129,27 +133,31 @@ fn accept(listener: &TcpListener, arguments: &Arc<Arguments>) {
 }
 
 fn connection(id: u64, mut stream: TcpStream, peer: SocketAddr, arguments: &Arguments) {
-    let event = |value| {
+    // Not even put together where nobody wants it: it costs as much as a short connection.
+    let event = |value: &dyn Fn() -> Value| {
         if !arguments.quiet {
-            report::line(&value);
+            report::line(&value());
         }
     };
-    let local = stream
-        .local_addr()
-        .map_or_else(|error| report::name(&error), |local| local.to_string());
-    event(json!({"event": "accepted", "id": id, "peer": peer.to_string(), "local": local}));
+    let local = || {
+        let local = stream.local_addr();
+        local.map_or_else(|error| report::name(&error), |local| local.to_string())
+    };
+    event(&|| json!({"event": "accepted", "id": id, "peer": peer.to_string(), "local": local()}));
     let mut tally = Tally::default();
     let result = stream
         .set_nodelay(true)
         .and_then(|()| converse(&mut stream, arguments, &mut tally));
-    let end = result
-        .as_ref()
-        .map_or_else(report::name, |()| "EOF".to_owned());
-    let hash = tally.hash.map(|hash| report::hex(&hash.finalize()));
-    event(json!({
-        "event": "closed", "id": id, "peer": peer.to_string(), "end": end,
-        "bytes_read": tally.read, "bytes_written": tally.written, "sha256": hash,
-    }));
+    event(&|| {
+        let end = result
+            .as_ref()
+            .map_or_else(report::name, |()| "EOF".to_owned());
+        let hash = tally.hash.clone().map(|hash| report::hex(&hash.finalize()));
+        json!({
+            "event": "closed", "id": id, "peer": peer.to_string(), "end": end,
+            "bytes_read": tally.read, "bytes_written": tally.written, "sha256": hash,
+        })
+    });
 }
 
 fn converse(stream: &mut TcpStream, arguments: &Arguments, tally: &mut Tally) -> io::Result<()> {

@@ -32,6 +32,7 @@ fn client_of(ca: &Ca, address: SocketAddr, settings: PoolSettings) -> Client {
         certificate: ca.issue("client"),
         key: PoolKey {
             source: "pod-1".into(),
+            from: None,
             identity: identity("client"),
             destination: address,
             expected: ExpectedServer::one(identity("server")),

@@ -1,0 +1,102 @@
+//! What applications notice when the agent is killed and another one comes: nothing.
+
+use anyhow::Result;
+use culvert_harness::{Agent, Pod, Proc, wait_until};
+use culvert_tests::scene::{PORT, SOON, Scene, answered, echo, serve, text};
+use serde_json::Value;
+
+use crate::{
+    kernel_tables::{decisions, flows},
+    restart::start,
+};
+
+/// Direct flows under load.
+const CROWD: usize = 1000;
+
+/// Many busy connections; what is sent is compared with what comes back.
+fn crowd(from: &Pod, to: &Pod) -> Result<Proc> {
+    let arguments = ["crowd", "--to", &to.at(PORT), "--connections", "1000"];
+    let load = from.probe()?.args(arguments).stdin().spawn()?;
+    let open = load.wait_for_event("open", SOON * 2)?;
+    assert_eq!(open["failures"], 0, "{open}");
+    Ok(load)
+}
+
+/// Connections one after the other, on two threads.
+pub fn churn(from: &Pod, to: &Pod) -> Result<Proc> {
+    let arguments = ["churn", "--to", &to.at(PORT)];
+    let load = from.probe()?.args(arguments).stdin().spawn()?;
+    load.wait_for_event("open", SOON)?;
+    Ok(load)
+}
+
+/// Ends a load and returns what it came to.
+pub fn end(load: &Proc) -> Result<Value> {
+    load.close_stdin();
+    load.wait_for_event("done", SOON * 2)
+}
+
+pub fn nothing_lost(report: &Value) {
+    assert_eq!(report["failures"], 0, "{report}");
+    assert_eq!(report["lost"], 0, "{report}");
+    assert!(report["count"].as_u64() > Some(0), "{report}");
+}
+
+/// What `culvert flows` shows of flows that are open: their clients' addresses.
+fn shown(agent: &Agent) -> Result<usize> {
+    let listed = agent.cli(["flows", "--open", "--json"])?.success()?;
+    Ok(listed
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter(|line| text(&line["flow"], "path") == "direct")
+        .count())
+}
+
+#[test]
+fn a_thousand_busy_flows_lose_nothing_when_the_agent_is_killed() -> Result<()> {
+    let scene = Scene::new()?;
+    let _server = serve(&scene.server_a, "echo")?;
+    scene.warm(&scene.client, &scene.server_a)?;
+    let load = crowd(&scene.client, &scene.server_a)?;
+    assert_eq!(flows(&scene.node1)?.len(), CROWD);
+    let before = decisions(&scene.agent1, "direct")?;
+    assert!(before >= CROWD as u64);
+    scene.agent1.kill()?;
+    let agent = start(&scene.node1, "")?;
+    agent.ready()?;
+    assert_eq!(flows(&scene.node1)?.len(), CROWD);
+    assert!(decisions(&agent, "direct")? >= before);
+    wait_until(SOON, "the flows to be shown again", || {
+        Ok((shown(&agent)? == CROWD).then_some(()))
+    })?;
+    let report = end(&load)?;
+    nothing_lost(&report);
+    eprintln!("{report}");
+    wait_until(SOON, "the ends to be reported", || {
+        let closed = agent.metric(
+            "istio_tcp_connections_closed_total",
+            &["reporter=\"source\""],
+        )?;
+        Ok((closed >= CROWD as f64).then_some(()))
+    })
+}
+
+#[test]
+fn agents_that_come_and_go_under_load_refuse_nobody_and_admit_nobody_else() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let server = serve(&scene.server_a, "echo")?;
+    scene.warm(&scene.client, &scene.server_a)?;
+    assert!(answered(&echo(&scene.client, &scene.server_a)?));
+    let allowed = churn(&scene.client, &scene.server_a)?;
+    let denied = churn(&scene.intruder, &scene.server_a)?;
+    for _ in 0..5 {
+        scene.agent1.kill()?;
+        scene.agent1 = start(&scene.node1, "")?;
+        scene.agent1.ready()?;
+    }
+    let report = end(&denied)?;
+    assert_eq!(report["count"], 0, "{report}");
+    nothing_lost(&end(&allowed)?);
+    drop(server);
+    Ok(())
+}

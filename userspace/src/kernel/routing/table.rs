@@ -1,0 +1,215 @@
+//! The messages to the kernel behind `routing`: one table of routes and the rules that lead to it, for either family.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use culvert_abi::{MARK_MASK, STEER_MARK};
+use futures_util::TryStreamExt as _;
+use rtnetlink::{
+    Handle, RouteMessageBuilder,
+    packet_route::{
+        AddressFamily,
+        link::LinkFlags,
+        route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope, RouteType},
+        rule::{RuleAction, RuleAttribute, RuleMessage},
+    },
+};
+
+/// Routing table and rule priority of ours inside a pod.
+const TABLE: u32 = 15001;
+const PRIORITY: u32 = 15001;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    pub const ALL: [Self; 2] = [Self::V4, Self::V6];
+
+    pub const fn of(ip: IpAddr) -> Self {
+        match ip {
+            IpAddr::V4(_) => Self::V4,
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
+}
+
+/// Where a route leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// Everything is the pod's own.
+    ToPod {
+        device: u32,
+        /// For sockets that are not bound to an address.
+        source: Option<IpAddr>,
+    },
+    Nowhere,
+}
+
+/// Why a route was not added.
+#[derive(Debug, thiserror::Error)]
+#[error("add route {way:?}: {source}")]
+pub(super) struct RouteError {
+    way: Way,
+    source: rtnetlink::Error,
+}
+
+impl RouteError {
+    /// Whether the device is not one for this family (its IPv6 is switched off), or not there any more.
+    pub fn is_without_family(&self) -> bool {
+        let errno = match &self.source {
+            rtnetlink::Error::NetlinkError(error) => error.to_io().raw_os_error(),
+            _ => None,
+        };
+        matches!(errno, Some(libc::EACCES | libc::ENODEV))
+    }
+}
+
+pub(super) async fn add_route(
+    handle: &Handle,
+    family: Family,
+    way: Way,
+    priority: u32,
+) -> Result<(), RouteError> {
+    let add = |way| {
+        handle
+            .route()
+            .add(route(family, way, Some(priority)))
+            .execute()
+    };
+    let added = match (add(way).await, way) {
+        // An IPv6 address that is not confirmed yet is no source: the kernel will choose.
+        (
+            Err(_),
+            Way::ToPod {
+                device,
+                source: Some(_),
+            },
+        ) => {
+            add(Way::ToPod {
+                device,
+                source: None,
+            })
+            .await
+        }
+        (result, _) => result,
+    };
+    added.map_err(|source| RouteError { way, source })
+}
+
+pub(super) async fn add_rules(
+    handle: &Handle,
+    family: Family,
+    packet_mark: u32,
+) -> Result<(), String> {
+    for mark in [STEER_MARK, packet_mark] {
+        let mut request = handle.rule().add();
+        *request.message_mut() = rule(family, mark);
+        let added = request.execute().await;
+        added.map_err(|error| format!("add {family:?} rule for mark {mark:#x}: {error}"))?;
+    }
+    Ok(())
+}
+
+/// Takes rules and routes away. What is absent need not be removed, hence no error.
+pub(super) async fn clear(handle: &Handle, family: Family, packet_mark: u32) {
+    for mark in [STEER_MARK, packet_mark] {
+        while handle
+            .rule()
+            .del(rule(family, mark))
+            .execute()
+            .await
+            .is_ok()
+        {}
+    }
+    let ways = [
+        Way::ToPod {
+            device: 0,
+            source: None,
+        },
+        Way::Nowhere,
+    ];
+    for way in ways {
+        let route = route(family, way, None);
+        while handle.route().del(route.clone()).execute().await.is_ok() {}
+    }
+}
+
+/// Switches the loopback device on; returns its index.
+pub(super) async fn loopback_up(handle: &Handle) -> Result<u32, String> {
+    let found = handle
+        .link()
+        .get()
+        .match_name("lo".to_owned())
+        .execute()
+        .try_next()
+        .await;
+    let index = found
+        .map_err(|error| format!("find lo: {error}"))?
+        .map(|link| link.header.index)
+        .ok_or_else(|| "there is no loopback device".to_owned())?;
+    let link = rtnetlink::LinkUnspec::new_with_index(index).up().build();
+    let set = handle.link().set(link).execute().await;
+    set.map_err(|error| format!("set lo up: {error}"))?;
+    Ok(index)
+}
+
+/// The devices that are up: the others take no routes.
+pub(super) async fn devices(handle: &Handle) -> Result<Vec<u32>, String> {
+    let links = handle.link().get().execute();
+    let up = links.try_filter(|link| std::future::ready(link.header.flags.contains(LinkFlags::Up)));
+    let found = up.map_ok(|link| link.header.index).try_collect().await;
+    found.map_err(|error| format!("list devices: {error}"))
+}
+
+/// With device 0, any route of this kind.
+fn route(family: Family, way: Way, priority: Option<u32>) -> RouteMessage {
+    let mut route = match family {
+        Family::V4 => RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
+            .table_id(TABLE)
+            .build(),
+        Family::V6 => RouteMessageBuilder::<Ipv6Addr>::new()
+            .destination_prefix(Ipv6Addr::UNSPECIFIED, 0)
+            .table_id(TABLE)
+            .build(),
+    };
+    match way {
+        Way::ToPod { device, source } => {
+            route.header.kind = RouteType::Local;
+            route.header.scope = RouteScope::Host;
+            if device != 0 {
+                route.attributes.push(RouteAttribute::Oif(device));
+            }
+            let source = source.map(|ip| match ip {
+                IpAddr::V4(ip) => RouteAddress::Inet(ip),
+                IpAddr::V6(ip) => RouteAddress::Inet6(ip),
+            });
+            route
+                .attributes
+                .extend(source.map(RouteAttribute::PrefSource));
+        }
+        Way::Nowhere => route.header.kind = RouteType::Unreachable,
+    }
+    route
+        .attributes
+        .extend(priority.map(RouteAttribute::Priority));
+    route
+}
+
+fn rule(family: Family, mark: u32) -> RuleMessage {
+    let mut rule = RuleMessage::default();
+    rule.header.family = match family {
+        Family::V4 => AddressFamily::Inet,
+        Family::V6 => AddressFamily::Inet6,
+    };
+    rule.header.action = RuleAction::ToTable;
+    rule.attributes = vec![
+        RuleAttribute::Priority(PRIORITY),
+        RuleAttribute::FwMark(mark),
+        RuleAttribute::FwMask(MARK_MASK),
+        RuleAttribute::Table(TABLE),
+    ];
+    rule
+}

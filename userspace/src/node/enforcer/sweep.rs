@@ -1,0 +1,150 @@
+//! Cutting the open direct flows that one moment's pods and policies forbid.
+
+use std::{
+    collections::{HashMap, HashSet},
+    net::{IpAddr, SocketAddr},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use crate::{
+    enrol::LocalPod,
+    kernel::{Fate, FlowName, NetnsCookie, OpenFlow, SocketName},
+    mesh::{Mesh, Workload},
+    policy::Connection,
+};
+
+/// Revoked flows remembered until their end was reported; older ones lose their reason, nothing else.
+const REVOKED_KEPT: usize = 65_536;
+
+/// The flows that were cut and whose end nobody has reported yet. Noted before they are cut: the report may be quick.
+#[derive(Default)]
+pub struct Revoked {
+    names: Mutex<HashSet<FlowName>>,
+    /// How many, for those who would ask about each of many flows.
+    count: AtomicUsize,
+}
+
+impl Revoked {
+    /// Notes flows that are about to be cut; returns those that were not noted before.
+    pub fn note(&self, flows: Vec<OpenFlow>) -> Vec<OpenFlow> {
+        self.change(|names| {
+            if names.len() + flows.len() > REVOKED_KEPT {
+                names.clear();
+            }
+            let new = flows.into_iter().filter(|flow| names.insert(flow.name()));
+            new.collect()
+        })
+    }
+
+    /// A flow that could not be cut.
+    pub fn retract(&self, name: &FlowName) {
+        self.change(|names| names.remove(name));
+    }
+
+    /// Whether this flow was cut; asked once, when its end is reported.
+    pub fn take(&self, name: &FlowName) -> bool {
+        self.count.load(Ordering::Acquire) > 0 && self.change(|names| names.remove(name))
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut HashSet<FlowName>) -> T) -> T {
+        let mut names: MutexGuard<'_, _> =
+            self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = change(&mut names);
+        self.count.store(names.len(), Ordering::Release);
+        result
+    }
+}
+
+/// One moment's pods and mesh.
+pub struct View {
+    pub mesh: Arc<Mesh>,
+    pub pods: HashMap<NetnsCookie, (Arc<LocalPod>, Option<Arc<Workload>>)>,
+}
+
+/// What a decision depends on: flows of one pair are decided once.
+type Question = (u64, IpAddr, u64, SocketAddr);
+
+/// Decides flows under one [`View`].
+pub struct Decisions<'a> {
+    view: &'a View,
+    known: HashMap<Question, bool>,
+}
+
+impl View {
+    pub fn decisions(&self) -> Decisions<'_> {
+        Decisions {
+            view: self,
+            known: HashMap::new(),
+        }
+    }
+
+    fn is_allowed(&self, flow: &OpenFlow) -> bool {
+        // A destination that left the mesh is not ours to guard; a source that left it is nobody.
+        let Some((_, workload)) = self.pods.get(&NetnsCookie(flow.flow.server_netns)) else {
+            return true;
+        };
+        let Some(workload) = workload else {
+            return false;
+        };
+        let source = self
+            .pods
+            .get(&NetnsCookie(flow.flow.client_netns))
+            .map(|(pod, _)| pod.identity.clone());
+        let connection = Connection::new(source, flow.client().ip(), flow.server());
+        self.mesh.authorize(workload, &connection).is_allowed()
+    }
+
+    /// Destroys both ends of each: each application is told at once, also when segments between them are lost. Returns which
+    /// flows may live on, by their place, with the error's number.
+    pub fn cut(&self, flows: &[OpenFlow]) -> HashMap<usize, i32> {
+        let mut failed = HashMap::new();
+        // The clients' ends first: what they tell the servers' ends saves most of the second half.
+        let clients = flows.iter().map(|flow| (flow.flow.client_netns, flow.client_end()));
+        let servers = flows.iter().map(|flow| (flow.flow.server_netns, flow.server_end()));
+        self.destroy(clients, &mut failed);
+        self.destroy(servers, &mut failed);
+        failed
+    }
+
+    /// One system call for many sockets of one namespace.
+    fn destroy(
+        &self,
+        ends: impl Iterator<Item = (u64, SocketName)>,
+        failed: &mut HashMap<usize, i32>,
+    ) {
+        let mut by_netns = HashMap::<u64, (Vec<usize>, Vec<SocketName>)>::new();
+        for (place, (netns, end)) in ends.enumerate() {
+            let (places, names) = by_netns.entry(netns).or_default();
+            places.push(place);
+            names.push(end);
+        }
+        for (netns, (places, names)) in by_netns {
+            let Some((pod, _)) = self.pods.get(&NetnsCookie(netns)) else {
+                continue;
+            };
+            for (place, fate) in places.into_iter().zip(pod.diag.destroy(&names)) {
+                if let Fate::Failed(errno) = fate {
+                    failed.insert(place, errno);
+                }
+            }
+        }
+    }
+}
+
+impl Decisions<'_> {
+    pub fn is_allowed(&mut self, flow: &OpenFlow) -> bool {
+        let question = (
+            flow.flow.client_netns,
+            flow.client().ip(),
+            flow.flow.server_netns,
+            flow.server(),
+        );
+        *self
+            .known
+            .entry(question)
+            .or_insert_with(|| self.view.is_allowed(flow))
+    }
+}

@@ -1,0 +1,70 @@
+//! `culvert unload`: takes away what an agent left in the kernel and in its pods, and proves that it is gone.
+
+use std::{path::Path, time::Duration};
+
+use serde::Serialize;
+
+use crate::{
+    enrol::{KnownPod, Memory},
+    kernel::{KernelError, Netns, PodRouting, Removed, RoutingSettings, Unload},
+};
+
+/// What was done.
+#[derive(Clone, Debug, Serialize)]
+pub struct Unloaded {
+    #[serde(flatten)]
+    pub removed: Removed,
+    /// Connections that were on their way when the time was over; they end as the kernel decides without us.
+    pub in_flight: usize,
+    pub pods: Vec<UndonePod>,
+}
+
+/// A pod whose network is as it was before it was enrolled.
+#[derive(Clone, Debug, Serialize)]
+pub struct UndonePod {
+    pub uid: String,
+    /// Why it is not.
+    pub error: Option<String>,
+}
+
+/// Unloads the kernel part of `pin_dir`; `None` when there is none.
+///
+/// The pods are those that the agent at `admin_socket` remembered; without that list the routing in them stays as it is.
+pub fn unload(
+    pin_dir: &Path,
+    admin_socket: &Path,
+    packet_mark: u32,
+    timeout: Duration,
+) -> Result<Option<Unloaded>, KernelError> {
+    let Some(unload) = Unload::begin(pin_dir, timeout)? else {
+        return Ok(None);
+    };
+    let in_flight = unload.leave()?;
+    let settings = RoutingSettings {
+        packet_mark,
+        keep_fast_open: false,
+    };
+    let pods = Memory::beside(admin_socket)
+        .recall()
+        .into_iter()
+        .map(|pod| UndonePod {
+            uid: pod.spec.uid.to_string(),
+            error: undo(pod, settings).err().map(|error| error.to_string()),
+        })
+        .collect();
+    let removed = unload.remove()?;
+    Ok(Some(Unloaded {
+        removed,
+        in_flight,
+        pods,
+    }))
+}
+
+fn undo(pod: KnownPod, settings: RoutingSettings) -> Result<(), KernelError> {
+    let netns = Netns::open(&pod.spec.netns)?;
+    // The path may have come to mean another namespace since it was read.
+    if netns.cookie() == pod.cookie {
+        PodRouting::remembered(settings, pod.replaced).uninstall(&netns)?;
+    }
+    Ok(())
+}

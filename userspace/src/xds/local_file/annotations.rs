@@ -1,0 +1,105 @@
+//! The annotations of a workload or a namespace, of which those that begin with `culvert.dev/` are for us.
+//!
+//! Invariant: ours are understood or refused. A misspelt one must not leave traffic the way it was meant not to go.
+
+use std::fmt;
+
+use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+
+use crate::mesh;
+
+/// What ours begin with.
+const PREFIX: &str = "culvert.dev/";
+/// Whether connections within the node may be direct.
+const DIRECT: &str = "culvert.dev/direct";
+
+/// Annotations as they are written.
+#[derive(Debug, Default)]
+pub struct Annotations(pub mesh::Annotations);
+
+impl<'de> Deserialize<'de> for Annotations {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Reader;
+
+        impl<'de> Visitor<'de> for Reader {
+            type Value = Annotations;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("annotations: a map of texts")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Annotations, A::Error> {
+                let mut read = mesh::Annotations::default();
+                while let Some(key) = map.next_key::<String>()? {
+                    if key == DIRECT {
+                        read.direct = Some(map.next_value_seed(Switch(&key))?);
+                    } else if key.starts_with(PREFIX) {
+                        map.next_value_seed(Unknown(&key))?;
+                    } else {
+                        map.next_value::<IgnoredAny>()?;
+                    }
+                }
+                Ok(Annotations(read))
+            }
+        }
+
+        deserializer.deserialize_map(Reader)
+    }
+}
+
+/// A value that is `on` or `off`, read as text: YAML's own truth values are written otherwise.
+struct Switch<'a>(&'a str);
+
+/// The value of an annotation of ours that does not exist.
+struct Unknown<'a>(&'a str);
+
+impl<'de> DeserializeSeed<'de> for Switch<'_> {
+    type Value = bool;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<bool, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for Switch<'_> {
+    type Value = bool;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: on or off", self.0)
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<bool, E> {
+        match text {
+            "on" => Ok(true),
+            "off" => Ok(false),
+            _ => Err(E::custom(format!(
+                "{}: {text:?} is neither on nor off",
+                self.0
+            ))),
+        }
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for Unknown<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for Unknown<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "another annotation than {}", self.0)
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<(), E> {
+        let key = self.0;
+        Err(E::custom(format!(
+            "there is no annotation {key} (here {text:?}); of {PREFIX} there is {DIRECT}"
+        )))
+    }
+}
