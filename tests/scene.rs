@@ -6,7 +6,7 @@ use std::{path::PathBuf, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 use culvert_harness::{
     Agent, AgentOptions, Fabric, FabricOptions, Match, Mesh, Node, Pod, Policy, Proc, Workload,
-    wait_until,
+    fabric::BRIDGE, wait_until,
 };
 use serde_json::Value;
 
@@ -209,12 +209,22 @@ pub fn hold(from: &Pod, to: &Pod) -> Result<Proc> {
 
 /// Takes a pod with an address of the node's choice off the link: nothing reaches it, and what it sends is lost.
 pub fn unplug(pod: &Pod) -> Result<()> {
+    link(pod, &["nomaster"])
+}
+
+/// Undoes [`unplug`].
+pub fn plug_in(pod: &Pod) -> Result<()> {
+    link(pod, &["master", BRIDGE])
+}
+
+fn link(pod: &Pod, change: &[&str]) -> Result<()> {
     let address = pod.address().to_string();
     let host = address.rsplit('.').next().context("an IPv4 address")?;
     let port = format!("p{host}");
     pod.node()
         .command("ip")
-        .args(["link", "set", &port, "nomaster"])
+        .args(["link", "set", &port])
+        .args(change)
         .run(SOON)?
         .success()
         .map(drop)

@@ -40,10 +40,12 @@ pub fn withdraw(key: &FlowKey, sequence: u32) {
     }
 }
 
-/// Deletes a claim of the pod `client`.
+/// Deletes a claim of the pod `client`; `false` when it is not there any more.
 #[inline(always)]
-pub fn settle(key: &FlowKey, client: u64) {
-    if CLAIMS.remove(key).is_ok() {
+pub fn settle(key: &FlowKey, client: u64) -> bool {
+    let deleted = CLAIMS.remove(key).is_ok();
+    if deleted {
         quotas::return_claim(client);
     }
+    deleted
 }

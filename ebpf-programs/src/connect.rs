@@ -11,8 +11,8 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use culvert_abi::{
-    Address, Endpoint, FlowKey, OWN_PORTS, Pod, Reason, STEER_MARK, SocketState, Verdict,
-    VerdictKey, action, config_flag, event_kind, knob, listener_kind, role, scope,
+    Address, Endpoint, FlowKey, OWN_PORTS, Pod, Reason, STEER_MARK, SocketState, Verdict, action,
+    config_flag, event_kind, knob, listener_kind, role,
 };
 
 use crate::{
@@ -21,7 +21,7 @@ use crate::{
     },
     events,
     maps::{CONFIG, ENDPOINTS, PODS, SOCKETS, VERDICTS, count, flag, knob, listens},
-    node, quotas, services,
+    node, quotas, services, verdicts,
 };
 
 const IPPROTO_TCP: u32 = 6;
@@ -247,14 +247,7 @@ fn judge(pod: &Pod, cookie: u64, endpoint: Endpoint, port: u16) -> Choice {
     {
         return Choice::steer(Reason::SteeredNotEligible);
     }
-    let by_pod = endpoint.flags & Endpoint::BY_POD != 0;
-    let key = VerdictKey {
-        source: if by_pod { pod.pod } else { pod.identity },
-        workload: endpoint.workload,
-        port,
-        scope: if by_pod { scope::POD } else { scope::IDENTITY },
-        padding: 0,
-    };
+    let key = verdicts::key(&endpoint, pod.identity, pod.pod, port);
     // SAFETY: the agent replaces verdicts whole.
     let verdict: &Verdict = match unsafe { VERDICTS.get(&key) } {
         Some(verdict) => verdict,

@@ -7,7 +7,8 @@ use aya_ebpf::{
     helpers::generated::bpf_ktime_get_ns,
 };
 use culvert_abi::{
-    Event, FlowKey, Lost, LostKey, REFUSALS_PER_SECOND, Reason, SocketState, config_flag, end, event_kind,
+    Event, FlowKey, Lost, LostKey, REFUSALS_PER_SECOND, Reason, SocketState, config_flag, end,
+    event_kind,
 };
 
 use crate::maps::{ALARMS, CONFIG, EVENTS, LOST, QUOTAS, count};

@@ -17,7 +17,7 @@ pub fn enter(key: &FlowKey, flow: &Flow) -> Result<(), i32> {
     Ok(())
 }
 
-/// Removes a flow if it is still the connection with this sequence number: both ends do, whoever comes first.
+/// Removes a flow whose client has closed, if it is still the connection with this sequence number.
 #[inline(always)]
 pub fn remove(key: &FlowKey, sequence: u32) {
     // SAFETY: single fields of an entry that is written whole.

@@ -15,7 +15,8 @@ use culvert_abi::{
 
 use crate::{
     address::{AF_INET, from_words, is_loopback},
-    maps::{CLAIMS, ENDPOINTS, LISTENERS, count, flag, knob},
+    maps::{CLAIMS, LISTENERS, count, flag, knob},
+    verdicts,
 };
 
 /// Cookie of the pod this instance serves, set by the loader.
@@ -102,9 +103,7 @@ fn decide(ctx: &SkLookupContext) -> Result<Reason, Option<Reason>> {
         let claim = unsafe { &mut *claim };
         match claim.kind {
             claim_kind::DIRECT => {
-                // SAFETY: the agent replaces endpoints whole.
-                let current = unsafe { ENDPOINTS.get(&key.server) }
-                    .is_some_and(|endpoint| endpoint.generation == claim.generation);
+                let current = verdicts::standing(claim, &key).is_some();
                 if claim.server_netns == cookie && (current || knob(knob::SKIP_GENERATION)) {
                     claim.admitted = 1;
                     return Ok(Reason::AdmittedDirect);

@@ -22,6 +22,7 @@ mod peer_name;
 mod quotas;
 mod services;
 mod sockops;
+mod verdicts;
 
 #[cfg(not(test))]
 #[panic_handler]

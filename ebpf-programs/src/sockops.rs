@@ -22,6 +22,7 @@ use crate::{
     claims, events, flows,
     isolation::isolate,
     maps::{CLAIMS, ENDPOINTS, PODS, SOCKETS, count, flag, knob},
+    verdicts,
 };
 
 /// Offset of `write_seq` in the kernel's `struct tcp_sock`, set by the loader from the kernel's BTF.
@@ -67,7 +68,7 @@ fn connecting(ctx: &SockOpsContext) {
     let Some(state) = SOCKETS.find(sk) else {
         return;
     };
-    if state.role == role::NONE || state.role == role::ACCEPTED {
+    if state.role == role::NONE {
         return;
     }
     let own_netns = netns_cookie(ctx);
@@ -212,7 +213,7 @@ fn accepted(ctx: &SockOpsContext) {
         return;
     }
     // While the kernel part is being taken away connections come without claims, and are nobody's to judge.
-    if let Err(reason) = admit(ctx, sk, netns, &key)
+    if let Err(reason) = admit(ctx, netns, &key)
         && !flag(config_flag::LEAVING)
     {
         isolate(ctx, &key, netns, false, reason);
@@ -221,7 +222,7 @@ fn accepted(ctx: &SockOpsContext) {
 
 /// Checks the connection against its claim, and makes it a flow.
 #[inline(always)]
-fn admit(ctx: &SockOpsContext, sk: *mut c_void, netns: u64, key: &FlowKey) -> Result<(), Reason> {
+fn admit(ctx: &SockOpsContext, netns: u64, key: &FlowKey) -> Result<(), Reason> {
     // SAFETY: claims are written whole; the copy is taken before the entry is deleted.
     let claim = *unsafe { CLAIMS.get(key) }.ok_or(Reason::IsolatedNoClaim)?;
     // SAFETY: single volatile read of a context field.
@@ -230,34 +231,37 @@ fn admit(ctx: &SockOpsContext, sk: *mut c_void, netns: u64, key: &FlowKey) -> Re
     if received.wrapping_sub(1) != claim.sequence && !knob(knob::SKIP_SEQUENCE) {
         return Err(Reason::IsolatedSequence);
     }
-    if !knob(knob::KEEP_CLAIMS) {
-        claims::settle(key, claim.client_netns);
+    let entered = enter(ctx, netns, key, &claim);
+    let settled = knob(knob::KEEP_CLAIMS) || claims::settle(key, claim.client_netns);
+    // The client has given up meanwhile and does not know of the flow.
+    if entered == Ok(true) && !settled {
+        flows::remove(key, claim.sequence);
+        return Err(Reason::IsolatedNoClaim);
     }
+    entered.map(drop)
+}
+
+/// Whether the connection is what the claim says; `true` if it was entered as a flow.
+#[inline(always)]
+fn enter(ctx: &SockOpsContext, netns: u64, key: &FlowKey, claim: &Claim) -> Result<bool, Reason> {
     if claim.server_netns != netns {
         return Err(Reason::IsolatedWrongPod);
     }
     match claim.kind {
         claim_kind::DIRECT => {}
-        claim_kind::PROXY | claim_kind::OWN_ADDRESS | claim_kind::NODE => return Ok(()),
+        claim_kind::PROXY | claim_kind::OWN_ADDRESS | claim_kind::NODE => return Ok(false),
         // A steered connection belongs to the agent's listener, never to an application.
         _ => return Err(Reason::IsolatedNoClaim),
     }
-    // SAFETY: the agent replaces endpoints whole.
-    let current = unsafe { ENDPOINTS.get(&key.server) }
-        .is_some_and(|endpoint| endpoint.generation == claim.generation);
-    if !current && !knob(knob::SKIP_GENERATION) {
-        return Err(Reason::IsolatedOldGeneration);
-    }
-    let state = SOCKETS
-        .find_or_create(sk)
-        .ok_or(Reason::IsolatedFlowMapFull)?;
-    state.role = role::ACCEPTED;
-    state.key = *key;
-    state.sequence = claim.sequence;
+    let generation = match verdicts::standing(claim, key) {
+        Some(generation) => generation,
+        None if knob(knob::SKIP_GENERATION) => claim.generation,
+        None => return Err(Reason::IsolatedOldGeneration),
+    };
     let flow = Flow {
         client_netns: claim.client_netns,
         server_netns: netns,
-        generation: claim.generation,
+        generation,
         opened_ns: claim.opened_ns,
         client_socket: claim.socket_cookie,
         // SAFETY: helper call with this program's context.
@@ -270,11 +274,7 @@ fn admit(ctx: &SockOpsContext, sk: *mut c_void, netns: u64, key: &FlowKey) -> Re
         padding: 0,
     };
     flows::enter(key, &flow).map_err(|_| Reason::IsolatedFlowMapFull)?;
-    let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
-    if ctx.set_cb_flags(flags as i32).is_err() {
-        return Err(Reason::IsolatedFlowMapFull);
-    }
-    Ok(())
+    Ok(true)
 }
 
 #[inline(always)]
@@ -303,13 +303,10 @@ fn state_changed(ctx: &SockOpsContext) {
     if !knob(knob::KEEP_CLAIMS) {
         claims::withdraw(&state.key, state.sequence);
     }
-    if state.role != role::DIRECT && state.role != role::ACCEPTED {
+    if state.role != role::DIRECT {
         return;
     }
     flows::remove(&state.key, state.sequence);
-    if state.role == role::ACCEPTED {
-        return;
-    }
     let netns = netns_cookie(ctx);
     let error = sock_error(socket(ctx));
     if state.established == 0 {

@@ -114,8 +114,6 @@ pub mod role {
     pub const DIRECT: u32 = 2;
     pub const STEERED: u32 = 3;
     pub const OWN_ADDRESS: u32 = 4;
-    /// The accepted end of a direct flow.
-    pub const ACCEPTED: u32 = 5;
     /// A socket of a process of the node, outside all pods.
     pub const NODE: u32 = 6;
 }

@@ -15,7 +15,8 @@ use crate::netns::Netns;
 use crate::node::Node;
 use crate::run::RunId;
 
-pub(crate) const BRIDGE: &str = "br0";
+/// The bridge in the fabric's and each node's namespace.
+pub const BRIDGE: &str = "br0";
 /// All nodes and pods of a fabric share 10.77.0.0/16 (and fd77::/64), on one link.
 pub(crate) const PREFIX_V4: u8 = 16;
 pub(crate) const PREFIX_V6: u8 = 64;

@@ -1,7 +1,7 @@
 //! eBPF programs of somebody else, where Culvert wants to attach its own. They do nothing.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -19,6 +19,10 @@ pub enum Hook {
     Connect6,
     SocketOps,
     SkLookup,
+    /// What a socket in a map of sockets sends.
+    SkMsg,
+    /// What such a socket receives.
+    StreamVerdict,
 }
 
 impl Hook {
@@ -28,6 +32,8 @@ impl Hook {
             Self::Connect6 => (18, 11),
             Self::SocketOps => (13, 3),
             Self::SkLookup => (30, 36),
+            Self::SkMsg => (16, 7),
+            Self::StreamVerdict => (14, 5),
         };
         ProgramKind { kind, hook }
     }
@@ -64,6 +70,14 @@ impl Foreign {
             foreign: self,
             cgroup: open,
         })
+    }
+
+    /// Takes the place of the program at this hook of a map of sockets, and leaves it empty.
+    pub fn displace(&self, map: BorrowedFd<'_>) -> Result<()> {
+        let (program, hook) = (self.program.as_fd(), self.hook.kind().hook);
+        sys::attach_alone(program, map, hook)
+            .and_then(|()| sys::detach(program, map, hook))
+            .with_context(|| format!("taking the place of the program for {:?}", self.hook))
     }
 
     /// Attaches it to a namespace, beside others, until the link is dropped.

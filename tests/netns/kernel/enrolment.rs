@@ -16,10 +16,16 @@ pub fn network(pod: &Pod) -> Result<Vec<String>> {
         &["rule"][..],
         &["route", "show", "table", "all"],
         &["-6", "rule"],
+        &["-6", "route", "show", "table", "all"],
     ] {
         found.push(pod.command("ip").args(arguments).run(SOON)?.success()?);
     }
-    for key in ["net.ipv4.tcp_fwmark_accept", "net.ipv4.fwmark_reflect"] {
+    for key in [
+        "net.ipv4.tcp_fwmark_accept",
+        "net.ipv4.fwmark_reflect",
+        "net.ipv6.fwmark_reflect",
+        "net.ipv4.tcp_fastopen",
+    ] {
         found.push(pod.netns().sysctl(key)?);
     }
     for port in [15001, 15006, 15008] {

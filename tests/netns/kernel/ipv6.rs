@@ -211,6 +211,44 @@ fn a_pod_without_ipv6_learns_at_once_that_there_is_no_way() -> Result<()> {
     Ok(())
 }
 
+/// What `ip` prints first after a word.
+fn word_after(pod: &Pod, arguments: &[&str], word: &str) -> Result<String> {
+    let text = pod.command("ip").args(arguments).run(SOON)?.success()?;
+    let mut words = text.split_whitespace();
+    words.find(|found| *found == word).context("the word")?;
+    Ok(words.next().context("a word after it")?.to_owned())
+}
+
+#[test]
+fn an_address_of_the_link_is_reached_on_its_link() -> Result<()> {
+    let scene = dual_stack()?;
+    // Two links, and the destination is not on the first.
+    scene.client.add_device("eth1", "fd77::1:201".parse()?)?;
+    let workload = scene.workload(&scene.client)?;
+    scene.agent1.unenrol(&workload.uid)?;
+    scene.agent1.enrol_as(&scene.client, workload)?;
+    let outsider = scene.node1.pod("outsider")?;
+    let server = serve_both(&outsider, "echo")?;
+    let shown = [
+        "-6", "-o", "address", "show", "dev", "eth0", "scope", "link",
+    ];
+    let address = word_after(&outsider, &shown, "inet6")?;
+    let (address, _) = address.split_once('/').context("a prefix")?;
+    for device in ["eth0", "eth1"] {
+        let index = scene
+            .client
+            .in_netns(|| nix::net::if_::if_nametoindex(device).context("its index"))??;
+        let mark = scene.agent1.log().mark();
+        let to = format!("[{address}%{index}]:{PORT}");
+        let report = connect_to(&scene.client, &to, &HELLO)?;
+        assert!(answered(&report), "{to}: {report}");
+        let fields = [("path", "plaintext"), ("dst.addr", to.as_str())];
+        scene.agent1.wait_for_access(mark, &fields, SOON)?;
+    }
+    assert_eq!(server.events("accepted").len(), 2);
+    Ok(())
+}
+
 /// What a pod that nobody enrolled got by an address of a pod of the mesh.
 struct Theft {
     report: Value,

@@ -141,6 +141,7 @@ pub(super) const FLOWS_HEADER: &str =
 pub(super) fn flow(event: &FlowEvent) -> String {
     let (time_ms, word, flow) = match event {
         FlowEvent::Opened { time_ms, flow } => (*time_ms, "open", flow),
+        FlowEvent::Report { time_ms, flow } => (*time_ms, "report", flow),
         FlowEvent::Closed { time_ms, flow } if flow.error.is_some() => (*time_ms, "failed", flow),
         FlowEvent::Closed { time_ms, flow } => (*time_ms, "closed", flow),
     };
@@ -174,7 +175,21 @@ fn party(party: &Party, address: std::net::SocketAddr) -> String {
 }
 
 fn notes(flow: &FlowRecord) -> String {
+    let end = flow.end.map(|end| format!("  end={}", end.as_str()));
+    let reason = flow
+        .not_direct
+        .map(|reason| format!("  not_direct={}", reason.name()));
+    let connect = flow
+        .connect_latency
+        .map(|latency| format!("  connect={}", span(latency)));
     let rtt = flow.rtt.map(|rtt| format!("  rtt={}", span(rtt)));
+    let retransmits = flow
+        .retransmits
+        .map(|count| format!("  retransmits={count}"));
+    let service = flow
+        .service
+        .as_ref()
+        .map(|service| format!("  service={}", clean(&service.hostname)));
     let policy = flow
         .policy
         .as_ref()
@@ -183,7 +198,19 @@ fn notes(flow: &FlowRecord) -> String {
         .error
         .as_ref()
         .map(|error| format!("  error={}", clean(error)));
-    [rtt, policy, error].into_iter().flatten().collect()
+    [
+        end,
+        reason,
+        connect,
+        rtt,
+        retransmits,
+        service,
+        policy,
+        error,
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// The time of day in UTC.

@@ -3,14 +3,17 @@
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::AsFd,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockHash};
 use culvert_abi::{
-    Address, Claim, Endpoint, Flow, FlowKey, Listener, Lost, LostKey, Pod, Quota, Reason, SocketState, Verdict,
-    VerdictKey, config_flag, role,
+    Address, Claim, Endpoint, Flow, FlowKey, Listener, Lost, LostKey, Pod, Quota, Reason,
+    SocketState, Verdict, VerdictKey, config_flag, role,
 };
 
 use super::{
@@ -82,6 +85,8 @@ pub struct Steered {
 
 /// Every table, each behind its own lock: calls are single system calls and never wait for anything else.
 pub struct Tables {
+    /// This agent answers for what is in the tables.
+    vouched: AtomicBool,
     config: Mutex<Configuration>,
     pods: Mutex<HashMap<MapData, u64, Pod>>,
     endpoints: Mutex<HashMap<MapData, Address, Endpoint>>,
@@ -114,6 +119,7 @@ impl Tables {
         config.take()?;
         Ok(Self {
             config: Mutex::new(config),
+            vouched: AtomicBool::new(false),
             pods: Mutex::new(table!("PODS")),
             endpoints: Mutex::new(table!("ENDPOINTS")),
             verdicts: Mutex::new(table!("VERDICTS")),
@@ -135,7 +141,10 @@ impl Tables {
         }
         lock(&self.config)
             .change(|config| {
-                config.heartbeat_ns = now();
+                // Where an earlier agent decided, it is its heartbeat that counts, until this one has decided itself.
+                if config.heartbeat_ns == 0 {
+                    config.heartbeat_ns = now();
+                }
                 config.verdict_max_age_ns = nanoseconds(settings.verdict_max_age);
                 config.knobs = settings.knobs;
                 config.host_netns = settings.host.map_or(0, |host| host.netns.0);
@@ -153,7 +162,6 @@ impl Tables {
     pub fn set_changing(&self, changing: bool) -> Result<(), KernelError> {
         lock(&self.config)
             .change(|config| {
-                config.heartbeat_ns = now();
                 if changing {
                     config.flags |= config_flag::CHANGING;
                 } else {
@@ -164,8 +172,21 @@ impl Tables {
     }
 
     /// Tells the hooks that the agent lives; `false` when another agent has taken the tables over.
+    ///
+    /// Before [`Self::vouch`] it only looks: the verdicts in the tables may be an earlier agent's.
     pub fn beat(&self) -> Result<bool, KernelError> {
-        lock(&self.config).change(|config| config.heartbeat_ns = now())
+        let vouched = self.vouched.load(Ordering::Acquire);
+        lock(&self.config).change(|config| {
+            if vouched {
+                config.heartbeat_ns = now();
+            }
+        })
+    }
+
+    /// From now on the tables say what this agent decided.
+    pub fn vouch(&self) -> Result<bool, KernelError> {
+        self.vouched.store(true, Ordering::Release);
+        self.beat()
     }
 
     /// Whether the tables are this agent's. One that is not their owner any more writes nothing: each method that would write

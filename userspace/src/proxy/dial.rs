@@ -14,14 +14,26 @@ use crate::{enrol::LocalPod, kernel::PodSockets};
 /// How long a peer or application has to accept a connection.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 
-/// The address that what a pod's client began goes on from; `None` for the one the kernel chooses.
-///
-/// The kernel chooses as it would for the client itself, unless that has chosen another of the pod's addresses.
-pub(super) fn source(pod: &LocalPod, client: IpAddr, target: IpAddr) -> Option<IpAddr> {
-    let same_family = |ip: &&IpAddr| ip.is_ipv4() == client.is_ipv4();
-    let primary = pod.addresses.iter().find(same_family);
-    let chosen = primary != Some(&client) && pod.has_address(client);
-    (chosen && client.is_ipv4() == target.is_ipv4()).then_some(client)
+/// The pod's address that a tunnel begins at: the other end knows the client by it, and judges it by it.
+pub(super) fn tunnel_source(pod: &LocalPod, client: IpAddr, target: IpAddr) -> Option<IpAddr> {
+    let mut own = of_family(pod, target);
+    if own.clone().any(|ip| ip == client) {
+        Some(client)
+    } else {
+        own.next()
+    }
+}
+
+/// The address that a connection out of the mesh begins at; `None` for the one that the kernel chooses, as it would for the client
+/// itself: only where there are several it may have been the client's choice.
+pub(super) fn plain_source(pod: &LocalPod, client: IpAddr, target: IpAddr) -> Option<IpAddr> {
+    let mut own = of_family(pod, target);
+    (own.clone().count() > 1 && own.any(|ip| ip == client)).then_some(client)
+}
+
+fn of_family(pod: &LocalPod, target: IpAddr) -> impl Iterator<Item = IpAddr> + Clone {
+    let own = pod.addresses.iter().copied();
+    own.filter(move |ip| ip.is_ipv4() == target.is_ipv4())
 }
 
 /// A connection out of the pod.

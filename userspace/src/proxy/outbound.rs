@@ -253,7 +253,7 @@ async fn tunnel(
             );
         }
     };
-    let from = dial::source(&ours.pod, source.ip(), target.ip());
+    let from = dial::tunnel_source(&ours.pod, source.ip(), target.ip());
     let key = PoolKey {
         from,
         source: ours.pod.uid().as_str().into(),

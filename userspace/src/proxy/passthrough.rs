@@ -13,7 +13,7 @@ pub(super) async fn carry(
     destination: SocketAddr,
     report: Report,
 ) {
-    let from = dial::source(&ours.pod, source.ip(), destination.ip());
+    let from = dial::plain_source(&ours.pod, source.ip(), destination.ip());
     match dial::out_of_pod(ours.pod.sockets.clone(), from, destination).await {
         Ok(upstream) => {
             report

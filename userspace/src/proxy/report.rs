@@ -9,7 +9,7 @@ use crate::{
     mesh::{Service, Workload},
     policy::{Identity, PolicyName},
     telemetry::{
-        Direction, FlowPath, FlowRecord, Party, Reporter, ResponseFlags, Security, Telemetry,
+        Direction, FlowEnd, FlowPath, FlowRecord, Party, Reporter, ResponseFlags, Security, Telemetry,
     },
 };
 
@@ -89,19 +89,23 @@ impl Report {
         self.record.bytes_sent = outcome.received;
         self.record.bytes_received = outcome.sent;
         match outcome.end {
-            RelayEnd::Closed => {}
+            RelayEnd::Closed => self.record.end = Some(FlowEnd::Fin),
             RelayEnd::ClientReset(error) => {
+                self.record.end = Some(FlowEnd::ResetByClient);
                 self.record.error = Some(format!("the client's side failed: {error}"))
             }
             RelayEnd::UpstreamReset(error) => {
+                self.record.end = Some(FlowEnd::ResetByPeer);
                 self.record.error = Some(format!("the server's side failed: {error}"))
             }
             RelayEnd::Cancelled if was_revoked() => {
+                self.record.end = Some(FlowEnd::Revoked);
                 self.record.error = Some("policy changed and denies".to_owned());
                 self.record.response_flags = ResponseFlags::Deny;
                 self.telemetry.metrics.revoked(self.record.path);
             }
             RelayEnd::Cancelled => {
+                self.record.end = Some(FlowEnd::Stopped);
                 self.record.error = Some("the agent or the pod stopped".to_owned())
             }
         }

@@ -131,7 +131,7 @@ fn render(record: &FlowRecord, time: SystemTime, format: LogFormat, out: &mut St
     line.amount("duration", record.duration.as_millis(), "ms");
     line.text("path", record.path.as_str());
     if let Some(reason) = &record.not_direct {
-        line.text("not_direct", reason);
+        line.text("not_direct", reason.name());
     }
     if let Some(end) = record.end {
         line.text("end", end.as_str());

@@ -105,7 +105,8 @@ impl Feed {
         }
         let kept = events.len().min(RECENT);
         let overdue = (recent.len() + kept).saturating_sub(RECENT);
-        recent.drain(..overdue.min(recent.len()));
+        let overdue = overdue.min(recent.len());
+        recent.drain(..overdue);
         recent.extend(events.iter().skip(events.len() - kept).cloned());
     }
 

@@ -101,13 +101,14 @@ fn run(image: &Image, programs: &Programs, tally: &mut Tally) -> anyhow::Result<
     Ok(status == 0)
 }
 
-/// The program that `cargo test` would run, built as `cargo test` builds it.
+/// The program that `cargo test` runs. Selected as [`workspace::build`] selects: `cargo test --test` counts the features of
+/// dependencies otherwise, and would build one of its own.
 fn test_program() -> anyhow::Result<PathBuf> {
     let mut command = workspace::cargo();
-    command.arg("test").args(workspace::SELECTION).args([
+    command.arg("build").args(workspace::SELECTION).args([
+        "--bins",
         "--test",
         TESTS,
-        "--no-run",
         "--message-format",
         "json-render-diagnostics",
     ]);
@@ -115,7 +116,7 @@ fn test_program() -> anyhow::Result<PathBuf> {
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()
-        .context("cannot start cargo test")?;
+        .context("cannot start cargo build")?;
     if !output.status.success() {
         bail!("the tests do not build; cargo's message is above");
     }
@@ -161,5 +162,11 @@ mod tests {
         ] {
             assert_eq!(executable(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn lacks_are_recognised_as_the_harness_writes_them() {
+        let harness = include_str!("../../../tests/harness/src/lacks.rs");
+        assert!(harness.contains(&format!("\"{LACKS}\"")));
     }
 }

@@ -4,6 +4,7 @@
 //! endpoints' generations, which void every verdict at once, then the sweep over open flows, again after every program that
 //! may have read the old generation has ended.
 
+mod inherited;
 mod numbers;
 mod pairs;
 mod services;
@@ -21,11 +22,14 @@ use culvert_abi::{Endpoint, OWN_PORTS, Pod, Verdict, VerdictKey, action, scope};
 
 use crate::{
     enrol::LocalPod,
-    kernel::{Fate, SocketName, FlowEvent, FlowName, KernelError, NetnsCookie, ServiceTables, Tables, socket_address, sys},
+    kernel::{
+        Fate, FlowEvent, FlowName, KernelError, NetnsCookie, ServiceTables, SocketName, Tables, sys,
+    },
     mesh::{Destination, Mesh, ServiceName, TunnelProtocol, Workload},
     policy::{Applicable, Connection, Decision, Evaluation, Identity, PolicyName},
     proxy::Judge,
 };
+use inherited::Inherited;
 use numbers::Numbers;
 use pairs::{Pair, Pairs, Source};
 use services::{Member, Services};
@@ -33,6 +37,9 @@ use sweep::{Revoked, View};
 
 /// Far more than a program of ours runs, where the kernel offers no better way to wait for its end.
 const PROGRAMS_TAKE: Duration = Duration::from_millis(100);
+
+/// Pairs that are judged while a change is being written; more of them are judged after the flows that it forbids are cut.
+const AT_ONCE: usize = 1024;
 
 /// What the enforcer follows besides the mesh.
 #[derive(Clone, Debug)]
@@ -66,6 +73,7 @@ struct State {
     policies: Numbers<PolicyName>,
     services: Services<Arc<ServiceTables>>,
     pairs: Pairs,
+    /// Until [`Enforcer::start`].
     inherited: Inherited,
     next_generation: u64,
     next_pod: u32,
@@ -86,56 +94,27 @@ struct Enrolled {
     endpoints: Vec<(IpAddr, Endpoint)>,
 }
 
-/// What an earlier agent had decided, by its own numbers.
+/// What is left to do after a change was written.
 #[derive(Default)]
-struct Inherited {
-    verdicts: Vec<VerdictKey>,
-    /// Identity number and pod number to one of the pods.
-    identities: HashMap<u32, NetnsCookie>,
-    pods: HashMap<u32, NetnsCookie>,
-    workloads: HashMap<u32, IpAddr>,
+struct Change {
+    /// What open flows are to be judged by; nothing when they need not be.
+    view: Option<View>,
+    /// Pairs whose verdicts are still to be given.
+    late: Vec<(NetnsCookie, Pair)>,
+    failed: Option<KernelError>,
 }
 
 impl Enforcer {
-    /// Takes the tables over. What an earlier agent decided is void: its numbers mean nothing to this one.
+    /// Takes the tables over. What an earlier agent decided stands until [`Self::start`].
     pub fn new(tables: Arc<Tables>, settings: EnforcerSettings) -> Result<Self, KernelError> {
+        let inherited = Inherited::read(&tables)?;
+        if inherited.is_empty() {
+            tables.vouch()?;
+        }
         // Unique over the agents of one boot.
-        let mut next_generation =
-            u64::try_from(sys::monotonic_now().as_nanos()).unwrap_or(u64::MAX / 2);
-        let mut inherited = Inherited::default();
-        let mut highest = 0;
-        // Pods stay in the mesh (their traffic goes to an agent or nowhere), but as nobody in particular.
-        for (cookie, pod) in tables.pods() {
-            inherited.identities.insert(pod.identity, cookie);
-            inherited.pods.insert(pod.pod, cookie);
-            highest = highest.max(pod.identity).max(pod.pod);
-            let nobody = Pod {
-                identity: 0,
-                pod: 0,
-                view: 0,
-                ..pod
-            };
-            tables.put_pod(cookie, nobody)?;
-        }
-        for (address, endpoint) in tables.endpoints() {
-            next_generation += 1;
-            let ip = socket_address(address, 0).ip();
-            inherited.workloads.insert(endpoint.workload, ip);
-            highest = highest.max(endpoint.workload);
-            let closed = Endpoint {
-                generation: next_generation,
-                flags: Endpoint::STEER,
-                ..endpoint
-            };
-            tables.put_endpoint(ip, closed)?;
-        }
-        tables.sweep_verdicts(|key, _| {
-            inherited.verdicts.push(*key);
-            true
-        })?;
-        tables.services().clear()?;
+        let now = u64::try_from(sys::monotonic_now().as_nanos()).unwrap_or(u64::MAX / 2);
+        let first = inherited.highest_number().saturating_add(1);
         let services = Services::new(Arc::clone(tables.services()), settings.network.clone());
-        let first = highest.saturating_add(1);
         let state = State {
             mesh: Arc::default(),
             pods: HashMap::new(),
@@ -145,9 +124,9 @@ impl Enforcer {
             policies: Numbers::starting_at(1),
             services,
             pairs: Pairs::default(),
-            inherited,
-            next_generation: next_generation + 1,
+            next_generation: now.max(inherited.highest_generation()) + 1,
             next_pod: first,
+            inherited,
             started: false,
             known: false,
             dirty: false,
@@ -160,13 +139,25 @@ impl Enforcer {
         })
     }
 
-    /// Enters a pod: from now on its connections are decided, as client and as server.
+    /// Enters a pod: from now on its connections are decided, as client and as server. One that comes back to an agent which
+    /// has just taken over is entered with all others, by [`Self::start`].
     pub fn add(&self, pod: Arc<LocalPod>) -> Result<(), KernelError> {
         let mut state = self.state();
-        let number = state.next_pod;
-        state.next_pod = state.next_pod.saturating_add(1);
+        let cookie = pod.cookie();
+        let before = state.inherited.pods.get(&cookie).copied();
+        let number = match before {
+            Some(before) => {
+                state.identities.inherit(&pod.identity, before.identity);
+                before.pod
+            }
+            None => {
+                let number = state.next_pod;
+                state.next_pod = number.saturating_add(1);
+                number
+            }
+        };
         let unknown = Endpoint {
-            netns_cookie: pod.cookie().0,
+            netns_cookie: cookie.0,
             workload: 0,
             flags: 0,
             generation: 0,
@@ -179,16 +170,19 @@ impl Enforcer {
             pod,
         };
         state.refresh(&mut enrolled, &self.settings);
-        if let Err(error) = self.write(&mut state, &enrolled) {
+        if state.is_waiting() {
+            state.dirty = true;
+        } else if let Err(error) = self.write(&mut state, &enrolled) {
             self.erase(&enrolled)?;
             return Err(error);
         }
-        let cookie = enrolled.pod.cookie();
         for (ip, _) in &enrolled.endpoints {
             state.addresses.insert(*ip, cookie);
         }
         state.pods.insert(cookie, enrolled);
-        self.sync_services(&mut state);
+        if !state.is_waiting() {
+            self.sync_services(&mut state);
+        }
         // It may have open flows of an earlier enrolment, which nobody has judged while it was away.
         state.dirty |= state.started;
         Ok(())
@@ -252,7 +246,8 @@ impl Enforcer {
         Ok(())
     }
 
-    /// All pods of an earlier agent are back: from now on open flows are judged, beginning with those that are there.
+    /// All pods of an earlier agent are back: from now on this one decides, and judges open flows, beginning with those that
+    /// are there.
     pub fn start(&self) -> Result<usize, KernelError> {
         {
             let mut state = self.state();
@@ -260,7 +255,7 @@ impl Enforcer {
             state.dirty = true;
         }
         let cut = self.bring_in_line(None)?;
-        self.renew_inherited();
+        self.tables.vouch()?;
         Ok(cut)
     }
 
@@ -272,30 +267,29 @@ impl Enforcer {
     }
 
     fn bring_in_line(&self, mesh: Option<Arc<Mesh>>) -> Result<usize, KernelError> {
-        let (view, changed, mut failed) = self.write_change(mesh)?;
-        let Some(view) = view else {
-            return failed.map_or(Ok(0), Err);
+        let Some(change) = self.write_change(mesh)? else {
+            return Ok(0);
         };
-        let mut cut = self.sweep(&view);
-        // Programs that read the old generation before it changed may make a flow after the first sweep.
-        if let Err(error) = sys::wait_for_running_programs() {
-            tracing::warn!(%error, "cannot wait for running programs; waiting a while instead");
-            std::thread::sleep(PROGRAMS_TAKE);
+        let mut failed = change.failed;
+        let mut cut = 0;
+        if let Some(view) = &change.view {
+            cut = self.sweep(view);
+            // Programs that read the old generation before it changed may make a flow after the first sweep.
+            wait_for_running_programs();
+            cut += self.sweep(view);
         }
-        cut += self.sweep(&view);
         let mut state = self.state();
-        for (asker, pair) in state
-            .pairs
-            .towards(|destination| changed.contains(&destination.ip()))
-        {
+        for (asker, pair) in change.late {
             if let Err(error) = self.give_verdict(&mut state, asker, &pair) {
                 failed = Some(error);
             }
         }
-        let generations = state.generations();
-        self.tables.sweep_verdicts(|key, verdict| {
-            generations.get(&key.workload) != Some(&verdict.generation)
-        })?;
+        if !self.settings.skip_sweep {
+            let generations = state.generations();
+            self.tables.sweep_verdicts(|key, verdict| {
+                generations.get(&key.workload) != Some(&verdict.generation)
+            })?;
+        }
         let policies: HashSet<_> = state
             .mesh
             .policies()
@@ -305,20 +299,17 @@ impl Enforcer {
         failed.map_or(Ok(cut), Err)
     }
 
-    /// The change itself, as one: while it is being written, no connection is decided by what is half-written. Returns what
-    /// open flows are to be judged by (nothing when they need not be), and the addresses that were concerned.
-    #[expect(
-        clippy::type_complexity,
-        reason = "three results of one step, taken apart at once"
-    )]
-    fn write_change(
-        &self,
-        mesh: Option<Arc<Mesh>>,
-    ) -> Result<(Option<View>, HashSet<IpAddr>, Option<KernelError>), KernelError> {
+    /// The change itself, as one: while it is being written, no connection is decided by what is half-written. `None` when
+    /// nothing changed for the pods of this node.
+    fn write_change(&self, mesh: Option<Arc<Mesh>>) -> Result<Option<Change>, KernelError> {
         let mut state = self.state();
         if let Some(mesh) = mesh {
             state.mesh = mesh;
             state.known = true;
+        }
+        if state.is_waiting() {
+            state.dirty = true;
+            return Ok(None);
         }
         let again = std::mem::take(&mut state.dirty);
         let mut pods = std::mem::take(&mut state.pods);
@@ -329,60 +320,105 @@ impl Enforcer {
             }
         }
         state.pods = pods;
-        if changed.is_empty() {
+        let inherited = std::mem::take(&mut state.inherited);
+        if changed.is_empty() && inherited.is_empty() {
             self.sync_services(&mut state);
-            return Ok((None, HashSet::new(), None));
+            return Ok(None);
         }
-        let mut failed = self.tables.set_changing(true).err();
-        let mut concerned = HashSet::new();
-        for cookie in &changed {
-            let Some(enrolled) = state.pods.remove(cookie) else {
-                continue;
-            };
-            concerned.extend(enrolled.endpoints.iter().map(|(ip, _)| *ip));
-            if let Err(error) = self.write(&mut state, &enrolled) {
-                state.dirty = true;
-                failed = Some(error);
-            }
-            state.pods.insert(*cookie, enrolled);
+        let mut change = Change::default();
+        self.tables.set_changing(true)?;
+        if let Err(error) = self.write_pods(&mut state, &changed, &inherited, &mut change) {
+            state.dirty = true;
+            state.inherited = inherited;
+            change.failed = Some(error);
         }
         if let Err(error) = self.tables.set_changing(false) {
             state.dirty = true;
-            failed = Some(error);
+            change.failed = Some(error);
         }
         self.sync_services(&mut state);
-        let view = if self.settings.skip_sweep {
-            None
-        } else {
-            state.view()
-        };
-        Ok((view, concerned, failed))
+        if !self.settings.skip_sweep {
+            change.view = state.view();
+        }
+        Ok(Some(change))
     }
 
-    /// What an earlier agent had decided is decided again, by the policies of now, before anybody asks.
-    fn renew_inherited(&self) {
-        let mut state = self.state();
-        let inherited = std::mem::take(&mut state.inherited);
-        for key in inherited.verdicts {
-            let asker = match key.scope {
-                scope::POD => inherited.pods.get(&key.source),
-                _ => inherited.identities.get(&key.source),
-            };
-            let (Some(asker), Some(ip)) = (asker, inherited.workloads.get(&key.workload)) else {
-                continue;
-            };
-            let Some(enrolled) = state.pods.get(asker) else {
-                continue;
-            };
-            let pair = Pair {
-                source: Source::Identity(enrolled.pod.identity.clone()),
-                destination: SocketAddr::new(*ip, key.port),
-            };
-            if let Err(error) = self.give_verdict(&mut state, *asker, &pair) {
-                tracing::warn!(%error, "a verdict of an earlier agent could not be renewed");
-                return;
+    /// First the verdicts of the new generation, then the endpoints, which put them into force: a connection that is just being
+    /// made finds the new verdict where its own is void.
+    fn write_pods(
+        &self,
+        state: &mut State,
+        changed: &[NetnsCookie],
+        inherited: &Inherited,
+        change: &mut Change,
+    ) -> Result<(), KernelError> {
+        if !inherited.is_empty() {
+            // What an earlier agent chose by its own numbers.
+            self.tables.services().clear()?;
+        }
+        let concerned: HashSet<IpAddr> = changed
+            .iter()
+            .filter_map(|cookie| state.pods.get(cookie))
+            .flat_map(|enrolled| enrolled.endpoints.iter().map(|(ip, _)| *ip))
+            .collect();
+        let mut pairs = state
+            .pairs
+            .towards(|destination| concerned.contains(&destination.ip()));
+        for (asker, destination) in inherited.pairs() {
+            if let Some(enrolled) = state.pods.get(&asker) {
+                let source = Source::Identity(enrolled.pod.identity.clone());
+                pairs.push((
+                    asker,
+                    Pair {
+                        source,
+                        destination,
+                    },
+                ));
             }
         }
+        if self.settings.skip_sweep {
+            pairs.clear();
+        }
+        change.late = pairs.split_off(pairs.len().min(AT_ONCE));
+        for (asker, pair) in pairs {
+            self.give_verdict(state, asker, &pair)?;
+        }
+        for cookie in changed {
+            if let Some(enrolled) = state.pods.remove(cookie) {
+                let written = self.write(state, &enrolled);
+                state.pods.insert(*cookie, enrolled);
+                written?;
+            }
+        }
+        self.close_inherited(state, inherited)
+    }
+
+    /// Pods that an earlier agent served and this one does not (yet): their traffic goes to an agent or nowhere, as that of
+    /// nobody in particular.
+    fn close_inherited(&self, state: &mut State, inherited: &Inherited) -> Result<(), KernelError> {
+        for (ip, endpoint) in &inherited.endpoints {
+            if !state.addresses.contains_key(ip) {
+                state.next_generation += 1;
+                let closed = Endpoint {
+                    generation: state.next_generation,
+                    flags: Endpoint::STEER,
+                    ..*endpoint
+                };
+                self.tables.put_endpoint(*ip, closed)?;
+            }
+        }
+        for (cookie, pod) in &inherited.pods {
+            if !state.pods.contains_key(cookie) {
+                let nobody = Pod {
+                    identity: 0,
+                    pod: 0,
+                    view: 0,
+                    ..*pod
+                };
+                self.tables.put_pod(*cookie, nobody)?;
+            }
+        }
+        Ok(())
     }
 
     /// Tries again what failed before, and judges the flows of pods that have come since, if there is any of that.
@@ -561,6 +597,9 @@ impl Judge for Enforcer {
             source: Source::Identity(source.identity.clone()),
             destination,
         };
+        if state.is_waiting() {
+            return Some(evaluation);
+        }
         if let Err(error) = self.give_verdict(&mut state, source.cookie(), &pair) {
             // Without a verdict the next connection comes here again: slower, not wrong.
             tracing::warn!(%error, "a verdict could not be cached");
@@ -570,6 +609,11 @@ impl Judge for Enforcer {
 }
 
 impl State {
+    /// An earlier agent's decisions are still in force.
+    fn is_waiting(&self) -> bool {
+        !self.started && !self.inherited.is_empty()
+    }
+
     /// The pod of this node that has this address, if this port of it may be reached directly.
     fn endpoint(&self, destination: SocketAddr) -> Option<(Endpoint, Arc<Workload>)> {
         if OWN_PORTS.contains(&destination.port()) {
@@ -585,11 +629,7 @@ impl State {
 
     /// The verdict for a pair, with its key and the pair as the destination's policies see it. `None` where there can be none:
     /// the pod has left, or its addresses are treated differently.
-    fn decide(
-        &mut self,
-        asker: NetnsCookie,
-        pair: &Pair,
-    ) -> Option<(VerdictKey, Pair, Verdict)> {
+    fn decide(&mut self, asker: NetnsCookie, pair: &Pair) -> Option<(VerdictKey, Pair, Verdict)> {
         let destination = pair.destination;
         let (endpoint, workload) = self.endpoint(destination)?;
         if endpoint.flags & Endpoint::STEER != 0 {
@@ -680,6 +720,12 @@ impl State {
         }
         self.next_generation += 1;
         for ((ip, endpoint), flags) in enrolled.endpoints.iter_mut().zip(flags) {
+            if let Some(before) = self.inherited.endpoints.get(ip)
+                && let Some(workload) = &workload
+            {
+                let name = (Arc::clone(&workload.uid), *ip);
+                self.workloads.inherit(&name, before.workload);
+            }
             endpoint.generation = self.next_generation;
             endpoint.flags = flags;
             endpoint.workload = workload.as_ref().map_or(0, |workload| {
@@ -724,7 +770,11 @@ impl State {
         Pod {
             identity: self.identities.of(&enrolled.pod.identity),
             pod: enrolled.number,
-            flags: if outside || asked_not_to { Pod::NO_DIRECT } else { 0 },
+            flags: if outside || asked_not_to {
+                Pod::NO_DIRECT
+            } else {
+                0
+            },
             view: self.services.view_of(enrolled.workload.as_deref()),
             devices,
         }

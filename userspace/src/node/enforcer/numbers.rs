@@ -19,6 +19,15 @@ impl<T: Hash + Eq + Clone> Numbers<T> {
         }
     }
 
+    /// Goes on calling a name by the number that an earlier agent gave it, if both are free.
+    pub fn inherit(&mut self, name: &T, number: u32) {
+        let free = number != 0 && number < self.next && !self.names.contains_key(&number);
+        if free && !self.numbers.contains_key(name) {
+            self.numbers.insert(name.clone(), number);
+            self.names.insert(number, name.clone());
+        }
+    }
+
     pub fn of(&mut self, name: &T) -> u32 {
         if let Some(number) = self.numbers.get(name) {
             return *number;
@@ -54,5 +63,18 @@ mod tests {
         assert_eq!(numbers.name(first), None);
         assert_ne!(numbers.of(&"b"), first);
         assert_ne!(numbers.of(&"a"), first);
+    }
+
+    #[test]
+    fn an_inherited_number_is_kept_but_never_shared() {
+        let mut numbers = Numbers::starting_at(10);
+        numbers.inherit(&"a", 3);
+        numbers.inherit(&"b", 3);
+        numbers.inherit(&"c", 0);
+        numbers.inherit(&"d", 99);
+        assert_eq!(numbers.of(&"a"), 3);
+        for name in ["b", "c", "d"] {
+            assert!(numbers.of(&name) >= 10);
+        }
     }
 }

@@ -102,8 +102,12 @@ impl View {
     pub fn cut(&self, flows: &[OpenFlow]) -> HashMap<usize, i32> {
         let mut failed = HashMap::new();
         // The clients' ends first: what they tell the servers' ends saves most of the second half.
-        let clients = flows.iter().map(|flow| (flow.flow.client_netns, flow.client_end()));
-        let servers = flows.iter().map(|flow| (flow.flow.server_netns, flow.server_end()));
+        let clients = flows
+            .iter()
+            .map(|flow| (flow.flow.client_netns, flow.client_end()));
+        let servers = flows
+            .iter()
+            .map(|flow| (flow.flow.server_netns, flow.server_end()));
         self.destroy(clients, &mut failed);
         self.destroy(servers, &mut failed);
         failed

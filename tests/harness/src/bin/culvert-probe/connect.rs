@@ -38,6 +38,9 @@ pub struct Arguments {
     /// Packet mark of the socket
     #[arg(long)]
     mark: Option<u32>,
+    /// Packet mark of the socket once connected, before anything is sent
+    #[arg(long)]
+    remark: Option<u32>,
     /// Device to bind to
     #[arg(long)]
     device: Option<String>,
@@ -102,6 +105,10 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if let Ok(stream) = &connected {
         report.insert("local".into(), address(stream.local_addr()));
         report.insert("peer".into(), address(stream.peer_addr()));
+        if let Some(mark) = arguments.remark {
+            let marked = SockRef::from(stream).set_mark(mark);
+            report.insert("remark".into(), report::outcome(&marked).into());
+        }
         if let Some(device) = &arguments.rebind {
             let bound = SockRef::from(stream).bind_device(Some(device.as_bytes()));
             report.insert("rebind".into(), report::outcome(&bound).into());

@@ -1,10 +1,13 @@
 //! A small program to run inside pods: servers, load, single connections step by step, and crafted packets.
 //! It reports as lines of JSON on standard output; errors of the network are results, named by errno, not failures.
 
+mod alternate;
+mod burst;
 mod connect;
 mod crowd;
 mod greet;
 mod load;
+mod many;
 mod pattern;
 mod raw;
 mod report;
@@ -37,6 +40,14 @@ enum Probe {
     Greet(greet::Greet),
     /// Make connections and count the names they meet (server: greet)
     Meet(greet::Meet),
+    /// Keep many connections, each with a byte there and back now and then; a line on standard input asks how they are
+    Many(many::Client),
+    /// The other end of many connections
+    ServeMany(many::Server),
+    /// Begin many connections at once, and keep what came of them until standard input ends
+    Burst(burst::Burst),
+    /// Connect to two servers in turn until standard input ends, and tell when their answers change (server: once)
+    Alternate(alternate::Alternate),
     /// Make one connection and tell the outcome of every step
     Connect(connect::Arguments),
     /// Make a socket and give it to whoever asks for it
@@ -57,6 +68,10 @@ fn main() -> anyhow::Result<()> {
         Probe::Churn(arguments) => crowd::churn(&arguments),
         Probe::Greet(arguments) => greet::greet(&arguments),
         Probe::Meet(arguments) => greet::meet(&arguments),
+        Probe::Many(arguments) => many::client(&arguments),
+        Probe::ServeMany(arguments) => many::server(&arguments),
+        Probe::Burst(arguments) => burst::burst(&arguments),
+        Probe::Alternate(arguments) => alternate::alternate(&arguments),
         Probe::Connect(arguments) => connect::run(&arguments),
         Probe::Offer(arguments) => connect::offer(&arguments),
         Probe::RawSyn(arguments) => raw::syn(&arguments),

@@ -103,6 +103,8 @@ pub struct Handshake {
 #[derive(Default, serde::Serialize)]
 struct Seen {
     syn_ack: bool,
+    /// The text that went with the SYN was taken.
+    early: bool,
     rst: bool,
     fin: bool,
     acked: bool,
@@ -155,13 +157,14 @@ fn converse(wire: &mut Wire, arguments: &Handshake, seen: &mut Seen) -> anyhow::
     };
     wire.send(arguments.seq, 0, flag::SYN, early)?;
     let mut next = arguments.seq.wrapping_add(1);
-    let mut expected = None;
+    let (mut expected, mut early_taken) = (None, false);
     let with_early = next.wrapping_add(u32::try_from(early.len())?);
     wire.each(Instant::now() + wait, |fields, _| {
         // An answer to another SYN with these addresses is not ours.
         if fields.has(flag::SYN | flag::ACK) && [next, with_early].contains(&fields.acknowledgment)
         {
             expected = Some(fields.sequence.wrapping_add(1));
+            early_taken = fields.acknowledgment != next;
             next = fields.acknowledgment;
         }
         seen.rst |= fields.has(flag::RST);
@@ -171,6 +174,7 @@ fn converse(wire: &mut Wire, arguments: &Handshake, seen: &mut Seen) -> anyhow::
         return Ok(());
     };
     seen.syn_ack = true;
+    seen.early = early_taken;
     if seen.rst {
         return Ok(());
     }

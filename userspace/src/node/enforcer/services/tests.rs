@@ -396,6 +396,29 @@ fn a_service_keeps_its_number_while_it_is_in_the_mesh() {
     assert!(stage.services.name(1).is_none());
 }
 
+#[test]
+fn a_large_mesh_costs_only_what_concerns_the_pods_here() {
+    let names: Vec<String> = (0..5000).map(|i| format!("ns/s{i}")).collect();
+    let services = names.iter().enumerate().map(|(i, name)| {
+        let vip = format!("/10.96.{}.{}", i / 256, i % 256);
+        service(name, &vip)
+    });
+    let uids: Vec<String> = (0..10_000).map(|i| format!("w{i}")).collect();
+    let workloads = uids.iter().enumerate().map(|(i, uid)| {
+        let ip = format!("10.1.{}.{}", i / 256, i % 256);
+        workload(uid, &ip, &[&names[i % 5000]])
+    });
+    let mesh = build(services.collect(), workloads.collect());
+    let here: Vec<&str> = uids.iter().take(100).map(String::as_str).collect();
+    let mut stage = Stage::new();
+    stage.sync(&mesh, &here).unwrap();
+    assert_eq!(stage.told().len(), 100);
+    let began = std::time::Instant::now();
+    stage.sync(&mesh, &here).unwrap();
+    println!("nothing has changed: {:?}", began.elapsed());
+    assert_eq!(stage.fake.puts.get(), 100);
+}
+
 proptest! {
     /// Whatever comes and goes, in whatever order: what is told is what a fresh start would tell.
     #[test]

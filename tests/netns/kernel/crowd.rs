@@ -1,0 +1,129 @@
+//! Revocation with 1,000 open flows: exactly those that a change forbids are reset, at both ends, and how long it took.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, Result, ensure};
+use culvert_harness::{Pod, Policy, Proc, wait_until};
+use culvert_tests::scene::{PORT, SOON, Scene, Setting, only};
+use serde_json::Value;
+
+use crate::kernel_tables::flows;
+
+const FORBIDDEN: usize = 1000;
+const ALLOWED: usize = 200;
+const A_WHILE: Duration = Duration::from_secs(60);
+
+fn both() -> Vec<Policy> {
+    let intruder = Policy {
+        name: "the-intruder-too".into(),
+        ..only("intruder")
+    };
+    vec![only("client"), intruder]
+}
+
+fn many(from: &Pod, to: &Pod, count: usize) -> Result<Proc> {
+    let count = count.to_string();
+    let crowd = from
+        .probe()?
+        .args(["many", "--to", &to.at(PORT), "--count", &count])
+        .stdin()
+        .spawn()?;
+    crowd.wait_for_event("open", A_WHILE)?;
+    Ok(crowd)
+}
+
+/// What has become of the connections by now.
+fn tally(crowd: &Proc) -> Result<Value> {
+    let mark = crowd.log().mark();
+    crowd.send_line("")?;
+    crowd.wait_for_event_after(mark, "tally", SOON)
+}
+
+fn sum(tally: &Value) -> u64 {
+    let ends = tally["ends"].as_object();
+    ends.map_or(0, |ends| ends.values().filter_map(Value::as_u64).sum())
+}
+
+/// Milliseconds from the write of the change to the first and the last reset that the forbidden client saw.
+fn revoke_a_crowd(server_of: impl Fn(&Scene) -> &Pod, path: &str) -> Result<(f64, f64)> {
+    let scene = Scene::with(Setting {
+        policies: Some(both()),
+        ..Setting::default()
+    })?;
+    let target = server_of(&scene);
+    let server = target
+        .probe()?
+        .args(["serve-many", "--port", &PORT.to_string()])
+        .stdin()
+        .spawn()?;
+    server.wait_for_event("listening", SOON)?;
+    for pod in [&scene.client, &scene.intruder] {
+        scene.warm(pod, target)?;
+    }
+    let allowed = many(&scene.client, target, ALLOWED)?;
+    let forbidden = many(&scene.intruder, target, FORBIDDEN)?;
+    let direct = if path == "direct" {
+        FORBIDDEN + ALLOWED
+    } else {
+        0
+    };
+    assert_eq!(flows(&scene.node1)?.len(), direct);
+    let ended_before = sum(&tally(&server)?);
+    let bytes_before = tally(&allowed)?["bytes"].as_u64();
+    let mut mesh = scene.mesh.clone();
+    mesh.policies = vec![only("client")];
+    let written = SystemTime::now().duration_since(UNIX_EPOCH)?.as_micros();
+    mesh.write(&scene.mesh_file())?;
+    let end = forbidden.wait_for_event("all_ended", A_WHILE)?;
+    let resets: u64 = ["ECONNRESET", "ECONNABORTED", "EPIPE"]
+        .iter()
+        .filter_map(|how| end["ends"][how].as_u64())
+        .sum();
+    assert_eq!(resets, FORBIDDEN as u64, "{end}");
+    let at_server = wait_until(SOON, "the server's ends to be reset", || {
+        let tally = tally(&server)?;
+        Ok((sum(&tally) - ended_before >= FORBIDDEN as u64).then_some(tally))
+    })?;
+    assert_eq!(at_server["open"], ALLOWED, "{at_server}");
+    let at_allowed = wait_until(SOON, "the allowed flows to go on", || {
+        let tally = tally(&allowed)?;
+        Ok((tally["bytes"].as_u64() > bytes_before).then_some(tally))
+    })?;
+    assert_eq!(at_allowed["open"], ALLOWED, "{at_allowed}");
+    assert_eq!(sum(&at_allowed), 0, "{at_allowed}");
+    let label = format!("path=\"{path}\"");
+    let revoked = || -> Result<f64> {
+        let agents = [&scene.agent1, &scene.agent2];
+        agents
+            .iter()
+            .map(|agent| agent.metric("culvert_revoked_flows_total", &[&label]))
+            .sum()
+    };
+    wait_until(SOON, "every cut to be counted", || {
+        Ok((revoked()? == FORBIDDEN as f64).then_some(()))
+    })?;
+    let since = |field: &str| -> Result<f64> {
+        let at = end[field].as_u64().context("a time")?;
+        ensure!(u128::from(at) >= written, "reset before the change");
+        Ok((u128::from(at) - written) as f64 / 1000.0)
+    };
+    Ok((since("first_end_us")?, since("last_end_us")?))
+}
+
+#[test]
+fn a_thousand_direct_flows_are_cut_at_both_ends_and_no_other_is_touched() -> Result<()> {
+    let (first, last) = revoke_a_crowd(|scene| &scene.server_a, "direct")?;
+    println!(
+        "{FORBIDDEN} direct flows: the first reset {first:.1} ms after the write of the change, the last {last:.1} ms"
+    );
+    Ok(())
+}
+
+#[test]
+fn a_thousand_proxied_flows_are_cut_at_both_ends_and_no_other_is_touched() -> Result<()> {
+    let (first, last) = revoke_a_crowd(|scene| &scene.server_b, "hbone")?;
+    println!(
+        "{FORBIDDEN} proxied flows: the first reset {first:.1} ms after the write of the change, the last {last:.1} ms"
+    );
+    Ok(())
+}

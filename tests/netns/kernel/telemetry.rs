@@ -1,0 +1,290 @@
+//! What is told of direct flows: how they ended, what they carried, and that nothing of it is lost or told twice.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use culvert_harness::{AccessLine, Agent, Pod, Proc, wait_until};
+use culvert_tests::scene::{
+    SOON, Scene, Setting, answered, connect, connect_to, echo, hold, serve, serve_on, text,
+};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::agent_gone::goes_on;
+
+/// A port on which nobody listens.
+const NOBODY: u16 = 7999;
+
+/// The access line of the one direct connection that ended so after `log`.
+fn ended(agent: &Agent, log: culvert_harness::log::Mark, end: &str) -> Result<AccessLine> {
+    agent.wait_for_access(log, &[("path", "direct"), ("end", end)], SOON)
+}
+
+/// A held direct flow.
+fn held(scene: &Scene) -> Result<(Proc, Proc)> {
+    let server = serve(&scene.server_a, "echo")?;
+    scene.warm(&scene.client, &scene.server_a)?;
+    let held = hold(&scene.client, &scene.server_a)?;
+    goes_on(&held, "before")?;
+    Ok((server, held))
+}
+
+fn bytes(agent: &Agent, name: &str, reporter: &str) -> Result<f64> {
+    let reporter = format!("reporter=\"{reporter}\"");
+    let labels = [reporter.as_str(), "sa/client\"", "sa/server-a\""];
+    agent.metric(&format!("istio_tcp_{name}_total"), &labels)
+}
+
+/// Waits until both ends of the direct flows have been counted with so many bytes each way.
+fn counted(agent: &Agent, sent: f64, received: f64) -> Result<()> {
+    let mut last = String::new();
+    let waited = wait_until(SOON, "the bytes to be counted", || {
+        let mut found = Vec::new();
+        for reporter in ["source", "destination"] {
+            found.push(bytes(agent, "sent_bytes", reporter)?);
+            found.push(bytes(agent, "received_bytes", reporter)?);
+        }
+        last = format!("{found:?}");
+        Ok((found == [sent, received, sent, received]).then_some(()))
+    });
+    waited.with_context(|| format!("{last}, not {sent} sent and {received} received"))
+}
+
+#[test]
+fn a_flow_that_both_ends_close_is_told_with_what_it_cost() -> Result<()> {
+    let scene = Scene::new()?;
+    let _server = serve(&scene.server_a, "echo")?;
+    scene.warm(&scene.client, &scene.server_a)?;
+    let log = scene.agent1.log().mark();
+    assert!(answered(&echo(&scene.client, &scene.server_a)?));
+    let line = ended(&scene.agent1, log, "fin")?;
+    for (field, unit) in [("connect_latency", "us"), ("rtt", "us")] {
+        let value = line.field(field).context(field)?;
+        let amount: f64 = value.strip_suffix(unit).context(field)?.parse()?;
+        assert!(amount > 0.0, "{}", line.text);
+    }
+    assert_eq!(line.field("retransmits").as_deref(), Some("0"));
+    let fields = ["bytes_sent", "bytes_recv"].map(|name| line.field(name));
+    assert_eq!(fields, [Some("5".into()), Some("5".into())]);
+    let direct = ["path=\"direct\"", "end=\"fin\""];
+    let metric = |name: &str, labels: &[&str]| scene.agent1.metric(name, labels);
+    assert_eq!(metric("culvert_flows_ended_total", &direct)?, 1.0);
+    assert_eq!(metric("culvert_flow_connect_seconds_count", &[])?, 1.0);
+    assert_eq!(metric("culvert_flow_rtt_seconds_count", &[])?, 1.0);
+    assert_eq!(metric("culvert_open_flows", &["path=\"direct\""])?, 0.0);
+    Ok(())
+}
+
+#[test]
+fn a_flow_says_which_end_reset_it() -> Result<()> {
+    let scene = Scene::new()?;
+    let (server, client) = held(&scene)?;
+    let log = scene.agent1.log().mark();
+    // Killed with unread data, an end resets: the echo that the client does not read any more.
+    client.kill(Signal::SIGSTOP)?;
+    client.send_line("unread")?;
+    client.kill(Signal::SIGKILL)?;
+    let line = ended_by_reset(&scene.agent1, log)?;
+    assert!(["fin", "reset_by_client"].contains(&line.as_str()), "{line}");
+    drop(server);
+    Ok(())
+}
+
+fn ended_by_reset(agent: &Agent, log: culvert_harness::log::Mark) -> Result<String> {
+    let line = agent.wait_for_access(log, &[("path", "direct")], SOON)?;
+    line.field("end").context("end")
+}
+
+#[test]
+fn a_connection_that_nobody_listens_for_failed_and_was_refused() -> Result<()> {
+    let scene = Scene::new()?;
+    let _server = serve(&scene.server_a, "echo")?;
+    scene.warm(&scene.client, &scene.server_a)?;
+    // The first attempt leaves the verdict for this port.
+    let nobody = scene.server_a.at(NOBODY);
+    connect_to(&scene.client, &nobody, &[])?;
+    let log = scene.agent1.log().mark();
+    let report = connect_to(&scene.client, &nobody, &[])?;
+    assert_eq!(text(&report, "connect"), "ECONNREFUSED", "{report}");
+    let line = ended(&scene.agent1, log, "refused")?;
+    assert!(line.text.contains("\terror\t"), "{}", line.text);
+    assert!(line.field("error").is_some(), "{}", line.text);
+    let failed = scene.agent1.metric(
+        "istio_tcp_connections_failed_total",
+        &["response_flags=\"CONNECT\"", "reporter=\"source\""],
+    )?;
+    assert!(failed >= 1.0, "{failed}");
+    Ok(())
+}
+
+#[test]
+fn a_long_flow_is_reported_while_it_is_open_and_never_twice() -> Result<()> {
+    let scene = Scene::with(Setting {
+        env: vec![("CULVERT_FLOW_REPORT_INTERVAL", "1s".to_owned())],
+        ..Setting::default()
+    })?;
+    let (_server, client) = held(&scene)?;
+    // Counted so far: the warming connection's byte each way, and `before` with its end of line.
+    let word = "before\n".len() as f64;
+    counted(&scene.agent1, 1.0 + word, 1.0 + word)?;
+    let live = flows(&scene)?;
+    let report = wait_until(SOON, "a report", || {
+        let lines = live.events("report");
+        Ok(lines.into_iter().find(|line| {
+            let flow = &line["flow"];
+            flow["path"] == "direct" && flow["bytes_sent"] == 7
+        }))
+    })?;
+    assert!(report["flow"]["rtt_us"].is_u64(), "{report}");
+    goes_on(&client, "and on")?;
+    let more = word + "and on\n".len() as f64;
+    counted(&scene.agent1, 1.0 + more, 1.0 + more)?;
+    assert_eq!(
+        scene
+            .agent1
+            .metric("culvert_open_flows", &["path=\"direct\""])?,
+        1.0
+    );
+    let log = scene.agent1.log().mark();
+    client.close_stdin();
+    let line = ended(&scene.agent1, log, "fin")?;
+    assert_eq!(line.field("bytes_sent").as_deref(), Some("14"));
+    counted(&scene.agent1, 1.0 + more, 1.0 + more)?;
+    let labels = ["reporter=\"source\"", "sa/client\""];
+    for name in ["opened", "closed"] {
+        let name = format!("istio_tcp_connections_{name}_total");
+        assert_eq!(scene.agent1.metric(&name, &labels)?, 2.0, "{name}");
+    }
+    Ok(())
+}
+
+/// `culvert flows --json` of the first node's agent.
+fn flows(scene: &Scene) -> Result<Proc> {
+    let socket = scene.agent1.admin_socket().to_string_lossy().into_owned();
+    scene
+        .node1
+        .command(culvert_harness::culvert_binary()?)
+        .args(["flows", "--json", "--admin-socket", &socket])
+        .spawn()
+}
+
+#[test]
+fn bytes_beyond_four_gigabytes_are_counted() -> Result<()> {
+    const BYTES: u64 = 5 << 30;
+    let scene = Scene::new()?;
+    let _server = serve_on(&scene.server_a, "sink", 7001)?;
+    let to = scene.server_a.at(7001);
+    let stream = |bytes: u64| -> Result<Value> {
+        let bytes = bytes.to_string();
+        scene
+            .client
+            .probe()?
+            .args(["stream", "--to", &to, "--bytes", &bytes])
+            .run(Duration::from_secs(60))?
+            .json()
+    };
+    stream(1)?;
+    let log = scene.agent1.log().mark();
+    let report = stream(BYTES)?;
+    assert_eq!(report["ok"], true, "{report}");
+    let line = ended(&scene.agent1, log, "fin")?;
+    assert_eq!(line.field("bytes_recv"), Some(BYTES.to_string()));
+    let received = bytes(&scene.agent1, "received_bytes", "destination")?;
+    assert_eq!(received, (BYTES + 1) as f64);
+    Ok(())
+}
+
+/// One pod's quick connections, each with a byte there and back.
+fn crowd(from: &Pod, to: &Pod, count: u32) -> Result<Value> {
+    let count = count.to_string();
+    from.probe()?
+        .args(["conn", "--to", &to.at(7002), "--threads", "4"])
+        .args(["--count", &count])
+        .run(Duration::from_secs(60))?
+        .json()
+}
+
+#[test]
+fn counters_are_right_although_the_events_of_many_ends_were_lost() -> Result<()> {
+    const MANY: u32 = 20_000;
+    let scene = Scene::new()?;
+    let _server = scene
+        .server_a
+        .probe()?
+        .args(["serve", "--port", "7002", "--mode", "once", "--quiet"])
+        .spawn()?;
+    wait_until(SOON, "the server and its verdict", || {
+        let report = crowd(&scene.client, &scene.server_a, 1)?;
+        Ok((report["errors"] == 0).then_some(()))
+    })?;
+    let lost = || scene.agent1.metric("culvert_flow_events_lost_total", &[]);
+    let before = bytes(&scene.agent1, "connections_closed", "source")?;
+    // An agent that stands still reads no events: the ring overflows.
+    scene.agent1.process().kill(Signal::SIGSTOP)?;
+    let report = crowd(&scene.client, &scene.server_a, MANY);
+    scene.agent1.process().kill(Signal::SIGCONT)?;
+    let report = report?;
+    assert_eq!((&report["count"], &report["errors"]), (&MANY.into(), &0.into()));
+    let expected = before + f64::from(MANY);
+    wait_until(SOON, "every connection to be counted", || {
+        let closed = bytes(&scene.agent1, "connections_closed", "source")?;
+        Ok((closed == expected).then_some(()))
+    })?;
+    assert!(lost()? > 0.0, "no event was lost: the test shows nothing");
+    counted(&scene.agent1, expected, expected)?;
+    for reporter in ["source", "destination"] {
+        for name in ["connections_opened", "connections_closed"] {
+            assert_eq!(bytes(&scene.agent1, name, reporter)?, expected, "{name}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_new_agent_counts_on_where_the_last_one_ended() -> Result<()> {
+    let mut scene = Scene::with(Setting {
+        env: vec![("CULVERT_FLOW_REPORT_INTERVAL", "1s".to_owned())],
+        ..Setting::default()
+    })?;
+    let (_server, client) = held(&scene)?;
+    counted(&scene.agent1, 8.0, 8.0)?;
+    scene.agent1.kill()?;
+    let mut options = culvert_harness::AgentOptions::default();
+    let interval = ("CULVERT_FLOW_REPORT_INTERVAL".to_owned(), "1s".to_owned());
+    options.env.extend([interval]);
+    scene.agent1 = scene.node1.start_agent(options)?;
+    scene.agent1.ready()?;
+    let live = flows(&scene)?;
+    wait_until(SOON, "the new agent to know the flow", || {
+        Ok((!live.events("opened").is_empty()).then_some(()))
+    })?;
+    goes_on(&client, "and on")?;
+    let word = "and on\n".len() as f64;
+    counted(&scene.agent1, word, word)?;
+    let labels = ["reporter=\"source\"", "sa/client\""];
+    let opened = "istio_tcp_connections_opened_total";
+    assert_eq!(scene.agent1.metric(opened, &labels)?, 0.0);
+    Ok(())
+}
+
+#[test]
+fn without_telemetry_nothing_is_told_of_direct_flows() -> Result<()> {
+    let scene = Scene::with(Setting {
+        env: vec![("CULVERT_FLOW_TELEMETRY", "false".to_owned())],
+        ..Setting::default()
+    })?;
+    let _server = serve(&scene.server_a, "echo")?;
+    scene.warm(&scene.client, &scene.server_a)?;
+    let log = scene.agent1.log().mark();
+    for _ in 0..3 {
+        connect(&scene.client, &scene.server_a, &["--send", "x", "--read", "1"])?;
+    }
+    // A refusal by the agent itself is told in any case, and after them.
+    echo(&scene.intruder, &scene.server_a)?;
+    scene
+        .agent1
+        .wait_for_access(log, &[("src.workload", "intruder")], SOON)?;
+    let lines = scene.agent1.access_log();
+    assert!(!lines.iter().any(|line| line.text.contains("path=\"direct\"")));
+    Ok(())
+}

@@ -1,0 +1,80 @@
+//! One look through the open flows: which there are, what their sockets have seen, and what lost events would have said.
+//! Blocking; runs on a thread for that.
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use culvert_abi::{Lost, LostKey};
+
+use super::Pods;
+use crate::kernel::{KernelError, NetnsCookie, OpenFlow, SocketMeasures, Tables, sys};
+
+#[derive(Clone)]
+pub struct Scanner {
+    tables: Arc<Tables>,
+    pods: Arc<Pods>,
+}
+
+/// What was found.
+pub struct Scan {
+    /// Taken before the flows were read: a flow whose end is in here is not among them.
+    pub lost: Vec<(LostKey, Lost)>,
+    pub flows: Vec<(OpenFlow, Option<SocketMeasures>)>,
+    /// Sockets were asked.
+    pub measured: bool,
+    pub took: Duration,
+}
+
+impl Scanner {
+    pub fn new(tables: Arc<Tables>, pods: Arc<Pods>) -> Self {
+        Self { tables, pods }
+    }
+
+    /// Looks at the flows that are at least this old, and at their clients' sockets if `measured`.
+    pub fn look(&self, oldest: Duration, measured: bool) -> Result<Scan, KernelError> {
+        let began = Instant::now();
+        let lost = self.tables.take_lost()?;
+        let now = sys::monotonic_now();
+        let is_old = |flow: &OpenFlow| {
+            now.saturating_sub(Duration::from_nanos(flow.flow.opened_ns)) >= oldest
+        };
+        let flows = self.tables.flows()?.into_iter().filter(is_old);
+        let mut flows: Vec<_> = flows.map(|flow| (flow, None)).collect();
+        if measured {
+            self.measure(&mut flows);
+        }
+        Ok(Scan {
+            lost,
+            flows,
+            measured,
+            took: began.elapsed(),
+        })
+    }
+
+    fn measure(&self, flows: &mut [(OpenFlow, Option<SocketMeasures>)]) {
+        let mut by_netns = HashMap::<u64, (Vec<usize>, Vec<_>)>::new();
+        for (place, (flow, _)) in flows.iter().enumerate() {
+            let (places, names) = by_netns.entry(flow.flow.client_netns).or_default();
+            places.push(place);
+            names.push(flow.client_end());
+        }
+        for (netns, (places, names)) in by_netns {
+            let Some(pod) = self.pods.by_cookie(NetnsCookie(netns)) else {
+                continue;
+            };
+            let outcome = pod.diag.measure(&names, |index, measures| {
+                let place = places.get(index).and_then(|place| flows.get_mut(*place));
+                if let Some((_, found)) = place {
+                    *found = Some(measures);
+                }
+            });
+            if let Err(error) = outcome {
+                // They are counted when they end.
+                tracing::debug!(%error, pod = %pod.uid(), "open flows could not be measured");
+            }
+        }
+    }
+}
