@@ -69,6 +69,7 @@ fn flows(cookie: u64) -> i64 {
 /// `counter` must point into a live map value.
 #[inline(always)]
 unsafe fn add(counter: *mut i64, delta: i64) -> i64 {
+    // Not relaxed: for that the compiler emits an addition which returns nothing, and takes what is added for what was there.
     // SAFETY: the caller's promise.
-    unsafe { atomic_xadd::<i64, i64, { AtomicOrdering::Relaxed }>(counter, delta) }
+    unsafe { atomic_xadd::<i64, i64, { AtomicOrdering::AcqRel }>(counter, delta) }
 }

@@ -1,7 +1,7 @@
 //! Both ends verify a direct flow: a client whose SYN was not admitted by the pod it was meant for sends nothing.
 
 use anyhow::{Result, bail};
-use culvert_harness::{PodOptions, Proc};
+use culvert_harness::{Pod, PodOptions, Proc};
 use culvert_tests::scene::{
     PORT, SOON, Scene, answered, connect_to, echo, serve, serve_on, text, unplug,
 };
@@ -19,6 +19,21 @@ pub struct Impostor {
     server: Proc,
 }
 
+/// A pod that was never enrolled, with the address of one that has lost its link.
+pub fn impostor_at(scene: &Scene, victim: &Pod) -> Result<Pod> {
+    let std::net::IpAddr::V4(address) = victim.address() else {
+        bail!("IPv4")
+    };
+    let options = PodOptions {
+        address: Some(address),
+        ..PodOptions::default()
+    };
+    let impostor = scene.node1.pod_with("impostor", options)?;
+    let flush = scene.client.command("ip").args(["neigh", "flush", "all"]);
+    flush.run(SOON)?.success()?;
+    Ok(impostor)
+}
+
 impl Impostor {
     /// `server-a` loses its link, somebody who was never enrolled takes its address, and the client, whom a cached verdict
     /// lets connect directly, has something to say to it.
@@ -28,21 +43,7 @@ impl Impostor {
         wait_for_no_claims(&scene.node1)?;
         drop(server);
         unplug(&scene.server_a)?;
-        let std::net::IpAddr::V4(address) = scene.server_a.address() else {
-            bail!("IPv4")
-        };
-        let options = PodOptions {
-            address: Some(address),
-            ..PodOptions::default()
-        };
-        let impostor = scene.node1.pod_with("impostor", options)?;
-        let flush = ["neigh", "flush", "all"];
-        scene
-            .client
-            .command("ip")
-            .args(flush)
-            .run(SOON)?
-            .success()?;
+        let impostor = impostor_at(scene, &scene.server_a)?;
         let server = serve(&impostor, "collect")?;
         if !agent_lives {
             scene.agent1.kill()?;

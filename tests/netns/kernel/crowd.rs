@@ -80,10 +80,12 @@ fn revoke_a_crowd(server_of: impl Fn(&Scene) -> &Pod, path: &str) -> Result<(f64
         .filter_map(|how| end["ends"][how].as_u64())
         .sum();
     assert_eq!(resets, FORBIDDEN as u64, "{end}");
-    let at_server = wait_until(SOON, "the server's ends to be reset", || {
-        let tally = tally(&server)?;
-        Ok((sum(&tally) - ended_before >= FORBIDDEN as u64).then_some(tally))
-    })?;
+    let mut last = Value::Null;
+    let waited = wait_until(SOON, "the server's ends to be reset", || {
+        last = tally(&server)?;
+        Ok((sum(&last) - ended_before >= FORBIDDEN as u64).then(|| last.clone()))
+    });
+    let at_server = waited.with_context(|| last.to_string())?;
     assert_eq!(at_server["open"], ALLOWED, "{at_server}");
     let at_allowed = wait_until(SOON, "the allowed flows to go on", || {
         let tally = tally(&allowed)?;

@@ -11,10 +11,10 @@ const SOURCE: u16 = 40001;
 const FORGED: &str = "forged";
 
 /// What the intruder got who sent a handshake as the client.
-struct Forgery {
-    wire: Value,
+pub struct Forgery {
+    pub wire: Value,
     server: Proc,
-    peer: String,
+    pub peer: String,
     /// The client, whose connect goes on meanwhile.
     _client: Option<Proc>,
 }
@@ -88,7 +88,7 @@ fn unanswered(scene: &Scene) -> Result<Proc> {
 }
 
 /// The client's SYN is lost, and the intruder sends one with its address and port, but cannot know its number.
-fn race_a_lost_syn(scene: &Scene) -> Result<Forgery> {
+pub fn race_a_lost_syn(scene: &Scene) -> Result<Forgery> {
     let server = serve(&scene.server_a, "echo")?;
     let client = unanswered(scene)?;
     Ok(Forgery {

@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
-use aya::maps::{HashMap, Map, MapData};
+use aya::maps::{HashMap, Map, MapData, MapError};
 use culvert_abi::{Claim, Flow, FlowKey, LAYOUT_VERSION};
 use culvert_harness::{Agent, Node, wait_until};
 use culvert_tests::scene::SOON;
+use nix::errno::Errno;
 
 pub fn pinned(node: &Node, name: &str) -> PathBuf {
     node.pin_directory()
@@ -50,4 +51,57 @@ pub fn wait_for_no_claims(node: &Node) -> Result<()> {
 pub fn decisions(agent: &Agent, reason: &str) -> Result<u64> {
     let label = format!("reason=\"{reason}\"");
     Ok(agent.metric("culvert_kernel_decisions_total", &[&label])? as u64)
+}
+
+/// A key that belongs to nobody: keys are told apart by the number, and none is one that an agent or a hook would make.
+pub fn nobodys_flow(number: u64) -> FlowKey {
+    FlowKey {
+        netns_cookie: u64::MAX,
+        client: [0xfd; 16],
+        server: [0xfd; 16],
+        client_port: (number >> 16) as u16,
+        server_port: number as u16,
+        padding: 0,
+    }
+}
+
+pub fn is_full(error: &MapError) -> bool {
+    matches!(error, MapError::SyscallError(error) if error.io_error.raw_os_error() == Some(Errno::E2BIG as i32))
+}
+
+/// Fills a table with entries of nobody's until there is room for only so many more; returns their keys.
+pub fn fill<K: aya::Pod, V: aya::Pod>(
+    node: &Node,
+    name: &str,
+    room: usize,
+    key: impl Fn(u64) -> K,
+    value: V,
+) -> Result<Vec<K>> {
+    let mut table = table::<K, V>(node, name)?;
+    let mut keys = Vec::new();
+    for key in (1..).map(key) {
+        match table.insert(key, value, 0) {
+            Ok(()) => keys.push(key),
+            Err(error) if is_full(&error) => break,
+            Err(error) => return Err(error).with_context(|| format!("filling {name}")),
+        }
+    }
+    for key in keys.drain(keys.len().saturating_sub(room)..) {
+        table.remove(&key)?;
+    }
+    Ok(keys)
+}
+
+/// Removes what [`fill`] entered.
+pub fn clear<K: aya::Pod, V: aya::Pod>(node: &Node, name: &str, keys: &[K]) -> Result<()> {
+    let mut table = table::<K, V>(node, name)?;
+    for key in keys {
+        table.remove(key)?;
+    }
+    Ok(())
+}
+
+/// How many connections came to the agent, for whatever reason.
+pub fn steered(agent: &Agent) -> Result<u64> {
+    Ok(agent.metric("culvert_kernel_decisions_total", &["reason=\"steered_"])? as u64)
 }

@@ -2,7 +2,9 @@
 
 use anyhow::Result;
 use culvert_harness::{Launch, Pod, Proc, Workload, probe_binary, wait_until};
-use culvert_tests::scene::{NAMESPACE, PORT, SOON, Scene, answered, connect_to, only, serve, text};
+use culvert_tests::scene::{
+    NAMESPACE, PORT, SOON, Scene, answered, connect_to, only, serve, text, unplug,
+};
 use serde_json::Value;
 
 use crate::{

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use anyhow::Result;
-use culvert_harness::{AgentOptions, Match, Pod, Policy, Workload};
+use culvert_harness::{AgentOptions, Match, Pod, Policy, Workload, wait_until};
 use culvert_tests::scene::{
     NAMESPACE, PORT, SOON, Scene, Setting, answered, connect_to, mesh_status, text,
 };
@@ -102,14 +102,14 @@ fn another_node_sees_the_address_that_the_client_chose() -> Result<()> {
         ] {
             let report = hello_from(&scene.client, &source, &at(&target.to_string()))?;
             assert!(answered(&report), "{source}: {report}");
-            let accepted = server.events("accepted");
-            let last = accepted.last().expect("one at least");
-            // The server shows IPv4 as IPv4 in IPv6.
-            let peer = text(last, "peer")
-                .replace("[::ffff:", "")
-                .replace("]:", ":");
-            let local = text(&report, "local").replace(['[', ']'], "");
-            assert_eq!(peer.replace('[', ""), local, "{accepted:?}");
+            let plain = |address: &str| address.replace(['[', ']'], "").replace("::ffff:", "");
+            wait_until(SOON, "the server to see the client's address", || {
+                let mut peers = server.events("accepted").into_iter();
+                let local = plain(text(&report, "local"));
+                Ok(peers
+                    .any(|event| plain(text(&event, "peer")) == local)
+                    .then_some(()))
+            })?;
         }
     }
     Ok(())

@@ -217,19 +217,23 @@ fn counters_are_right_although_the_events_of_many_ends_were_lost() -> Result<()>
         let report = crowd(&scene.client, &scene.server_a, 1)?;
         Ok((report["errors"] == 0).then_some(()))
     })?;
+    // The first of all, which the agent carried.
+    let closed = || bytes(&scene.agent1, "connections_closed", "source");
+    wait_until(SOON, "it to be counted", || {
+        Ok((closed()? == 1.0).then_some(()))
+    })?;
     let lost = || scene.agent1.metric("culvert_flow_events_lost_total", &[]);
-    let before = bytes(&scene.agent1, "connections_closed", "source")?;
     // An agent that stands still reads no events: the ring overflows.
     scene.agent1.process().kill(Signal::SIGSTOP)?;
     let report = crowd(&scene.client, &scene.server_a, MANY);
     scene.agent1.process().kill(Signal::SIGCONT)?;
     let report = report?;
     assert_eq!((&report["count"], &report["errors"]), (&MANY.into(), &0.into()));
-    let expected = before + f64::from(MANY);
-    wait_until(SOON, "every connection to be counted", || {
-        let closed = bytes(&scene.agent1, "connections_closed", "source")?;
-        Ok((closed == expected).then_some(()))
-    })?;
+    let expected = 1.0 + f64::from(MANY);
+    let waited = wait_until(SOON, "every connection to be counted", || {
+        Ok((closed()? == expected).then_some(()))
+    });
+    waited.with_context(|| format!("{:?} of {expected}, {:?} events lost", closed(), lost()))?;
     assert!(lost()? > 0.0, "no event was lost: the test shows nothing");
     counted(&scene.agent1, expected, expected)?;
     for reporter in ["source", "destination"] {

@@ -9,10 +9,7 @@ use culvert_tests::scene::{
 };
 use serde_json::Value;
 
-use crate::kernel_tables::{decisions, table};
-
-/// As large as the kernel part's map.
-const VERDICTS: u32 = 65_536;
+use crate::kernel_tables::{decisions, fill};
 
 /// The intruder tries three times: the first makes the verdict, the others meet it.
 fn intrude(scene: &Scene) -> Result<(Vec<Value>, Proc)> {
@@ -111,26 +108,19 @@ fn twin_with_unknown_verdicts_allowed_the_first_connection_is_admitted() -> Resu
 
 /// Leaves no room for a verdict.
 fn fill_verdicts(scene: &Scene) -> Result<()> {
-    let mut verdicts = table::<VerdictKey, Verdict>(&scene.node1, "VERDICTS")?;
     let void = Verdict {
         generation: 0,
         action: action::ALLOW,
         policy: 0,
     };
-    for source in 0..VERDICTS {
-        verdicts.insert(
-            VerdictKey {
-                source,
-                workload: u32::MAX,
-                port: 1,
-                scope: 0,
-                padding: 0,
-            },
-            void,
-            0,
-        )?;
-    }
-    Ok(())
+    let key = |number: u64| VerdictKey {
+        source: number as u32,
+        workload: u32::MAX,
+        port: 1,
+        scope: 0,
+        padding: 0,
+    };
+    fill(&scene.node1, "VERDICTS", 0, key, void).map(drop)
 }
 
 #[test]

@@ -42,7 +42,7 @@ impl Enrolment {
 
     /// Sets everything up but the kernel part's tables: until the pod is entered there, its traffic is left alone.
     ///
-    /// The hook comes last: it sends connections to listeners that exist.
+    /// The hook comes last: it sends connections to listeners that exist. Dropping the listeners takes them from it.
     pub fn begin(
         kernel: &Kernel,
         spec: PodSpec,
@@ -61,13 +61,12 @@ impl Enrolment {
         let mark = settings.packet_mark;
         let sockets = PodSockets::new(Arc::clone(&netns), Arc::clone(kernel.tables()), mark);
         let diag = SocketDiag::new(&netns)?;
+        // First what an agent that still ends its connections there may have: then nothing of the pod's is touched.
+        let listeners = sockets.listen()?;
         let replaced = before.map(|before| before.replaced.as_slice());
         let routing = PodRouting::install(&netns, addresses, settings, replaced)?;
-        let attached = sockets
-            .listen()
-            .and_then(|listeners| Ok((listeners, kernel.attach_pod(&netns)?)));
-        match attached {
-            Ok((listeners, attachment)) => {
+        match kernel.attach_pod(&netns) {
+            Ok(attachment) => {
                 let pod = LocalPod {
                     spec,
                     ip: primary.ip,
@@ -87,8 +86,11 @@ impl Enrolment {
                 ))
             }
             Err(error) => {
-                sockets.unlisten();
-                if let Err(undone) = routing.uninstall(&netns) {
+                drop(listeners);
+                // What an earlier agent set up stays: without it, what is steered would find another way.
+                if before.is_none()
+                    && let Err(undone) = routing.uninstall(&netns)
+                {
                     tracing::warn!(error = %undone, "a pod that could not be enrolled keeps parts of its routing");
                 }
                 Err(error.into())

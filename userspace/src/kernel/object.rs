@@ -94,10 +94,10 @@ impl Kernel {
         let pins = Pins::of(&settings.pin_dir);
         // Held until this agent is the owner, or until what was changed is put back.
         let _starting = owner::starting(&pins)?;
+        let mut attempt = Attempt::new(&pins);
         neighbours::refuse_overlap(settings, &pins)?;
         check_pinned_maps(&pins)?;
         let life = owner::live(&pins)?;
-        let mut attempt = Attempt::new(&pins);
         let mut object = load(&pins, offsets, NetnsCookie(0))?;
         hooks::load(&mut object)?;
         load_inbound(&mut object)?;

@@ -164,13 +164,17 @@ fn ways(
         .filter(|address| Family::of(address.ip) == family)
         .copied()
         .collect();
-    let to_pod = |device: u32| Way::ToPod {
-        device,
-        source: own
-            .iter()
-            .find(|address| address.device == device)
-            .or(own.first())
-            .map(|address| address.ip),
+    let to_pod = |device: u32| {
+        let address = own.iter().find(|address| address.device == device);
+        let other = own.first().filter(|_| {
+            // A socket that is bound to a device hears nothing over IPv6 that is sent to the address of another one: there the
+            // kernel chooses one of the device's.
+            family == Family::V4 || device == loopback
+        });
+        Way::ToPod {
+            device,
+            source: address.or(other).map(|address| address.ip),
+        }
     };
     let primary = own.first().map(|address| address.device);
     let others = devices
@@ -265,6 +269,7 @@ mod tests {
             address("fd00::3", 3),
             address("10.0.0.2", 2),
         ];
+        let one_device = &addresses[..2];
         let ip = |device, ip: &str| (device, ip.to_owned());
         assert_eq!(
             found(Family::V4, &addresses),
@@ -277,6 +282,10 @@ mod tests {
         assert_eq!(
             found(Family::V6, &addresses),
             [ip(2, "fd00::1"), ip(LOOPBACK, "fd00::1"), ip(3, "fd00::3")]
+        );
+        assert_eq!(
+            found(Family::V6, one_device),
+            [ip(2, "fd00::1"), ip(LOOPBACK, "fd00::1"), ip(3, "")]
         );
     }
 

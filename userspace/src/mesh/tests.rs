@@ -484,6 +484,24 @@ mod balancing {
     }
 
     #[test]
+    fn an_endpoint_chosen_before_is_taken_only_while_it_is_a_candidate() {
+        let ill = WorkloadSpec {
+            status: Health::Unhealthy,
+            ..endpoint("ill", "10.0.0.1", "ns/h")
+        };
+        let mesh = with(h(), vec![ill, endpoint("well", "10.0.0.2", "ns/h")]);
+        let service = mesh.service_by_name("ns/h").unwrap();
+        let taken = |chosen| {
+            let workload = mesh.endpoint_at(service, at("10.96.0.1:80"), None, at(chosen));
+            workload.map(|workload| workload.uid.to_string())
+        };
+        assert_eq!(taken("10.0.0.2:8080").as_deref(), Some("well"));
+        for gone in ["10.0.0.1:8080", "10.0.0.2:8081", "10.0.0.3:8080"] {
+            assert_eq!(taken(gone), None, "{gone}");
+        }
+    }
+
+    #[test]
     fn only_healthy_endpoints_are_chosen_unless_the_service_wants_all() {
         let ill = WorkloadSpec {
             status: Health::Unhealthy,

@@ -156,7 +156,7 @@ impl Visit for Fields<'_> {
 /// A sink for tests, which keeps the lines.
 #[cfg(test)]
 #[derive(Clone, Default)]
-pub(super) struct Kept(pub Arc<std::sync::Mutex<Vec<String>>>);
+pub(super) struct Kept(pub std::sync::Arc<std::sync::Mutex<Vec<String>>>);
 
 #[cfg(test)]
 impl LineSink for Kept {

@@ -14,15 +14,16 @@ use crate::kernel::{KernelError, NetnsCookie, Tables, socket_address};
 pub struct Inherited {
     pub pods: HashMap<NetnsCookie, Pod>,
     pub endpoints: HashMap<IpAddr, Endpoint>,
-    verdicts: Vec<VerdictKey>,
+    /// With what was decided.
+    verdicts: Vec<(VerdictKey, u32)>,
 }
 
 impl Inherited {
     /// Reads the tables; changes nothing.
     pub fn read(tables: &Tables) -> Result<Self, KernelError> {
         let mut verdicts = Vec::new();
-        tables.sweep_verdicts(|key, _| {
-            verdicts.push(*key);
+        tables.sweep_verdicts(|key, verdict| {
+            verdicts.push((*key, verdict.action));
             false
         })?;
         Ok(Self {
@@ -52,8 +53,8 @@ impl Inherited {
         generations.max().unwrap_or(0)
     }
 
-    /// Who asked for whom, as far as both are still there.
-    pub fn pairs(&self) -> impl Iterator<Item = (NetnsCookie, SocketAddr)> {
+    /// Who asked for whom, as far as both are still there, and what was decided.
+    pub fn pairs(&self) -> impl Iterator<Item = (NetnsCookie, SocketAddr, u32)> {
         let by_identity: HashMap<u32, NetnsCookie> = self
             .pods
             .iter()
@@ -69,13 +70,13 @@ impl Inherited {
             .iter()
             .map(|(ip, endpoint)| (endpoint.workload, *ip))
             .collect();
-        self.verdicts.iter().filter_map(move |key| {
+        self.verdicts.iter().filter_map(move |(key, action)| {
             let asker = match key.scope {
                 scope::POD => by_number.get(&key.source),
                 _ => by_identity.get(&key.source),
             }?;
             let ip = by_workload.get(&key.workload)?;
-            Some((*asker, SocketAddr::new(*ip, key.port)))
+            Some((*asker, SocketAddr::new(*ip, key.port), *action))
         })
     }
 }

@@ -94,6 +94,13 @@ struct Enrolled {
     endpoints: Vec<(IpAddr, Endpoint)>,
 }
 
+/// A decision, and what it is kept under.
+struct Decided {
+    key: VerdictKey,
+    pair: Pair,
+    verdict: Verdict,
+}
+
 /// What is left to do after a change was written.
 #[derive(Default)]
 struct Change {
@@ -299,8 +306,8 @@ impl Enforcer {
         failed.map_or(Ok(cut), Err)
     }
 
-    /// The change itself, as one: while it is being written, no connection is decided by what is half-written. `None` when
-    /// nothing changed for the pods of this node.
+    /// The change itself, as one: where it decides anything differently, no connection is decided by what is half-written. `None`
+    /// when nothing changed for the pods of this node.
     fn write_change(&self, mesh: Option<Arc<Mesh>>) -> Result<Option<Change>, KernelError> {
         let mut state = self.state();
         if let Some(mesh) = mesh {
@@ -326,7 +333,6 @@ impl Enforcer {
             return Ok(None);
         }
         let mut change = Change::default();
-        self.tables.set_changing(true)?;
         if let Err(error) = self.write_pods(&mut state, &changed, &inherited, &mut change) {
             state.dirty = true;
             state.inherited = inherited;
@@ -364,24 +370,34 @@ impl Enforcer {
         let mut pairs = state
             .pairs
             .towards(|destination| concerned.contains(&destination.ip()));
-        for (asker, destination) in inherited.pairs() {
+        for (asker, destination, action) in inherited.pairs() {
             if let Some(enrolled) = state.pods.get(&asker) {
                 let source = Source::Identity(enrolled.pod.identity.clone());
-                pairs.push((
-                    asker,
-                    Pair {
-                        source,
-                        destination,
-                    },
-                ));
+                let pair = Pair {
+                    source,
+                    destination,
+                    action,
+                };
+                pairs.push((asker, pair));
             }
         }
         if self.settings.skip_sweep {
             pairs.clear();
         }
         change.late = pairs.split_off(pairs.len().min(AT_ONCE));
+        let mut decided = Vec::with_capacity(pairs.len());
+        let mut differs = !change.late.is_empty();
         for (asker, pair) in pairs {
-            self.give_verdict(state, asker, &pair)?;
+            if let Some(verdict) = state.decide(asker, &pair) {
+                differs |= verdict.verdict.action != pair.action;
+                decided.push((asker, verdict));
+            }
+        }
+        if differs {
+            self.tables.set_changing(true)?;
+        }
+        for (asker, verdict) in decided {
+            self.keep_verdict(state, asker, verdict)?;
         }
         for cookie in changed {
             if let Some(enrolled) = state.pods.remove(cookie) {
@@ -550,9 +566,19 @@ impl Enforcer {
         asker: NetnsCookie,
         pair: &Pair,
     ) -> Result<(), KernelError> {
-        let Some((key, pair, verdict)) = state.decide(asker, pair) else {
-            return Ok(());
-        };
+        match state.decide(asker, pair) {
+            Some(decided) => self.keep_verdict(state, asker, decided),
+            None => Ok(()),
+        }
+    }
+
+    fn keep_verdict(
+        &self,
+        state: &mut State,
+        asker: NetnsCookie,
+        decided: Decided,
+    ) -> Result<(), KernelError> {
+        let Decided { key, pair, verdict } = decided;
         if let Some(evicted) = state.pairs.remember(asker, key, pair) {
             self.tables.remove_verdict(&evicted)?;
         }
@@ -596,6 +622,7 @@ impl Judge for Enforcer {
         let pair = Pair {
             source: Source::Identity(source.identity.clone()),
             destination,
+            action: action::DENY,
         };
         if state.is_waiting() {
             return Some(evaluation);
@@ -629,7 +656,7 @@ impl State {
 
     /// The verdict for a pair, with its key and the pair as the destination's policies see it. `None` where there can be none:
     /// the pod has left, or its addresses are treated differently.
-    fn decide(&mut self, asker: NetnsCookie, pair: &Pair) -> Option<(VerdictKey, Pair, Verdict)> {
+    fn decide(&mut self, asker: NetnsCookie, pair: &Pair) -> Option<Decided> {
         let destination = pair.destination;
         let (endpoint, workload) = self.endpoint(destination)?;
         if endpoint.flags & Endpoint::STEER != 0 {
@@ -683,8 +710,9 @@ impl State {
         let pair = Pair {
             source,
             destination,
+            action,
         };
-        Some((key, pair, verdict))
+        Some(Decided { key, pair, verdict })
     }
 
     /// Reads a pod's workload and policies anew; true if anything that verdicts depend on is different.

@@ -18,6 +18,8 @@ pub const PER_POD: usize = 1024;
 pub struct Pair {
     pub source: Source,
     pub destination: SocketAddr,
+    /// What was decided last: one of `culvert_abi::action`.
+    pub action: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,6 +100,7 @@ mod tests {
         Pair {
             source: Source::Pod(NetnsCookie(1)),
             destination: SocketAddr::new([10, 0, 0, 1].into(), port),
+            action: culvert_abi::action::DENY,
         }
     }
 
