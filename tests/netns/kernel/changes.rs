@@ -138,6 +138,7 @@ fn known_pairs_are_decided_again_before_they_ask() -> Result<()> {
     // After a restart the numbers are others, and the pairs the same.
     scene.agent1.kill()?;
     scene.agent1 = start(&scene.node1, "")?;
+    scene.agent1.ready()?;
     wait_for_verdicts(&scene, &scene.server_a, 2)?;
     decided_at_once(&scene)
 }

@@ -316,11 +316,17 @@ fn events_that_find_no_room_are_counted_and_hold_nobody_up() -> Result<()> {
     })?;
     assert_eq!(lost as u64, decisions(agent, "event_lost")?);
     // The sums are kept beside the ring.
-    let labels = ["reporter=\"source\"", "source_workload=\"client\""];
+    let labels = [
+        "reporter=\"source\"",
+        "source_principal=\"spiffe://cluster.local/ns/demo/sa/client\"",
+    ];
+    let counted = || agent.metric("istio_tcp_connections_closed_total", &labels);
     wait_until(SOON, "every connection to be counted", || {
-        let closed = agent.metric("istio_tcp_connections_closed_total", &labels)?;
-        Ok((closed as u64 > load["count"].as_u64().unwrap_or(u64::MAX)).then_some(()))
+        Ok((counted()? as u64 > count).then_some(()))
     })
+    .with_context(|| format!("{count} and one, {lost} lost, {:?} counted", counted()))?;
+    assert_eq!(counted()? as u64, count + 1);
+    Ok(())
 }
 
 /// Isolations that fit into the ring of alarms: more make it overflow.
@@ -361,8 +367,9 @@ fn isolated_sockets_stay_mute_where_an_alarm_finds_no_room() -> Result<()> {
         assert_eq!(closed["bytes_read"], 0, "{closed}");
     }
     // The agent is well.
-    let report = connect_to(&scene.client, &scene.server_b.at(PORT), &[])?;
-    assert_eq!(text(&report, "connect"), "ok", "{report}");
+    let _server = serve(&scene.server_b, "echo")?;
+    let report = echo(&scene.client, &scene.server_b)?;
+    assert!(answered(&report), "{report}");
     let refused = connect(&scene.intruder, &scene.client, &["--read", "1"])?;
     assert!(!answered(&refused));
     Ok(())

@@ -1,7 +1,7 @@
 //! Verdicts: what policy denies is refused before the application reads a byte, and what is not decided is not admitted.
 
 use anyhow::Result;
-use culvert_abi::{Verdict, VerdictKey, action};
+use culvert_abi::{Address, Endpoint, Verdict, VerdictKey, action};
 use culvert_harness::{Match, Policy, Proc, wait_until};
 use culvert_tests::scene::{
     NAMESPACE, SOON, Scene, Setting, answered, connect, echo, only, principal, serve, text,
@@ -9,7 +9,7 @@ use culvert_tests::scene::{
 };
 use serde_json::Value;
 
-use crate::kernel_tables::{decisions, fill};
+use crate::kernel_tables::{decisions, fill, table};
 
 /// The intruder tries three times: the first makes the verdict, the others meet it.
 fn intrude(scene: &Scene) -> Result<(Vec<Value>, Proc)> {
@@ -108,19 +108,26 @@ fn twin_with_unknown_verdicts_allowed_the_first_connection_is_admitted() -> Resu
 
 /// Leaves no room for a verdict.
 fn fill_verdicts(scene: &Scene) -> Result<()> {
-    let void = Verdict {
-        generation: 0,
-        action: action::ALLOW,
+    // Verdicts that are void would be swept.
+    let address = match scene.intruder.address() {
+        std::net::IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
+        std::net::IpAddr::V6(address) => address.octets(),
+    };
+    let endpoints = table::<Address, Endpoint>(&scene.node1, "ENDPOINTS")?;
+    let endpoint = endpoints.get(&address, 0)?;
+    let denial = Verdict {
+        generation: endpoint.generation,
+        action: action::DENY,
         policy: 0,
     };
     let key = |number: u64| VerdictKey {
-        source: number as u32,
-        workload: u32::MAX,
+        source: u32::MAX - number as u32,
+        workload: endpoint.workload,
         port: 1,
         scope: 0,
         padding: 0,
     };
-    fill(&scene.node1, "VERDICTS", 0, key, void).map(drop)
+    fill(&scene.node1, "VERDICTS", 0, key, denial).map(drop)
 }
 
 #[test]

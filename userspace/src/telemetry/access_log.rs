@@ -234,7 +234,7 @@ mod tests {
              dst.workload=\"server\" dst.namespace=\"shop\" \
              dst.identity=\"spiffe://cluster.local/ns/shop/sa/server\" direction=\"inbound\" \
              bytes_sent=175 bytes_recv=80 duration=\"1ms\" path=\"hbone\" not_direct=\"steered_remote\" \
-             rtt=\"120us\" retransmits=2 policy=\"shop/allow\"\n"
+             end=\"reset_by_peer\" connect_latency=\"300us\" rtt=\"120us\" retransmits=2 policy=\"shop/allow\"\n"
         );
     }
 

@@ -298,7 +298,7 @@ fn durations_are_exposed_as_cumulative_buckets() {
         metrics.measured(Duration::from_micros(micros), Duration::ZERO);
     }
     let name = "culvert_flow_connect_seconds";
-    for (bound, count) in [("2.5e-5", 0), ("5e-5", 2), ("0.0005", 3), ("+Inf", 3)] {
+    for (bound, count) in [("0.000025", 0), ("0.00005", 2), ("0.0005", 3), ("+Inf", 3)] {
         let le = format!("le=\"{bound}\"");
         let bucket = format!("{name}_bucket");
         assert_eq!(

@@ -58,9 +58,16 @@ pub fn alternate(arguments: &Alternate) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Refused, or cut when the policy that had let it pass was gone.
 fn is_refusal(error: &io::Error) -> bool {
-    use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset};
-    [BrokenPipe, ConnectionRefused, ConnectionReset].contains(&error.kind())
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset};
+    [
+        BrokenPipe,
+        ConnectionAborted,
+        ConnectionRefused,
+        ConnectionReset,
+    ]
+    .contains(&error.kind())
 }
 
 /// A byte there and back; the server closes first.
