@@ -20,7 +20,7 @@ use crate::{
         Family, bound_address, is_loopback, is_mapped, rewrite, target_port, target4, target6,
     },
     events,
-    maps::{CONFIG, ENDPOINTS, PODS, SOCKETS, VERDICTS, count, flag, knob, listens},
+    maps::{self, CONFIG, ENDPOINTS, SOCKETS, count, flag, knob, listens},
     node, quotas, services, verdicts,
 };
 
@@ -103,11 +103,15 @@ fn decide(ctx: &SockAddrContext, family: Family, target: Address) -> i32 {
     }
     // SAFETY: helper call with this program's context.
     let cookie = unsafe { bpf_get_netns_cookie(addr.cast()) };
-    // SAFETY: the agent replaces entries whole; a stale copy is a valid one.
-    let Some(pod) = (unsafe { PODS.get(&cookie) }) else {
-        node::connect(addr, cookie, &target);
-        return PROCEED;
+    let pod = match maps::pod(cookie) {
+        Ok(Some(pod)) => pod,
+        Ok(None) => {
+            node::connect(addr, cookie, &target);
+            return PROCEED;
+        }
+        Err(reason) => return refuse(reason),
     };
+    let pod = &pod;
     let state = SOCKETS.find_or_create(sk.cast());
     if let Some(state) = &state
         && state.role == role::PROXY
@@ -134,7 +138,7 @@ fn decide(ctx: &SockAddrContext, family: Family, target: Address) -> i32 {
                 Some(slot) => {
                     server = slot.address;
                     server_port = slot.port;
-                    // SAFETY: as for PODS; a copy, because generation and cookie must be of one moment.
+                    // SAFETY: the agent replaces endpoints whole; a copy, because generation and cookie must be of one moment.
                     let choice = match unsafe { ENDPOINTS.get(&server) }.copied() {
                         // Somebody else has the address by now.
                         Some(endpoint)
@@ -248,8 +252,7 @@ fn judge(pod: &Pod, cookie: u64, endpoint: Endpoint, port: u16) -> Choice {
         return Choice::steer(Reason::SteeredNotEligible);
     }
     let key = verdicts::key(&endpoint, pod.identity, pod.pod, port);
-    // SAFETY: the agent replaces verdicts whole.
-    let verdict: &Verdict = match unsafe { VERDICTS.get(&key) } {
+    let verdict: Verdict = match maps::verdict(&key) {
         Some(verdict) => verdict,
         None if knob(knob::UNKNOWN_VERDICT_ALLOWS) => return Choice::direct(endpoint),
         None => return Choice::steer(Reason::SteeredUnknownVerdict),

@@ -115,6 +115,43 @@ impl<T> SocketStorage<T> {
     }
 }
 
+/// Times that an entry which is being replaced is read again.
+const ATTEMPTS: usize = 4;
+
+/// A pod; `Err` when its entry is replaced faster than it can be read.
+///
+/// Looked up twice: the kernel gives the memory of an entry that was replaced to the next one at once, so that only what was
+/// read between two look-ups with the same result is known to belong to the key.
+#[inline(always)]
+pub fn pod(netns_cookie: u64) -> Result<Option<Pod>, Reason> {
+    for _ in 0..ATTEMPTS {
+        let Some(found) = PODS.get_ptr(&netns_cookie) else {
+            return Ok(None);
+        };
+        // SAFETY: map memory stays mapped while the program runs; a copy.
+        let copy = unsafe { ptr::read_volatile(found) };
+        if PODS.get_ptr(&netns_cookie) == Some(found) && copy.netns_cookie == netns_cookie {
+            return Ok(Some(copy));
+        }
+    }
+    Err(Reason::RefusedUnsettled)
+}
+
+#[inline(always)]
+pub fn is_pod(netns_cookie: u64) -> bool {
+    PODS.get_ptr(&netns_cookie).is_some()
+}
+
+/// A cached decision, looked up twice for the same reason.
+#[inline(always)]
+pub fn verdict(key: &VerdictKey) -> Option<Verdict> {
+    let found = VERDICTS.get_ptr(key)?;
+    // SAFETY: as in `pod`.
+    let copy = unsafe { ptr::read_volatile(found) };
+    let again = VERDICTS.get_ptr(key)?;
+    (found == again).then_some(copy)
+}
+
 /// Whether the agent listens for connections of `kind` in a pod.
 #[inline(always)]
 pub fn listens(netns_cookie: u64, kind: u32) -> bool {

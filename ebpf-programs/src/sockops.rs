@@ -21,7 +21,7 @@ use crate::{
     address::{Ends, is_loopback},
     claims, events, flows,
     isolation::isolate,
-    maps::{CLAIMS, ENDPOINTS, PODS, SOCKETS, count, flag, knob},
+    maps::{self, CLAIMS, ENDPOINTS, SOCKETS, count, flag, is_pod, knob},
     verdicts,
 };
 
@@ -72,11 +72,11 @@ fn connecting(ctx: &SockOpsContext) {
         return;
     }
     let own_netns = netns_cookie(ctx);
-    // SAFETY: the agent replaces entries whole.
-    let (identity, number) = match unsafe { PODS.get(&own_netns) } {
-        Some(pod) => (pod.identity, pod.pod),
-        None if state.role == role::NODE => (0, 0),
-        None => return,
+    let (identity, number) = match maps::pod(own_netns) {
+        Ok(Some(pod)) => (pod.identity, pod.pod),
+        Ok(None) if state.role == role::NODE => (0, 0),
+        // Without a claim it is nobody's.
+        Ok(None) | Err(_) => return,
     };
     let Some(ends) = Ends::of(ctx.ops) else {
         return;
@@ -183,8 +183,7 @@ fn connected(ctx: &SockOpsContext) {
 #[inline(always)]
 fn accepted(ctx: &SockOpsContext) {
     let netns = netns_cookie(ctx);
-    // SAFETY: the agent replaces entries whole.
-    if unsafe { PODS.get(&netns) }.is_none() {
+    if !is_pod(netns) {
         return;
     }
     let Some(ends) = Ends::of(ctx.ops) else {

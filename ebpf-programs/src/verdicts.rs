@@ -2,7 +2,7 @@
 
 use culvert_abi::{Claim, Endpoint, FlowKey, VerdictKey, action, scope};
 
-use crate::maps::{ENDPOINTS, VERDICTS};
+use crate::maps::{self, ENDPOINTS};
 
 /// What the decision about a connection is kept under.
 #[inline(always)]
@@ -35,8 +35,7 @@ pub fn standing(claim: &Claim, flow: &FlowKey) -> Option<u64> {
         claim.source_pod,
         flow.server_port,
     );
-    // SAFETY: the agent replaces verdicts whole.
-    let verdict = unsafe { VERDICTS.get(&key) }?;
+    let verdict = maps::verdict(&key)?;
     (verdict.generation == endpoint.generation && verdict.action == action::ALLOW)
         .then_some(endpoint.generation)
 }

@@ -79,7 +79,7 @@ layout! {
     LostKey: 32,
     Lost: 40,
     Config: 72,
-    Pod: 32,
+    Pod: 40,
     Quota: 32,
     Endpoint: 24,
     VerdictKey: 16,

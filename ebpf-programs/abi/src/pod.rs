@@ -54,8 +54,10 @@ pub mod knob {
 
 /// An enrolled pod; the key is its netns cookie. Its addresses are those of [`Endpoint`]s with that cookie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(C, align(8))]
+#[repr(C)]
 pub struct Pod {
+    /// The key once more: tells a reader that the memory it looks at has not become another pod's.
+    pub netns_cookie: u64,
     pub identity: u32,
     /// Number of this pod on this node, for verdicts of scope `POD`.
     pub pod: u32,

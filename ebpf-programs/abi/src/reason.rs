@@ -111,4 +111,6 @@ reasons! {
     PassedLeaving = 38, "passed_leaving";
     /// connect: an endpoint of a service was chosen.
     ServiceResolved = 39, "service_resolved";
+    /// connect: refused, what is known of the pod was changing faster than it could be read.
+    RefusedUnsettled = 40, "refused_unsettled";
 }

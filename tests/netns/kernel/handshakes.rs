@@ -33,12 +33,20 @@ fn outcome(process: &Proc) -> Result<Value> {
     )?)
 }
 
-fn accepted_from(server: &Proc, peer: &str) -> usize {
-    let events = server.events("accepted");
-    events
-        .iter()
-        .filter(|one| text(one, "peer") == peer)
-        .count()
+/// The application has accepted so many connections of this peer, and no more.
+fn accepted_from(server: &Proc, peer: &str, count: usize) -> Result<()> {
+    let accepted = || {
+        let events = server.events("accepted");
+        events
+            .iter()
+            .filter(|one| text(one, "peer") == peer)
+            .count()
+    };
+    wait_until(SOON, "the application to accept", || {
+        Ok((accepted() >= count).then_some(()))
+    })?;
+    assert_eq!(accepted(), count);
+    Ok(())
 }
 
 #[test]
@@ -64,7 +72,7 @@ fn a_syn_that_is_sent_again_makes_one_direct_flow() -> Result<()> {
     let report = outcome(&client)?;
     assert!(answered(&report), "{report}");
     assert_eq!(first.admitted, 0);
-    assert_eq!(accepted_from(&server, &scene.client.at(SOURCE)), 1);
+    accepted_from(&server, &scene.client.at(SOURCE), 1)?;
     assert_eq!(steered(&scene.agent1)?, before);
     wait_for_no_claims(&scene.node1)
 }
@@ -111,7 +119,7 @@ fn a_syn_ack_that_is_sent_again_makes_one_direct_flow() -> Result<()> {
         find_again(&scene.server_a, &scene.client)?;
         let report = outcome(&client)?;
         assert!(answered(&report), "{report}");
-        assert_eq!(accepted_from(&server, &scene.client.at(SOURCE)), 1);
+        accepted_from(&server, &scene.client.at(SOURCE), 1)?;
         assert_eq!(steered(&scene.agent1)?, before + 1, "the first one");
         wait_for_no_claims(&scene.node1)?;
     }
@@ -271,7 +279,7 @@ fn a_port_that_the_server_still_remembers_can_be_used_again() -> Result<()> {
             "{attempt}: or this proves nothing"
         );
     }
-    assert_eq!(accepted_from(&server, &scene.client.at(SOURCE)), 5);
+    accepted_from(&server, &scene.client.at(SOURCE), 5)?;
     assert_eq!(steered(&scene.agent1)?, before);
     wait_for_no_claims(&scene.node1)
 }
@@ -306,7 +314,7 @@ fn one_port_has_a_direct_and_a_steered_connection_at_once() -> Result<()> {
     assert_eq!(steered(&scene.agent1)?, before + 1);
     assert_eq!(decisions(&scene.agent1, "direct")?, direct + 1);
     for server in &servers {
-        assert_eq!(accepted_from(server, &scene.client.at(SOURCE)), 1);
+        accepted_from(server, &scene.client.at(SOURCE), 1)?;
     }
     // Each ends alone.
     held.remove(0).close_stdin();

@@ -1,7 +1,7 @@
 //! IPv6: the same ways, the same refusals and the same protections as IPv4.
 
 use anyhow::{Context as _, Result};
-use culvert_harness::{Pod, PodOptions, Proc, Workload};
+use culvert_harness::{Pod, PodOptions, Proc, Workload, wait_until};
 use culvert_tests::scene::{
     NAMESPACE, PORT, SOON, Scene, Setting, answered, connect_to, text, unplug,
 };
@@ -34,6 +34,13 @@ pub fn serve_both(pod: &Pod, mode: &str) -> Result<Proc> {
     Ok(server)
 }
 
+/// Waits until the server has accepted so many connections. It tells of one after the client may have had its answer.
+pub fn wait_for_accepted(server: &Proc, count: usize) -> Result<()> {
+    wait_until(SOON, "the server to accept", || {
+        Ok((server.events("accepted").len() == count).then_some(()))
+    })
+}
+
 fn hello(from: &Pod, to: &Pod) -> Result<Value> {
     connect_to(from, &to.at_v6(PORT)?, &HELLO)
 }
@@ -48,6 +55,7 @@ fn a_pair_on_one_node_becomes_direct() -> Result<()> {
         assert!(answered(&report), "attempt {attempt}: {report}");
         assert_eq!(text(&report, "peer"), scene.server_a.at_v6(PORT)?);
     }
+    wait_for_accepted(&server, 3)?;
     let client = scene.client.address_v6().context("IPv6")?;
     for accepted in server.events("accepted") {
         let peer = text(&accepted, "peer");
@@ -105,7 +113,7 @@ fn outside_the_mesh_it_stays_plain_tcp() -> Result<()> {
     let to = outsider.at_v6(PORT)?;
     let fields = [("path", "plaintext"), ("dst.addr", to.as_str())];
     scene.agent1.wait_for_access(mark, &fields, SOON)?;
-    assert_eq!(server.events("accepted").len(), 1);
+    wait_for_accepted(&server, 1)?;
     // The other way nobody vouches for the outsider.
     let _server = serve_both(&scene.server_b, "echo")?;
     let report = hello(&outsider, &scene.server_b)?;
@@ -211,6 +219,71 @@ fn a_pod_without_ipv6_learns_at_once_that_there_is_no_way() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_pod_whose_ipv6_is_switched_off_is_enrolled_with_ipv4() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let four = scene.node1.pod("four")?;
+    let key = "net.ipv6.conf.all.disable_ipv6";
+    four.netns().set_sysctl(key, "1")?;
+    let workload = Workload::of_pod(&four, NAMESPACE, "client");
+    scene.change_mesh(|mesh| mesh.workloads.push(workload.clone()))?;
+    scene.agent1.enrol_as(&four, &workload)?;
+    let _servers = (
+        serve_both(&scene.server_a, "echo")?,
+        serve_both(&scene.server_b, "echo")?,
+    );
+    for server in [&scene.server_a, &scene.server_b] {
+        let report = connect_to(&four, &server.at(PORT), &HELLO)?;
+        assert!(answered(&report), "{report}");
+    }
+    Ok(())
+}
+
+/// Bound to a device; tells also whether it passed between the nodes in clear.
+fn say_by(scene: &Scene, device: &str) -> Result<(Value, bool)> {
+    let capture = scene.fabric.capture()?;
+    let (to, length) = (scene.server_b.at_v6(PORT)?, MARKER.len().to_string());
+    let say = ["--send", MARKER, "--read", &length, "--device", device];
+    let report = connect_to(&scene.client, &to, &say)?;
+    Ok((report, capture.contains(MARKER.as_bytes())?))
+}
+
+#[test]
+fn a_socket_bound_to_a_device_is_in_the_tunnel_or_refused() -> Result<()> {
+    let mut scene = dual_stack()?;
+    let _server = serve_both(&scene.server_b, "echo")?;
+    let second = "fd77::1:201";
+    scene.client.add_device("eth1", second.parse()?)?;
+    let (report, leaked) = say_by(&scene, "eth1")?;
+    assert!(!leaked, "{report}");
+    assert_eq!(text(&report, "connect"), "ECONNREFUSED", "{report}");
+    scene.change_mesh(|mesh| {
+        let client = mesh.workload("client").expect("in the mesh");
+        client.workload_ips.push(second.to_owned());
+    })?;
+    let workload = scene.workload(&scene.client)?;
+    scene.agent1.unenrol(&workload.uid)?;
+    scene.agent1.enrol_as(&scene.client, workload)?;
+    for device in ["eth0", "eth1"] {
+        let (report, leaked) = say_by(&scene, device)?;
+        assert!(!leaked, "{device}: {report}");
+        assert_eq!(text(&report, "data"), MARKER, "{device}: {report}");
+    }
+    Ok(())
+}
+
+#[test]
+fn twin_without_steering_a_socket_bound_to_a_device_leaves_in_plaintext() -> Result<()> {
+    let scene = dual_stack_without("skip-steering,skip-policy")?;
+    let _server = serve_both(&scene.server_b, "echo")?;
+    scene.client.add_device("eth1", "fd77::1:201".parse()?)?;
+    for device in ["eth0", "eth1"] {
+        let (report, leaked) = say_by(&scene, device)?;
+        assert!(leaked, "{device}: {report}");
+    }
+    Ok(())
+}
+
 /// What `ip` prints first after a word.
 fn word_after(pod: &Pod, arguments: &[&str], word: &str) -> Result<String> {
     let text = pod.command("ip").args(arguments).run(SOON)?.success()?;
@@ -245,7 +318,7 @@ fn an_address_of_the_link_is_reached_on_its_link() -> Result<()> {
         let fields = [("path", "plaintext"), ("dst.addr", to.as_str())];
         scene.agent1.wait_for_access(mark, &fields, SOON)?;
     }
-    assert_eq!(server.events("accepted").len(), 2);
+    wait_for_accepted(&server, 2)?;
     Ok(())
 }
 

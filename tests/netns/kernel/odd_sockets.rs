@@ -8,7 +8,7 @@ use culvert_tests::scene::{
 use serde_json::Value;
 
 use crate::{
-    ipv6::{dual_stack, serve_both},
+    ipv6::{dual_stack, serve_both, wait_for_accepted},
     kernel_tables::{decisions, wait_for_claim, wait_for_no_claims},
 };
 
@@ -207,7 +207,7 @@ fn a_process_of_the_node_is_left_alone() -> Result<()> {
         let report = report.run(SOON)?.json()?;
         assert!(answered(&report), "{to}: {report}");
     }
-    assert_eq!(server.events("accepted").len(), 2);
+    wait_for_accepted(&server, 2)?;
     for reason in ["direct", "steered_remote", "to_outbound"] {
         assert_eq!(decisions(&scene.agent1, reason)?, 0, "{reason}");
     }
@@ -247,13 +247,14 @@ fn a_deferred_connection_is_judged_when_it_begins() -> Result<()> {
     held.send_line("late")?;
     let data = held.wait_for_event("data", SOON)?;
     assert_eq!(text(&data, "data"), "late\n");
-    assert_eq!(server.events("accepted").len(), 2);
+    wait_for_accepted(&server, 2)?;
 
     let mut scene = Scene::new()?;
     let (held, server) = a_late_syn(&mut scene)?;
     scene.change_mesh(|mesh| mesh.policies = vec![only("nobody")])?;
     held.send_line("too late")?;
     held.wait_for_event("end", SOON)?;
+    assert!(held.events("data").is_empty());
     assert_eq!(server.events("accepted").len(), 1, "only the one before");
     Ok(())
 }

@@ -28,19 +28,29 @@ fn an_agent_with_another_pin_directory_is_refused_where_one_lives() -> Result<()
     let scene = Scene::new()?;
     let _server = serve(&scene.server_a, "echo")?;
     let cgroup = scene.node1.cgroup().path();
-    let pid = scene.agent1.process().pid().to_string();
     let above = cgroup.parent().context("a cgroup above")?;
     let below = cgroup.join("agent");
-    for other in [cgroup, above, &below] {
+    let pids =
+        [&scene.agent1, &scene.agent2].map(|agent| format!("process {},", agent.process().pid()));
+    let [own, other] = pids.each_ref().map(String::as_str);
+    // Above them all are two.
+    for (root, pids) in [
+        (cgroup, &[own][..]),
+        (&below, &[own]),
+        (above, &[own, other]),
+    ] {
         let options = AgentOptions {
             pin_dir: Some(another_directory(&scene.node1)),
-            cgroup_root: Some(other.to_owned()),
+            cgroup_root: Some(root.to_owned()),
             ..AgentOptions::default()
         };
         let said = complaint(&scene.node1, options)?;
+        assert!(
+            pids.iter().any(|pid| said.contains(pid)),
+            "{pids:?}: {said}"
+        );
         for part in [
-            &pid,
-            cgroup.to_str().unwrap(),
+            root.to_str().unwrap(),
             "overlaps",
             "stop it",
             "CULVERT_CGROUP_ROOT",

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, ensure};
+use culvert_abi::{ServiceKey, Slot, SlotKey};
 use culvert_harness::{
     AccessLine, AgentOptions, Mesh, Namespace, Pod, PodOptions, Proc, Service, Workload, wait_until,
 };
@@ -11,7 +12,7 @@ use culvert_tests::scene::{
 };
 use serde_json::Value;
 
-use crate::kernel_tables::decisions;
+use crate::kernel_tables::{decisions, table};
 
 const VIP: &str = "10.96.0.1";
 const AT: &str = "10.96.0.1:80";
@@ -404,7 +405,7 @@ fn services_come_and_go_under_load_without_a_wrong_destination() -> Result<()> {
         load(&stage.scene.client, AT)?,
         load(&stage.scene.client, "10.96.0.2:80")?,
     ];
-    for round in 2..=100 {
+    for round in 2..=40 {
         change(&mut stage, round)?;
     }
     let met = [end(&loads[0])?, end(&loads[1])?];
@@ -516,6 +517,80 @@ fn a_new_agent_tells_the_kernel_part_anew() -> Result<()> {
     let met = meet(&stage.scene.client, AT, 500)?;
     assert_eq!(share(&met, "server-a"), 1.0, "{met:?}");
     Ok(())
+}
+
+/// A service comes while a table of the kernel part is full, and changes when there is room again.
+fn find_a_table_full<K: aya::Pod, V: aya::Pod>(
+    name: &str,
+    key: impl Fn(u32) -> K,
+    value: V,
+) -> Result<()> {
+    let mut stage = Stage::new(&[])?;
+    let _servers = (greet(&stage.scene.server_a)?, greet(&stage.server_c)?);
+    let mut map = table::<K, V>(&stage.scene.node1, name)?;
+    let filled = (0..)
+        .take_while(|number| map.insert(key(*number), value, 0).is_ok())
+        .count();
+    assert!(filled > 1000, "{filled}");
+    let serve = |stage: &mut Stage, capacity| {
+        stage.scene.change_mesh(|mesh| {
+            serves(mesh, "server-a", &service(VIP), capacity);
+            serves(mesh, "server-c", &service(VIP), 1);
+        })
+    };
+    serve(&mut stage, 1)?;
+    stage
+        .scene
+        .agent1
+        .process()
+        .wait_for_line("has no room for the endpoints", SOON)?;
+    let before = decisions(&stage.scene.agent1, "service_resolved")?;
+    let met = meet(&stage.scene.client, AT, 100)?;
+    assert_eq!(met.len(), 2, "the agent chooses: {met:?}");
+    assert_eq!(
+        decisions(&stage.scene.agent1, "service_resolved")?,
+        before,
+        "nothing is half-written"
+    );
+    for number in 0..10 {
+        map.remove(&key(number))?;
+    }
+    serve(&mut stage, 2)?;
+    stage.settle(true)
+}
+
+#[test]
+fn a_service_that_finds_no_room_for_its_slots_is_the_agents() -> Result<()> {
+    let slot = Slot {
+        address: [0; 16],
+        workload: 0,
+        threshold: 0,
+        alias: 0,
+        port: 0,
+        padding: 0,
+    };
+    let key = |slot| SlotKey {
+        table: 0,
+        slot,
+        padding: 0,
+    };
+    find_a_table_full("SLOTS", key, slot)
+}
+
+#[test]
+fn a_service_that_finds_no_room_for_itself_is_the_agents() -> Result<()> {
+    let service = culvert_abi::Service {
+        table: 0,
+        slots: 0,
+        number: 0,
+    };
+    let key = |view| ServiceKey {
+        address: [0; 16],
+        view,
+        port: 0,
+        padding: 0,
+    };
+    find_a_table_full("SERVICES", key, service)
 }
 
 const DIRECT: &str = "culvert.dev/direct";

@@ -10,7 +10,7 @@ use culvert_tests::scene::{
 use serde_json::Value;
 
 use crate::{
-    ipv6::serve_both,
+    ipv6::{serve_both, wait_for_accepted},
     kernel_tables::{decisions, wait_for_no_claims},
 };
 
@@ -86,7 +86,7 @@ fn each_address_is_reached_directly_and_each_may_be_the_source() -> Result<()> {
         }
     }
     assert_eq!(decisions(&scene.agent1, "admitted_direct")?, 8);
-    assert_eq!(server.events("accepted").len(), 12);
+    wait_for_accepted(&server, 12)?;
     wait_for_no_claims(&scene.node1)
 }
 

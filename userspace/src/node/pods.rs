@@ -101,24 +101,25 @@ impl Pods {
     /// Tries to serve the pods that wait.
     pub async fn retry(&self) {
         let mut running = self.running.lock().await;
-        for (uid, waiting) in std::mem::take(&mut running.waiting) {
+        // They go on waiting meanwhile: who asks is told of all of them, and none is forgotten.
+        let all: Vec<KnownPod> = running
+            .waiting
+            .values()
+            .map(|waiting| waiting.known.clone())
+            .collect();
+        for known in all {
+            let uid = known.spec.uid.clone();
             match self
-                .enrol(
-                    &mut running,
-                    waiting.known.spec.clone(),
-                    Some(&waiting.known),
-                )
+                .enrol(&mut running, known.spec.clone(), Some(&known))
                 .await
             {
-                Ok(_) => {}
+                Ok(_) => {
+                    running.waiting.remove(&uid);
+                    self.remember(&running);
+                }
                 Err(error) => {
-                    running.waiting.insert(
-                        uid,
-                        Waiting {
-                            known: waiting.known,
-                            reason: error.to_string(),
-                        },
-                    );
+                    let reason = error.to_string();
+                    running.waiting.insert(uid, Waiting { known, reason });
                 }
             }
         }

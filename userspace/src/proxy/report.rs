@@ -9,7 +9,8 @@ use crate::{
     mesh::{Service, Workload},
     policy::{Identity, PolicyName},
     telemetry::{
-        Direction, FlowEnd, FlowPath, FlowRecord, Party, Reporter, ResponseFlags, Security, Telemetry,
+        Direction, FlowEnd, FlowPath, FlowRecord, Party, Reporter, ResponseFlags, Security,
+        Telemetry,
     },
 };
 

@@ -225,11 +225,7 @@ pub struct FlowRecord {
     /// The way the bytes took.
     pub path: FlowPath,
     /// Why it is not direct, where the kernel part gave it to the agent: a reason of `culvert_kernel_decisions_total`.
-    #[serde(
-        default,
-        with = "reason_name",
-        skip_serializing_if = "Option::is_none"
-    )]
+    #[serde(default, with = "reason_name", skip_serializing_if = "Option::is_none")]
     pub not_direct: Option<Reason>,
     /// Bytes from server to client, whoever reports: Istio's "sent during response".
     pub bytes_sent: u64,

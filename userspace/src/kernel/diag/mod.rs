@@ -19,8 +19,8 @@ use std::{
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{KernelError, Netns};
-use message::{Answer, Ask};
 pub use message::SocketMeasures;
+use message::{Answer, Ask};
 
 const NETLINK_SOCK_DIAG: i32 = 4;
 /// Sockets of one system call. All answers must fit into the receive buffer, at some 1.3 KiB of the kernel's memory each.
@@ -166,8 +166,8 @@ impl SocketDiag {
         for _ in 0..2 * batch.len() + MOST_LATE_ANSWERS {
             // A netlink socket reads one message at a time.
             let length = (&*socket).read(&mut answer)?;
-            let (number, answer) =
-                message::parse(answer.get(..length).unwrap_or_default()).ok_or_else(|| {
+            let (number, answer) = message::parse(answer.get(..length).unwrap_or_default())
+                .ok_or_else(|| {
                     io::Error::new(
                         io::ErrorKind::InvalidData,
                         "sock_diag sent an unexpected answer",

@@ -25,11 +25,11 @@ pub struct Totals {
 
 impl Totals {
     pub fn add(&mut self, other: &Self) {
-        for (total, more) in self.parts().into_iter().zip([
-            other.flows,
-            other.bytes_sent,
-            other.bytes_received,
-        ]) {
+        for (total, more) in
+            self.parts()
+                .into_iter()
+                .zip([other.flows, other.bytes_sent, other.bytes_received])
+        {
             *total = total.saturating_add(more);
         }
     }

@@ -271,10 +271,7 @@ impl DirectFlows {
         let followed = is_long.then(|| self.followed.remove(&name)).flatten();
         let (pair, counted) = match followed {
             Some(followed) => (followed.pair, followed.counted),
-            None => (
-                self.pairs.of(&PairKey::of_event(&event)),
-                Totals::default(),
-            ),
+            None => (self.pairs.of(&PairKey::of_event(&event)), Totals::default()),
         };
         if is_long && self.scanning.is_some() {
             self.ended_during_scan.insert(name);
@@ -326,7 +323,8 @@ impl DirectFlows {
             nth += 1;
             let at = ended.event.at;
             let is_ordinary = ended.end == FlowEnd::Fin;
-            (nth > spared || !is_ordinary).then(|| (wall - clock.saturating_sub(at), ended.record()))
+            (nth > spared || !is_ordinary)
+                .then(|| (wall - clock.saturating_sub(at), ended.record()))
         });
         let told: Vec<_> = told.collect();
         if !told.is_empty() {

@@ -796,6 +796,7 @@ impl State {
             *place = *device;
         }
         Pod {
+            netns_cookie: enrolled.pod.cookie().0,
             identity: self.identities.of(&enrolled.pod.identity),
             pod: enrolled.number,
             flags: if outside || asked_not_to {

@@ -80,7 +80,10 @@ mod tests {
             .filter(|(_, count)| *count > 0)
             .copied()
             .collect();
-        assert_eq!(filled, [(0.000_01, 2), (0.000_025, 1), (5.0, 1), (f64::MAX, 1)]);
+        assert_eq!(
+            filled,
+            [(0.000_01, 2), (0.000_025, 1), (5.0, 1), (f64::MAX, 1)]
+        );
         assert_eq!((reading.count, reading.sum), (5, 10.000_022));
     }
 }

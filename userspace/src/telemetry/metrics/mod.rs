@@ -273,13 +273,16 @@ impl Collector for Exposition {
             (vec![path.as_str().to_owned()], count + of_kernel)
         });
         let open_flows = open_flows.collect();
-        let ended = FlowEnd::ALL.iter().zip(&state.ended).flat_map(|(end, paths)| {
-            let counted = paths.read().filter(|(_, count)| *count > 0);
-            counted.map(|(path, count)| {
-                let labels = vec![path.as_str().to_owned(), end.as_str().to_owned()];
-                (labels, count)
-            })
-        });
+        let ended = FlowEnd::ALL
+            .iter()
+            .zip(&state.ended)
+            .flat_map(|(end, paths)| {
+                let counted = paths.read().filter(|(_, count)| *count > 0);
+                counted.map(|(path, count)| {
+                    let labels = vec![path.as_str().to_owned(), end.as_str().to_owned()];
+                    (labels, count)
+                })
+            });
         let ended = ended.collect();
         let build = vec!["culvert".to_owned(), env!("CARGO_PKG_VERSION").to_owned()];
         let mut put =

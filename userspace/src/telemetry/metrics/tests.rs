@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use super::super::record::{FlowEnd, FlowPath, Party, Reporter, ResponseFlags, Security, ServiceName};
+use super::super::record::{
+    FlowEnd, FlowPath, Party, Reporter, ResponseFlags, Security, ServiceName,
+};
 use super::*;
 use crate::policy::Identity;
 
@@ -270,10 +272,7 @@ fn a_direct_connection_is_one_flow_though_both_ends_report_it() {
         assert_eq!(sample(&metrics, sent, &well), Some(5));
     }
     let failed = "istio_tcp_connections_failed_total";
-    assert_eq!(
-        sample(&metrics, failed, &["reporter=\"source\""]),
-        Some(1)
-    );
+    assert_eq!(sample(&metrics, failed, &["reporter=\"source\""]), Some(1));
     assert_eq!(
         sample(&metrics, failed, &["reporter=\"destination\""]),
         None

@@ -101,7 +101,13 @@ pub fn client(arguments: &Client) -> anyhow::Result<()> {
             streams.retain_mut(|stream| keeps(stream.write(b"x").map(|_| 1), &mut tally));
         }
         let wait = next.saturating_duration_since(Instant::now()).min(LOOK);
-        serve(&mut streams, None, wait, |stream, buffer| stream.read(buffer), &mut tally)?;
+        serve(
+            &mut streams,
+            None,
+            wait,
+            |stream, buffer| stream.read(buffer),
+            &mut tally,
+        )?;
         if ASKED.swap(false, Ordering::Relaxed) {
             tally.report("tally", streams.len());
         }
