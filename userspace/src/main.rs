@@ -14,12 +14,16 @@ fn main() -> ExitCode {
     let environment = Environment::of_this_process();
     match Cli::parse().command {
         Command::Node(args) => run_node(&args, &environment),
-        Command::Unload(args) => {
-            ended(cli::unload(&args, &environment, &mut std::io::stdout().lock()))
-        }
-        Command::Client(command) => {
-            ended(cli::run(&command, &environment, &mut std::io::stdout().lock()))
-        }
+        Command::Unload(args) => ended(cli::unload(
+            &args,
+            &environment,
+            &mut std::io::stdout().lock(),
+        )),
+        Command::Client(command) => ended(cli::run(
+            &command,
+            &environment,
+            &mut std::io::stdout().lock(),
+        )),
     }
 }
 

@@ -19,6 +19,20 @@ use crate::{
 
 const THREADS: &str = "RUST_TEST_THREADS";
 
+/// Tests that make much load: under emulation they take minutes each, so that only `cargo xtask vm` and `cargo xtask test
+/// --long` run them there.
+const LOAD: [&str; 9] = [
+    "changes::",
+    "crowd::",
+    "full_tables::",
+    "greed::",
+    "life::",
+    "services::shares",
+    "come_and_go",
+    "telemetry::",
+    "two_thousand",
+];
+
 pub fn test(options: &TestOptions) -> anyhow::Result<()> {
     // The benchmark is tested as well.
     packages::provide(&[Need::Load])?;
@@ -39,9 +53,14 @@ pub fn test(options: &TestOptions) -> anyhow::Result<()> {
     }
     let mut tally = Tally::default();
     let mut succeeded = watch(&mut command, &mut tally)?;
+    let left_out = if options.long || !options.filters.is_empty() {
+        &[][..]
+    } else {
+        &LOAD
+    };
     if !options.host {
-        succeeded &=
-            vm::on(&[Kernel::V6_12], &options.filters, &mut tally).unwrap_or_else(|error| {
+        succeeded &= vm::on(&[Kernel::V6_12], &options.filters, left_out, &mut tally)
+            .unwrap_or_else(|error| {
                 step("no other kernel was tested", &format!("{error:#}"));
                 false
             });

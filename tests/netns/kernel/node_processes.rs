@@ -3,9 +3,7 @@
 
 use anyhow::Result;
 use culvert_harness::{Launch, probe_binary};
-use culvert_tests::scene::{
-    SOON, Scene, Setting, answered, echo, serve, status, text, was_reset,
-};
+use culvert_tests::scene::{SOON, Scene, Setting, answered, echo, serve, status, text, was_reset};
 use serde_json::Value;
 
 fn probe(scene: &Scene, from: impl FnOnce() -> Result<Launch>) -> Result<Value> {

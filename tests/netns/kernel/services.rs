@@ -384,7 +384,6 @@ fn endpoints_come_and_go_under_load_without_a_wrong_destination() -> Result<()> 
 
 #[test]
 fn services_come_and_go_under_load_without_a_wrong_destination() -> Result<()> {
-    let other = Service::new(NAMESPACE, "others", "10.96.0.2").port(80, PORT);
     let mut stage = Stage::new(&[("server-a", 1)])?;
     let _servers = (greet(&stage.scene.server_a)?, greet(&stage.server_c)?);
     stage.settle(true)?;

@@ -29,6 +29,22 @@ fn held(scene: &Scene) -> Result<(Proc, Proc)> {
     Ok((server, held))
 }
 
+/// Stops a process, and waits until none of its threads runs any more.
+fn stop(process: &Proc) -> Result<()> {
+    process.kill(Signal::SIGSTOP)?;
+    let tasks = format!("/proc/{}/task", process.pid());
+    wait_until(SOON, "every thread to stand still", || {
+        for task in std::fs::read_dir(&tasks)? {
+            let stat = std::fs::read_to_string(task?.path().join("stat"))?;
+            let state = stat.rsplit(") ").next().unwrap_or_default();
+            if !state.starts_with('T') {
+                return Ok(None);
+            }
+        }
+        Ok(Some(()))
+    })
+}
+
 fn bytes(agent: &Agent, name: &str, reporter: &str) -> Result<f64> {
     let reporter = format!("reporter=\"{reporter}\"");
     let labels = [reporter.as_str(), "sa/client\"", "sa/server-a\""];
@@ -91,7 +107,7 @@ fn a_server_that_dies_without_reading_everything_has_reset_the_flow() -> Result<
     let scene = Scene::new()?;
     let (server, client) = held(&scene)?;
     let log = scene.agent1.log().mark();
-    server.kill(Signal::SIGSTOP)?;
+    stop(&server)?;
     let mark = client.log().mark();
     client.send_line("unread")?;
     client.wait_for_event_after(mark, "sent", SOON)?;
@@ -234,7 +250,7 @@ fn counters_are_right_although_the_events_of_many_ends_were_lost() -> Result<()>
     })?;
     let lost = || scene.agent1.metric("culvert_flow_events_lost_total", &[]);
     // An agent that stands still reads no events: the ring overflows.
-    scene.agent1.process().kill(Signal::SIGSTOP)?;
+    stop(scene.agent1.process())?;
     let report = crowd(&scene.client, &scene.server_a, MANY);
     scene.agent1.process().kill(Signal::SIGCONT)?;
     let report = report?;

@@ -89,7 +89,12 @@ fn twin_a_stranger_with_too_many_connections_shuts_the_pod_off_when_its_ports_sh
 fn timers(pod: &Pod, local: &str) -> Result<Vec<String>> {
     let listed = pod.command("ss").args(["-Htno", "state", "established"]);
     let listed = listed.run(SOON)?.success()?;
-    let of_local = |line: &&str| line.split_whitespace().nth(2) == Some(local);
+    // A listener for both families holds IPv4 connections as IPv4-mapped ones.
+    let plain = |address: &str| address.replace("[::ffff:", "").replace("]:", ":");
+    let of_local = |line: &&str| {
+        let found = line.split_whitespace().nth(2).map(plain);
+        found.as_deref() == Some(local)
+    };
     Ok(listed.lines().filter(of_local).map(str::to_owned).collect())
 }
 

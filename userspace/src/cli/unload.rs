@@ -88,3 +88,34 @@ fn text(place: &str, done: Option<&Unloaded>) -> String {
     }
     lines.iter().map(|line| clean(line) + "\n").collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{kernel::Removed, node::UndonePod};
+
+    #[test]
+    fn what_is_left_is_said_and_names_cannot_write_to_the_terminal() {
+        assert_eq!(text("/pins", None), "nothing is there: /pins\n");
+        let done = Unloaded {
+            removed: Removed {
+                open_flows: 3,
+                ..Removed::default()
+            },
+            in_flight: 0,
+            pods: vec![UndonePod {
+                uid: "a\u{1b}[2J".to_owned(),
+                error: Some("gone".to_owned()),
+            }],
+        };
+        let said = text("/pins", Some(&done));
+        for part in [
+            "unloaded /pins",
+            "3 direct flows go on",
+            "keeps parts of its routing: gone",
+        ] {
+            assert!(said.contains(part), "{part}: {said}");
+        }
+        assert!(!said.contains('\u{1b}'));
+    }
+}

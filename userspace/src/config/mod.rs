@@ -176,11 +176,7 @@ impl Config {
             |text| values::duration_within(text, 10, 365 * DAY),
             Duration::from_secs(DAY),
         );
-        let packet_mark = layers.or(
-            &settings::PACKET_MARK,
-            mark,
-            DEFAULT_PACKET_MARK,
-        );
+        let packet_mark = layers.or(&settings::PACKET_MARK, mark, DEFAULT_PACKET_MARK);
         let pool_max_streams = layers.or(
             &settings::POOL_MAX_STREAMS,
             |text| values::number_within(text, 1, 10_000),

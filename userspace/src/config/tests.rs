@@ -208,6 +208,7 @@ fn every_setting_is_used_and_printed() {
             ("INSTANCE_IP", "10.0.0.1"),
             ("LOCAL_XDS_PATH", "mesh.yaml"),
             ("CULVERT_DEV_CA", "ca"),
+            ("CULVERT_PODS_CGROUP", "/sys/fs/cgroup/kubepods"),
         ]),
     )
     .unwrap()

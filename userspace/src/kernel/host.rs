@@ -9,7 +9,11 @@ use std::{
 use super::{KernelError, Netns, NetnsCookie};
 
 /// Where kubelet keeps its pods, by cgroup driver.
-const PODS_CGROUPS: [&str; 3] = ["kubepods.slice", "kubepods", "kubelet.slice/kubelet-kubepods.slice"];
+const PODS_CGROUPS: [&str; 3] = [
+    "kubepods.slice",
+    "kubepods",
+    "kubelet.slice/kubelet-kubepods.slice",
+];
 
 /// How the kernel part knows the node's own processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -82,6 +82,12 @@ impl Attachment {
         if !self.tables.is_owner() {
             return Ok(());
         }
+        // Without this it would go on for a moment, and give connections to listeners that are gone.
+        if let Ok(link) = sys::object_get(&self.path)
+            && let Err(error) = sys::link_detach(&link)
+        {
+            tracing::debug!(%error, path = %self.path.display(), "the hook of a pod is detached later");
+        }
         Pins::remove(&self.path).map_err(pins::failed("unpin", &self.path))
     }
 }

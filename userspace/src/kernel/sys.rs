@@ -21,6 +21,7 @@ const BPF_PROG_GET_FD_BY_ID: libc::c_long = 13;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_LINK_UPDATE: libc::c_long = 29;
+const BPF_LINK_DETACH: libc::c_long = 34;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_MAP_LOOKUP_AND_DELETE_BATCH: libc::c_long = 25;
 const BPF_LINK_GET_FD_BY_ID: libc::c_long = 30;
@@ -69,6 +70,18 @@ pub fn link_update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
         old_program: 0,
     };
     bpf(BPF_LINK_UPDATE, &attributes).map(drop)
+}
+
+/// Detaches a link now, and not when the kernel gets around to releasing it.
+pub fn link_detach(link: impl AsFd) -> io::Result<()> {
+    #[repr(C)]
+    struct Attributes {
+        link: u32,
+    }
+    let attributes = Attributes {
+        link: link.as_fd().as_raw_fd() as u32,
+    };
+    bpf(BPF_LINK_DETACH, &attributes).map(drop)
 }
 
 /// What the kernel says of a link.

@@ -39,10 +39,10 @@ use crate::{
 
 use enforcer::{Enforcer, EnforcerSettings};
 pub use error::NodeError;
-pub use unload::{UndonePod, Unloaded, unload};
 use handler::{Handler, HandlerParts};
 use pods::Pods;
 use readiness::Readiness;
+pub use unload::{UndonePod, Unloaded, unload};
 
 /// How often what could not be written or cut is tried again.
 const RETRY: Duration = Duration::from_secs(1);

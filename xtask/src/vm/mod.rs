@@ -40,13 +40,20 @@ pub fn vm(options: &VmOptions) -> anyhow::Result<()> {
     let kernels = options
         .kernel
         .map_or(Kernel::ALL.to_vec(), |kernel| vec![kernel]);
-    let passed = on(&kernels, &options.filters, &mut tally)?;
+    let passed = on(&kernels, &options.filters, &[], &mut tally)?;
     test::report(tally.finish(), passed, &options.filters)
 }
 
 /// Runs the tests whose names contain one of `filters` on each of the kernels, after a build; says whether all was well.
 /// What fails on one kernel does not keep the next from being asked.
-pub fn on(kernels: &[Kernel], filters: &[String], tally: &mut Tally) -> anyhow::Result<bool> {
+///
+/// Tests whose names contain one of `left_out` do not run.
+pub fn on(
+    kernels: &[Kernel],
+    filters: &[String],
+    left_out: &[&str],
+    tally: &mut Tally,
+) -> anyhow::Result<bool> {
     let tests = test_program()?;
     if !has_any(&tests, filters)? {
         return Ok(true);
@@ -60,6 +67,11 @@ pub fn on(kernels: &[Kernel], filters: &[String], tally: &mut Tally) -> anyhow::
             .map(str::to_owned)
             .into_iter()
             .chain(filters.iter().cloned())
+            .chain(
+                left_out
+                    .iter()
+                    .flat_map(|name| ["--skip".to_owned(), (*name).to_owned()]),
+            )
             .collect(),
     };
     let mut passed = true;

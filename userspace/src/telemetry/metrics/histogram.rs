@@ -51,7 +51,7 @@ impl Histogram {
     pub fn read(&self) -> Reading {
         let bounds = BOUNDS.iter().map(|(seconds, _)| *seconds);
         let buckets: Vec<_> = bounds
-            .chain([f64::MAX])
+            .chain([f64::INFINITY])
             .zip(&self.counts)
             .map(|(bound, count)| (bound, count.load(Ordering::Relaxed)))
             .collect();
@@ -82,7 +82,7 @@ mod tests {
             .collect();
         assert_eq!(
             filled,
-            [(0.000_01, 2), (0.000_025, 1), (5.0, 1), (f64::MAX, 1)]
+            [(0.000_01, 2), (0.000_025, 1), (5.0, 1), (f64::INFINITY, 1)]
         );
         assert_eq!((reading.count, reading.sum), (5, 10.000_022));
     }
