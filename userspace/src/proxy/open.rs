@@ -74,15 +74,27 @@ impl OpenConnections {
         if !knobs.reauthorizes() {
             return 0;
         }
-        let mut cut = 0;
-        for entry in self.table().open.values() {
-            let denied = inbound::authorize(mesh, &entry.pod, &entry.connection, knobs).is_err();
-            if denied && !entry.revoked.swap(true, Ordering::Relaxed) {
-                entry.cancel.cancel();
-                cut += 1;
-            }
+        let forbidden = self.forbid(mesh, knobs);
+        // Not under the lock: each that ends takes it.
+        for cancel in &forbidden {
+            cancel.cancel();
         }
-        cut
+        forbidden.len()
+    }
+
+    /// Marks those that `mesh` forbids, and returns what ends them.
+    fn forbid(&self, mesh: &Mesh, knobs: ProxyKnobs) -> Vec<CancellationToken> {
+        let table = self.table();
+        // Connections of one pair are decided once.
+        let mut known = HashMap::new();
+        let forbidden = table.open.values().filter(|entry| {
+            let question = (entry.pod.cookie(), &entry.connection);
+            let denied = *known.entry(question).or_insert_with(|| {
+                inbound::authorize(mesh, &entry.pod, &entry.connection, knobs).is_err()
+            });
+            denied && !entry.revoked.swap(true, Ordering::Relaxed)
+        });
+        forbidden.map(|entry| entry.cancel.clone()).collect()
     }
 
     pub fn count(&self) -> usize {

@@ -34,12 +34,12 @@ impl Scanner {
     }
 
     /// Looks at the flows that are at least this old, and at their clients' sockets if `measured`.
-    pub fn look(&self, oldest: Duration, measured: bool) -> Result<Scan, KernelError> {
+    pub fn look(&self, at_least: Duration, measured: bool) -> Result<Scan, KernelError> {
         let began = Instant::now();
         let lost = self.tables.take_lost()?;
         let now = sys::monotonic_now();
         let is_old = |flow: &OpenFlow| {
-            now.saturating_sub(Duration::from_nanos(flow.flow.opened_ns)) >= oldest
+            now.saturating_sub(Duration::from_nanos(flow.flow.opened_ns)) >= at_least
         };
         let flows = self.tables.flows()?.into_iter().filter(is_old);
         let mut flows: Vec<_> = flows.map(|flow| (flow, None)).collect();

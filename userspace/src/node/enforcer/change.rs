@@ -1,0 +1,254 @@
+//! Bringing the kernel part in line with what changed: the tables first, as one, then the open flows that it forbids.
+
+use std::{collections::HashSet, io, net::IpAddr, sync::Arc, time::Duration};
+
+use culvert_abi::{Endpoint, Pod};
+
+use super::{
+    Enforcer,
+    inherited::Inherited,
+    pairs::{Pair, Source},
+    state::State,
+    sweep::View,
+};
+use crate::{
+    kernel::{KernelError, NetnsCookie, sys},
+    mesh::Mesh,
+};
+
+/// Far more than a program of ours runs, where the kernel offers no better way to wait for its end.
+const PROGRAMS_TAKE: Duration = Duration::from_millis(100);
+
+/// Pairs that are judged while a change is being written; more of them are judged after the flows that it forbids are cut.
+const AT_ONCE: usize = 1024;
+
+/// What is left to do after a change was written.
+#[derive(Default)]
+struct Change {
+    /// What open flows are to be judged by; nothing when they need not be.
+    view: Option<View>,
+    /// Pairs whose verdicts are still to be given.
+    late: Vec<(NetnsCookie, Pair)>,
+    failed: Option<KernelError>,
+}
+
+impl Enforcer {
+    /// All pods of an earlier agent are back: from now on this one decides, and judges open flows, beginning with those that
+    /// are there.
+    pub fn start(&self) -> Result<usize, KernelError> {
+        {
+            let mut state = self.state();
+            state.started = true;
+            state.dirty = true;
+        }
+        let cut = self.bring_in_line(None)?;
+        self.tables.vouch()?;
+        Ok(cut)
+    }
+
+    /// Brings the kernel in line with a new mesh; returns how many direct flows it cut.
+    ///
+    /// What could not be written or cut is noted, and [`Self::retry`] tries again.
+    pub fn apply(&self, mesh: Arc<Mesh>) -> Result<usize, KernelError> {
+        self.bring_in_line(Some(mesh))
+    }
+
+    pub(super) fn bring_in_line(&self, mesh: Option<Arc<Mesh>>) -> Result<usize, KernelError> {
+        let Some(change) = self.write_change(mesh)? else {
+            return Ok(0);
+        };
+        let mut failed = change.failed;
+        let mut cut = 0;
+        if let Some(view) = &change.view {
+            cut = self.sweep(view);
+            // Programs that read the old generation before it changed may make a flow after the first sweep.
+            wait_for_running_programs();
+            cut += self.sweep(view);
+        }
+        let mut state = self.state();
+        for (asker, pair) in change.late {
+            if let Err(error) = self.give_verdict(&mut state, asker, &pair) {
+                failed = Some(error);
+            }
+        }
+        if !self.settings.skip_sweep {
+            let generations = state.generations();
+            self.tables.sweep_verdicts(|key, verdict| {
+                generations.get(&key.workload) != Some(&verdict.generation)
+            })?;
+        }
+        let policies: HashSet<_> = state
+            .mesh
+            .policies()
+            .map(|policy| policy.name.clone())
+            .collect();
+        state.policies.retain(|name| policies.contains(name));
+        failed.map_or(Ok(cut), Err)
+    }
+
+    /// The change itself, as one: where it decides anything differently, no connection is decided by what is half-written. `None`
+    /// when nothing changed for the pods of this node.
+    fn write_change(&self, mesh: Option<Arc<Mesh>>) -> Result<Option<Change>, KernelError> {
+        let mut state = self.state();
+        if let Some(mesh) = mesh {
+            state.mesh = mesh;
+            state.known = true;
+        }
+        if state.is_waiting() {
+            state.dirty = true;
+            return Ok(None);
+        }
+        let again = std::mem::take(&mut state.dirty);
+        let mut pods = std::mem::take(&mut state.pods);
+        let mut changed = Vec::new();
+        for (cookie, enrolled) in &mut pods {
+            if state.refresh(enrolled, &self.settings) || again {
+                changed.push(*cookie);
+            }
+        }
+        state.pods = pods;
+        let inherited = std::mem::take(&mut state.inherited);
+        if changed.is_empty() && inherited.is_empty() {
+            self.sync_services(&mut state);
+            return Ok(None);
+        }
+        let mut change = Change::default();
+        if let Err(error) = self.write_pods(&mut state, &changed, &inherited, &mut change) {
+            state.dirty = true;
+            state.inherited = inherited;
+            change.failed = Some(error);
+        }
+        if let Err(error) = self.tables.set_changing(false) {
+            state.dirty = true;
+            change.failed = Some(error);
+        }
+        self.sync_services(&mut state);
+        if !self.settings.skip_sweep {
+            change.view = state.view();
+        }
+        Ok(Some(change))
+    }
+
+    /// First the verdicts of the new generation, then the endpoints, which put them into force: a connection that is just being
+    /// made finds the new verdict where its own is void.
+    fn write_pods(
+        &self,
+        state: &mut State,
+        changed: &[NetnsCookie],
+        inherited: &Inherited,
+        change: &mut Change,
+    ) -> Result<(), KernelError> {
+        if !inherited.is_empty() {
+            // What an earlier agent chose by its own numbers.
+            self.tables.services().clear()?;
+        }
+        let concerned: HashSet<IpAddr> = changed
+            .iter()
+            .filter_map(|cookie| state.pods.get(cookie))
+            .flat_map(|enrolled| enrolled.endpoints.iter().map(|(ip, _)| *ip))
+            .collect();
+        let mut pairs = state
+            .pairs
+            .towards(|destination| concerned.contains(&destination.ip()));
+        for (asker, destination, action) in inherited.pairs() {
+            if let Some(enrolled) = state.pods.get(&asker) {
+                let source = Source::Identity(enrolled.pod.identity.clone());
+                let pair = Pair {
+                    source,
+                    destination,
+                    action,
+                };
+                pairs.push((asker, pair));
+            }
+        }
+        if self.settings.skip_sweep {
+            pairs.clear();
+        }
+        change.late = pairs.split_off(pairs.len().min(AT_ONCE));
+        let mut decided = Vec::with_capacity(pairs.len());
+        let mut differs = !change.late.is_empty();
+        for (asker, pair) in pairs {
+            if let Some(verdict) = state.decide(asker, &pair) {
+                differs |= verdict.verdict.action != pair.action;
+                decided.push((asker, verdict));
+            }
+        }
+        if differs {
+            self.tables.set_changing(true)?;
+        }
+        for (asker, verdict) in decided {
+            self.keep_verdict(state, asker, verdict)?;
+        }
+        for cookie in changed {
+            if let Some(enrolled) = state.pods.remove(cookie) {
+                let written = self.write(state, &enrolled);
+                state.pods.insert(*cookie, enrolled);
+                written?;
+            }
+        }
+        self.close_inherited(state, inherited)
+    }
+
+    /// Pods that an earlier agent served and this one does not (yet): their traffic goes to an agent or nowhere, as that of
+    /// nobody in particular.
+    fn close_inherited(&self, state: &mut State, inherited: &Inherited) -> Result<(), KernelError> {
+        for (ip, endpoint) in &inherited.endpoints {
+            if !state.addresses.contains_key(ip) {
+                state.next_generation += 1;
+                let closed = Endpoint {
+                    generation: state.next_generation,
+                    flags: Endpoint::STEER,
+                    ..*endpoint
+                };
+                self.tables.put_endpoint(*ip, closed)?;
+            }
+        }
+        for (cookie, pod) in &inherited.pods {
+            if !state.pods.contains_key(cookie) {
+                let nobody = Pod {
+                    identity: 0,
+                    pod: 0,
+                    view: 0,
+                    ..*pod
+                };
+                self.tables.put_pod(*cookie, nobody)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Cuts the flows that a view forbids. Connections need not wait meanwhile: nothing is locked.
+    pub(super) fn sweep(&self, view: &View) -> usize {
+        let flows = match self.tables.flows() {
+            Ok(flows) => flows,
+            Err(error) => {
+                tracing::error!(%error, "the open flows could not be read; trying again");
+                self.state().dirty = true;
+                return 0;
+            }
+        };
+        let mut decisions = view.decisions();
+        let forbidden = flows.into_iter().filter(|flow| !decisions.is_allowed(flow));
+        let forbidden = self.revoked.note(forbidden.collect());
+        let failed = view.cut(&forbidden);
+        for (place, errno) in &failed {
+            let Some(flow) = forbidden.get(*place) else {
+                continue;
+            };
+            let error = io::Error::from_raw_os_error(*errno);
+            tracing::error!(%error, client = %flow.client(), server = %flow.server(), "a forbidden flow could not be cut; trying again");
+            self.revoked.retract(&flow.name());
+        }
+        if !failed.is_empty() {
+            self.state().dirty = true;
+        }
+        forbidden.len() - failed.len()
+    }
+}
+
+pub fn wait_for_running_programs() {
+    if let Err(error) = sys::wait_for_running_programs() {
+        tracing::warn!(%error, "cannot wait for running programs; waiting a while instead");
+        std::thread::sleep(PROGRAMS_TAKE);
+    }
+}

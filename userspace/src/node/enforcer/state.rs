@@ -1,0 +1,265 @@
+//! What the enforcer knows of one moment, and the decisions that follow from it. Nothing here touches the kernel.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use culvert_abi::{Endpoint, OWN_PORTS, Pod, Verdict, VerdictKey, action, scope};
+
+use super::{
+    EnforcerSettings,
+    inherited::Inherited,
+    numbers::Numbers,
+    pairs::{Pair, Pairs, Source},
+    services::Services,
+    sweep::View,
+};
+use crate::{
+    enrol::LocalPod,
+    kernel::{NetnsCookie, ServiceTables},
+    mesh::{Destination, Mesh, TunnelProtocol, Workload},
+    policy::{Applicable, Connection, Decision, Identity, PolicyName},
+};
+
+pub struct State {
+    pub mesh: Arc<Mesh>,
+    pub pods: HashMap<NetnsCookie, Enrolled>,
+    /// Who has which address.
+    pub addresses: HashMap<IpAddr, NetnsCookie>,
+    pub identities: Numbers<Identity>,
+    /// A workload has one number for each of its addresses: policies may look at them.
+    pub workloads: Numbers<(Arc<str>, IpAddr)>,
+    pub policies: Numbers<PolicyName>,
+    pub services: Services<Arc<ServiceTables>>,
+    pub pairs: Pairs,
+    /// Until [`Enforcer::start`].
+    pub inherited: Inherited,
+    pub next_generation: u64,
+    pub next_pod: u32,
+    /// Open flows are judged.
+    pub started: bool,
+    /// A mesh was ever in force.
+    pub known: bool,
+    /// Something could not be written or cut, or is still to be judged.
+    pub dirty: bool,
+}
+
+pub struct Enrolled {
+    pub pod: Arc<LocalPod>,
+    pub number: u32,
+    pub workload: Option<Arc<Workload>>,
+    pub applicable: Applicable,
+    /// One for each address, with the same generation.
+    pub endpoints: Vec<(IpAddr, Endpoint)>,
+}
+
+/// A decision, and what it is kept under.
+pub struct Decided {
+    pub key: VerdictKey,
+    pub pair: Pair,
+    pub verdict: Verdict,
+}
+
+impl State {
+    /// An earlier agent's decisions are still in force.
+    pub fn is_waiting(&self) -> bool {
+        !self.started && !self.inherited.is_empty()
+    }
+
+    /// The pod of this node that has this address, if this port of it may be reached directly.
+    pub fn endpoint(&self, destination: SocketAddr) -> Option<(Endpoint, Arc<Workload>)> {
+        if OWN_PORTS.contains(&destination.port()) {
+            return None;
+        }
+        let enrolled = self.pods.get(self.addresses.get(&destination.ip())?)?;
+        let (_, endpoint) = enrolled
+            .endpoints
+            .iter()
+            .find(|(ip, _)| *ip == destination.ip())?;
+        Some((*endpoint, Arc::clone(enrolled.workload.as_ref()?)))
+    }
+
+    /// The verdict for a pair, with its key and the pair as the destination's policies see it. `None` where there can be none:
+    /// the pod has left, or its addresses are treated differently.
+    pub fn decide(&mut self, asker: NetnsCookie, pair: &Pair) -> Option<Decided> {
+        let destination = pair.destination;
+        let (endpoint, workload) = self.endpoint(destination)?;
+        if endpoint.flags & Endpoint::STEER != 0 {
+            return None;
+        }
+        let by_pod = endpoint.flags & Endpoint::BY_POD != 0;
+        let asker = self.pods.get(&asker)?;
+        let identity = match &pair.source {
+            Source::Identity(identity) => identity.clone(),
+            Source::Pod(cookie) => self.pods.get(cookie)?.pod.identity.clone(),
+        };
+        let sources = asker
+            .pod
+            .addresses
+            .iter()
+            .filter(|ip| ip.is_ipv4() == destination.is_ipv4());
+        let mut decisions = sources.map(|ip| {
+            let connection = Connection::new(Some(identity.clone()), *ip, destination);
+            self.mesh.authorize(&workload, &connection).decision
+        });
+        let decision = decisions.next()?;
+        if by_pod
+            && decisions.any(|other| {
+                matches!(other, Decision::Allow(_)) != matches!(decision, Decision::Allow(_))
+            })
+        {
+            return None;
+        }
+        let (action, policy) = match &decision {
+            Decision::Allow(permit) => (action::ALLOW, permit.policy().cloned()),
+            Decision::Deny(reason) => (action::DENY, super::super::policy_of(reason).cloned()),
+        };
+        let (source, number, scope) = if by_pod {
+            (Source::Pod(asker.pod.cookie()), asker.number, scope::POD)
+        } else {
+            let number = self.identities.of(&identity);
+            (Source::Identity(identity), number, scope::IDENTITY)
+        };
+        let key = VerdictKey {
+            source: number,
+            workload: endpoint.workload,
+            port: destination.port(),
+            scope,
+            padding: 0,
+        };
+        let verdict = Verdict {
+            generation: endpoint.generation,
+            action,
+            policy: policy.map_or(0, |name| self.policies.of(&name)),
+        };
+        let pair = Pair {
+            source,
+            destination,
+            action,
+        };
+        Some(Decided { key, pair, verdict })
+    }
+
+    /// Reads a pod's workload and policies anew; true if anything that verdicts depend on is different.
+    pub fn refresh(&mut self, enrolled: &mut Enrolled, settings: &EnforcerSettings) -> bool {
+        let workload = enrolled.pod.workload(&self.mesh).cloned();
+        let applicable = workload
+            .as_ref()
+            .map(|workload| self.mesh.policies_for(workload))
+            .unwrap_or_default();
+        let flags: Vec<u32> = enrolled
+            .endpoints
+            .iter()
+            .map(|(ip, _)| {
+                let reachable = settings.direct
+                    && workload.as_ref().is_some_and(|workload| {
+                        self.may_be_direct(workload, &enrolled.pod, *ip, &settings.network)
+                    });
+                match reachable {
+                    // Not in the mesh (yet), or not as a tunnel's end: the agent knows what to do with each connection.
+                    false => Endpoint::STEER,
+                    true if applicable.looks_at_addresses() => Endpoint::BY_POD,
+                    true => 0,
+                }
+            })
+            .collect();
+        let same = enrolled
+            .endpoints
+            .iter()
+            .zip(&flags)
+            .all(|((_, endpoint), flags)| endpoint.generation != 0 && endpoint.flags == *flags);
+        if same && workload == enrolled.workload && applicable == enrolled.applicable {
+            return false;
+        }
+        self.next_generation += 1;
+        for ((ip, endpoint), flags) in enrolled.endpoints.iter_mut().zip(flags) {
+            if let Some(before) = self.inherited.endpoints.get(ip)
+                && let Some(workload) = &workload
+            {
+                let name = (Arc::clone(&workload.uid), *ip);
+                self.workloads.inherit(&name, before.workload);
+            }
+            endpoint.generation = self.next_generation;
+            endpoint.flags = flags;
+            endpoint.workload = workload.as_ref().map_or(0, |workload| {
+                self.workloads.of(&(Arc::clone(&workload.uid), *ip))
+            });
+        }
+        enrolled.workload = workload;
+        enrolled.applicable = applicable;
+        true
+    }
+
+    /// Whether a pod is, at one of its addresses, what a direct connection may reach.
+    fn may_be_direct(
+        &self,
+        workload: &Arc<Workload>,
+        pod: &LocalPod,
+        ip: IpAddr,
+        network: &str,
+    ) -> bool {
+        workload.protocol == TunnelProtocol::Hbone
+            && workload.direct
+            && workload.waypoint.is_none()
+            && workload.identity() == &pod.identity
+            && workload.has_address(ip)
+            // The address may be a service's, or another workload's.
+            && self.mesh.lookup(network, ip, None) == Destination::Workload(Arc::clone(workload))
+    }
+
+    pub fn pod_entry(&mut self, enrolled: &Enrolled) -> Pod {
+        // A pod that the mesh does not know at this address has an identity, but nobody has said what it may do.
+        let outside = enrolled.workload.as_ref().is_none_or(|workload| {
+            workload.protocol != TunnelProtocol::Hbone || !workload.has_address(enrolled.pod.ip)
+        });
+        let asked_not_to = enrolled
+            .workload
+            .as_ref()
+            .is_some_and(|workload| !workload.direct);
+        let mut devices = [0; Pod::DEVICES];
+        for (place, device) in devices.iter_mut().zip(&enrolled.pod.devices) {
+            *place = *device;
+        }
+        Pod {
+            netns_cookie: enrolled.pod.cookie().0,
+            identity: self.identities.of(&enrolled.pod.identity),
+            pod: enrolled.number,
+            flags: if outside || asked_not_to {
+                Pod::NO_DIRECT
+            } else {
+                0
+            },
+            view: self.services.view_of(enrolled.workload.as_deref()),
+            devices,
+        }
+    }
+
+    /// What open flows are judged by; `None` before [`Enforcer::start`], while pods of an earlier agent may still be missing,
+    /// and before there is a mesh to judge by: what an earlier agent admitted goes on until then.
+    pub fn view(&self) -> Option<View> {
+        (self.started && self.known).then(|| View {
+            mesh: Arc::clone(&self.mesh),
+            pods: self
+                .pods
+                .iter()
+                .map(|(cookie, enrolled)| {
+                    (
+                        *cookie,
+                        (Arc::clone(&enrolled.pod), enrolled.workload.clone()),
+                    )
+                })
+                .collect(),
+        })
+    }
+
+    /// By the number of the workload.
+    pub fn generations(&self) -> HashMap<u32, u64> {
+        self.pods
+            .values()
+            .flat_map(|enrolled| &enrolled.endpoints)
+            .map(|(_, endpoint)| (endpoint.workload, endpoint.generation))
+            .collect()
+    }
+}
