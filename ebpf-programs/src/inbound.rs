@@ -114,6 +114,7 @@ fn decide(ctx: &SkLookupContext) -> Result<Reason, Option<Reason>> {
             claim_kind::OWN_ADDRESS => return Ok(Reason::AdmittedOwnAddress),
             claim_kind::NODE => return Ok(Reason::AdmittedNode),
             claim_kind::STEERED => {
+                claim.admitted = 1;
                 return assign(ctx, cookie, listener_kind::OUTBOUND, Reason::ToOutbound);
             }
             _ => return Err(Some(Reason::DroppedStaleClaim)),

@@ -5,12 +5,12 @@ use core::{
     ptr,
 };
 
-use culvert_abi::{CLAIMS_PER_POD, FLOWS_PER_NODE, FLOWS_PER_POD, Quota, knob};
+use culvert_abi::{CLAIMS_OF_AGENT, CLAIMS_PER_POD, FLOWS_PER_NODE, FLOWS_PER_POD, Quota, knob};
 
 use crate::maps::{QUOTAS, knob};
 
 /// The entry that counts for the whole node.
-const NODE: u64 = 0;
+pub const NODE: u64 = 0;
 
 /// Takes one of a pod's claims; `false` when it has none left, or has left itself.
 #[inline(always)]
@@ -20,7 +20,12 @@ pub fn take_claim(client: u64) -> bool {
     };
     // SAFETY: a live map value; only ever accessed atomically.
     let before = unsafe { add(&raw mut (*quota).claims, 1) };
-    if before < CLAIMS_PER_POD || knob(knob::SKIP_QUOTAS) {
+    let most = if client == NODE {
+        CLAIMS_OF_AGENT
+    } else {
+        CLAIMS_PER_POD
+    };
+    if before < most || knob(knob::SKIP_QUOTAS) {
         return true;
     }
     // SAFETY: as above.

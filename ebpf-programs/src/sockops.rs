@@ -22,7 +22,7 @@ use crate::{
     claims, events, flows,
     isolation::isolate,
     maps::{self, CLAIMS, ENDPOINTS, SOCKETS, count, flag, is_pod, knob},
-    verdicts,
+    quotas, verdicts,
 };
 
 /// Offset of `write_seq` in the kernel's `struct tcp_sock`, set by the loader from the kernel's BTF.
@@ -109,7 +109,11 @@ fn connecting(ctx: &SockOpsContext) {
     let (now, socket_cookie) =
         unsafe { (bpf_ktime_get_ns(), bpf_get_socket_cookie(ctx.ops.cast())) };
     let claim = Claim {
-        client_netns: own_netns,
+        client_netns: if kind == claim_kind::PROXY {
+            quotas::NODE
+        } else {
+            own_netns
+        },
         server_netns: lookup_netns,
         generation: state.generation,
         opened_ns: now,
@@ -149,11 +153,12 @@ fn connected(ctx: &SockOpsContext) {
     let Some(state) = SOCKETS.find(socket(ctx)) else {
         return;
     };
-    if state.role != role::DIRECT {
+    if state.role != role::DIRECT && state.role != role::STEERED {
         return;
     }
-    // Whoever answered must be the pod that the claim is for: its `inbound` has marked the claim, which lives until that pod
-    // has our ACK. Somebody else with the address (a stale entry, a neighbour that answers ARP) gets no byte.
+    // Whoever answered must be the pod that the claim is for, or the agent where the connection was steered: its `inbound` has
+    // marked the claim, which lives until that end has our ACK. Somebody else with the address (a stale entry, a neighbour that
+    // answers ARP, another node that a steered SYN went astray to) gets no byte.
     // SAFETY: single fields of a claim that is written whole.
     let admitted = unsafe { CLAIMS.get(&state.key) }
         .is_some_and(|claim| claim.sequence == state.sequence && claim.admitted != 0);

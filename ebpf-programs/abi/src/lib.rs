@@ -29,6 +29,10 @@ pub type Address = [u8; 16];
 /// Most claims one pod may have in flight; more are refused, so that a pod harms only itself.
 pub const CLAIMS_PER_POD: i64 = 4096;
 
+/// Most claims that the agent may have in flight towards applications, of all pods together: what comes into a pod takes
+/// nothing of what the pod itself may open.
+pub const CLAIMS_OF_AGENT: i64 = 65_536;
+
 /// Most direct flows that one pod may have opened; more go through the agent.
 pub const FLOWS_PER_POD: i64 = 32_768;
 

@@ -65,7 +65,10 @@ impl Enrolment {
         let listeners = sockets.listen()?;
         let replaced = before.map(|before| before.replaced.as_slice());
         let routing = PodRouting::install(&netns, addresses, settings, replaced)?;
-        match kernel.attach_pod(&netns) {
+        let attached = sockets
+            .publish(&listeners)
+            .and_then(|()| kernel.attach_pod(&netns));
+        match attached {
             Ok(attachment) => {
                 let pod = LocalPod {
                     spec,

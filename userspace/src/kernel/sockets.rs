@@ -49,11 +49,11 @@ impl PodSockets {
         &self.netns
     }
 
-    /// Opens the listeners and gives `inbound` the first of their connections.
+    /// Opens the listeners. Nothing comes to them before [`Self::publish`].
     pub fn listen(&self) -> Result<PodListeners, KernelError> {
-        let outbound = self.listener(OUTBOUND_PORT, listener_kind::OUTBOUND)?;
-        let inbound = self.listener(INBOUND_PORT, listener_kind::INBOUND)?;
-        let hbone = self.listener(HBONE_PORT, listener_kind::HBONE)?;
+        let outbound = self.listener(OUTBOUND_PORT)?;
+        let inbound = self.listener(INBOUND_PORT)?;
+        let hbone = self.listener(HBONE_PORT)?;
         Ok(PodListeners {
             outbound,
             inbound,
@@ -77,7 +77,7 @@ impl PodSockets {
         }
     }
 
-    fn listener(&self, port: u16, kind: u32) -> Result<TcpListener, KernelError> {
+    fn listener(&self, port: u16) -> Result<TcpListener, KernelError> {
         let socket = self
             .netns
             .run(|| {
@@ -106,9 +106,20 @@ impl PodSockets {
         socket
             .listen(BACKLOG)
             .map_err(|source| KernelError::Port { port, source })?;
-        self.tables
-            .put_listener(self.netns.cookie(), kind, &socket)?;
         Ok(socket.into())
+    }
+
+    /// Gives `inbound` the listeners, and lets `connect` steer: only once the pod's routing leads here.
+    pub fn publish(&self, listeners: &PodListeners) -> Result<(), KernelError> {
+        let cookie = self.netns.cookie();
+        for (kind, socket) in [
+            (listener_kind::INBOUND, &listeners.inbound),
+            (listener_kind::HBONE, &listeners.hbone),
+            (listener_kind::OUTBOUND, &listeners.outbound),
+        ] {
+            self.tables.put_listener(cookie, kind, socket)?;
+        }
+        Ok(())
     }
 
     /// A socket for a connection that leaves the pod, from an address of the pod's, or from the one that the kernel chooses.

@@ -149,11 +149,11 @@ impl Tables {
                 config.knobs = settings.knobs;
                 config.host_netns = settings.host.map_or(0, |host| host.netns.0);
                 config.pods_cgroup = settings.host.map_or(0, |host| host.pods_cgroup);
-                config.flags = if settings.telemetry {
-                    0
-                } else {
-                    config_flag::NO_TELEMETRY
-                };
+                // An earlier agent may have been killed in the middle of a change: it is over when this one has decided.
+                config.flags &= config_flag::CHANGING;
+                if !settings.telemetry {
+                    config.flags |= config_flag::NO_TELEMETRY;
+                }
             })
             .map(drop)
     }

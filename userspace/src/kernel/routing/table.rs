@@ -112,16 +112,18 @@ pub(super) async fn add_rules(
     Ok(())
 }
 
+/// Far more than we make: a pod may add its own as fast as they are removed.
+const MOST_LEFTOVERS: usize = 256;
+
 /// Takes rules and routes away. What is absent need not be removed, hence no error.
 pub(super) async fn clear(handle: &Handle, family: Family, packet_mark: u32) {
     for mark in [STEER_MARK, packet_mark] {
-        while handle
-            .rule()
-            .del(rule(family, mark))
-            .execute()
-            .await
-            .is_ok()
-        {}
+        for _ in 0..MOST_LEFTOVERS {
+            let rule = handle.rule().del(rule(family, mark));
+            if rule.execute().await.is_err() {
+                break;
+            }
+        }
     }
     let ways = [
         Way::ToPod {
@@ -132,7 +134,12 @@ pub(super) async fn clear(handle: &Handle, family: Family, packet_mark: u32) {
     ];
     for way in ways {
         let route = route(family, way, None);
-        while handle.route().del(route.clone()).execute().await.is_ok() {}
+        for _ in 0..MOST_LEFTOVERS {
+            let route = handle.route().del(route.clone());
+            if route.execute().await.is_err() {
+                break;
+            }
+        }
     }
 }
 

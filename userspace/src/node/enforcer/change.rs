@@ -41,9 +41,7 @@ impl Enforcer {
             state.started = true;
             state.dirty = true;
         }
-        let cut = self.bring_in_line(None)?;
-        self.tables.vouch()?;
-        Ok(cut)
+        self.bring_in_line(None)
     }
 
     /// Brings the kernel in line with a new mesh; returns how many direct flows it cut.
@@ -83,7 +81,14 @@ impl Enforcer {
             .map(|policy| policy.name.clone())
             .collect();
         state.policies.retain(|name| policies.contains(name));
-        failed.map_or(Ok(cut), Err)
+        match failed {
+            Some(error) => Err(error),
+            None => {
+                // What is in the tables is this agent's by now.
+                self.tables.vouch()?;
+                Ok(cut)
+            }
+        }
     }
 
     /// The change itself, as one: where it decides anything differently, no connection is decided by what is half-written. `None`
@@ -117,8 +122,11 @@ impl Enforcer {
             state.dirty = true;
             state.inherited = inherited;
             change.failed = Some(error);
-        }
-        if let Err(error) = self.tables.set_changing(false) {
+            // What is half-written decides nothing until it is written.
+            if let Err(error) = self.tables.set_changing(true) {
+                tracing::error!(%error, "the kernel part cannot be told that a change is not written");
+            }
+        } else if let Err(error) = self.tables.set_changing(false) {
             state.dirty = true;
             change.failed = Some(error);
         }
@@ -177,16 +185,22 @@ impl Enforcer {
             self.tables.set_changing(true)?;
         }
         for (asker, verdict) in decided {
-            self.keep_verdict(state, asker, verdict)?;
+            // Without it the pair asks the agent: slower, not wrong. The endpoints must follow whatever happens here.
+            if let Err(error) = self.keep_verdict(state, asker, verdict) {
+                tracing::warn!(%error, "a verdict could not be renewed");
+            }
         }
+        let mut result = Ok(());
         for cookie in changed {
             if let Some(enrolled) = state.pods.remove(cookie) {
                 let written = self.write(state, &enrolled);
                 state.pods.insert(*cookie, enrolled);
-                written?;
+                if written.is_err() {
+                    result = written;
+                }
             }
         }
-        self.close_inherited(state, inherited)
+        self.close_inherited(state, inherited).and(result)
     }
 
     /// Pods that an earlier agent served and this one does not (yet): their traffic goes to an agent or nowhere, as that of

@@ -60,6 +60,7 @@ impl Enforcer {
     pub fn new(tables: Arc<Tables>, settings: EnforcerSettings) -> Result<Self, KernelError> {
         let inherited = Inherited::read(&tables)?;
         if inherited.is_empty() {
+            tables.set_changing(false)?;
             tables.vouch()?;
         }
         // Unique over the agents of one boot.
@@ -183,9 +184,12 @@ impl Enforcer {
                 .filter_map(|other| Some(&*other.workload.as_ref()?.uid))
                 .collect();
             workloads.retain(|(uid, _)| used.contains(&**uid));
-            pairs.forget(|asker, pair| {
+            let forgotten = pairs.forget(|asker, pair| {
                 asker == cookie || !addresses.contains_key(&pair.destination.ip())
             });
+            for key in &forgotten {
+                self.tables.remove_verdict(key)?;
+            }
             let generations = state.generations();
             self.tables
                 .sweep_verdicts(|key, _| !generations.contains_key(&key.workload))?;
@@ -209,6 +213,9 @@ impl Enforcer {
 
     /// Tells the kernel part among which endpoints to choose. What fails is tried again.
     fn sync_services(&self, state: &mut State) {
+        if !self.tables.is_owner() {
+            return;
+        }
         if self.settings.skip_service_sync && !state.services.is_empty() {
             return;
         }
@@ -311,10 +318,11 @@ impl Enforcer {
         decided: Decided,
     ) -> Result<(), KernelError> {
         let Decided { key, pair, verdict } = decided;
-        if let Some(evicted) = state.pairs.remember(asker, key, pair) {
-            self.tables.remove_verdict(&evicted)?;
+        self.tables.put_verdict(key, verdict)?;
+        match state.pairs.remember(asker, key, pair) {
+            Some(evicted) => self.tables.remove_verdict(&evicted),
+            None => Ok(()),
         }
-        self.tables.put_verdict(key, verdict)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -10,7 +10,7 @@ use culvert_abi::VerdictKey;
 
 use crate::{kernel::NetnsCookie, policy::Identity};
 
-/// Verdicts that are kept on behalf of one pod: with the most pods of a node the table is not full.
+/// Verdicts that are kept on behalf of one pod: with 250 pods, Kubernetes' usual bound being 110, the table is not full.
 pub const PER_POD: usize = 1024;
 
 /// A pair, as policy sees it.
@@ -71,14 +71,21 @@ impl Pairs {
             .collect()
     }
 
-    /// Forgets the pairs that `is_gone` names.
-    pub fn forget(&mut self, mut is_gone: impl FnMut(NetnsCookie, &Pair) -> bool) {
-        self.known.retain(|_, (asker, pair)| !is_gone(*asker, pair));
+    /// Forgets the pairs that `is_gone` names, and returns under which keys they were kept.
+    pub fn forget(
+        &mut self,
+        mut is_gone: impl FnMut(NetnsCookie, &Pair) -> bool,
+    ) -> Vec<VerdictKey> {
+        let gone = self
+            .known
+            .extract_if(|_, (asker, pair)| is_gone(*asker, pair));
+        let gone = gone.map(|(key, _)| key).collect();
         let known = &self.known;
         self.of_pod.retain(|_, keys| {
             keys.retain(|key| known.contains_key(key));
             !keys.is_empty()
         });
+        gone
     }
 }
 
@@ -125,7 +132,8 @@ mod tests {
         for port in 1..=PER_POD as u16 {
             assert_eq!(pairs.remember(pod, key(1, port), pair(port)), None);
         }
-        pairs.forget(|_, pair| pair.destination.port() <= 10);
+        let gone = pairs.forget(|_, pair| pair.destination.port() <= 10);
+        assert_eq!(gone.len(), 10);
         for port in 2001..=2010 {
             assert_eq!(pairs.remember(pod, key(1, port), pair(port)), None);
         }
