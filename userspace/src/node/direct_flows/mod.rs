@@ -36,6 +36,8 @@ const LONG: Duration = Duration::from_secs(1);
 const FOLLOWED: usize = 262_144;
 /// How often the table of flows is looked through, unless that takes long.
 const SCAN: Duration = Duration::from_secs(1);
+/// Isolations that are logged in that time.
+const WARNINGS: u32 = 10;
 /// A scan may take this part of the time at most.
 const SCAN_SHARE: u32 = 50;
 /// Events kept for one report to log and feed.
@@ -77,6 +79,8 @@ pub struct DirectFlows {
     credits: HashMap<PairKey, Totals>,
     /// Flows that were opened before were counted by an earlier agent.
     since: Duration,
+    /// Isolations that were logged since a moment.
+    warned: (Instant, u32),
 }
 
 impl DirectFlows {
@@ -101,6 +105,7 @@ impl DirectFlows {
             ended: Vec::with_capacity(BATCH),
             credits: HashMap::new(),
             since: sys::monotonic_now(),
+            warned: (now, 0),
         }
     }
 
@@ -256,13 +261,25 @@ impl DirectFlows {
             FlowEventKind::Refused => self.refused(&event),
             FlowEventKind::Isolated => {
                 self.enforcer.destroy_isolated(&event);
-                let reason = event.reason.map_or("unknown", culvert_abi::Reason::name);
-                tracing::warn!(
-                    client = %event.client, server = %event.server, reason,
-                    "a connection that no claim covers was cut before the application read a byte"
-                );
+                if self.may_warn() {
+                    let reason = event.reason.map_or("unknown", culvert_abi::Reason::name);
+                    tracing::warn!(
+                        client = %event.client, server = %event.server, reason,
+                        "a connection that no claim covers was cut before the application read a byte"
+                    );
+                }
             }
         }
+    }
+
+    /// A pod can cause isolations as fast as it connects: all are counted by the kernel part, not all are logged.
+    fn may_warn(&mut self) -> bool {
+        let (since, warned) = &mut self.warned;
+        if since.elapsed() >= SCAN {
+            (*since, *warned) = (Instant::now(), 0);
+        }
+        *warned += 1;
+        *warned <= WARNINGS
     }
 
     fn closed(&mut self, event: KernelEvent) {
