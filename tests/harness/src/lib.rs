@@ -27,6 +27,7 @@ pub mod process;
 pub mod processors;
 pub mod run;
 pub mod sockets;
+pub mod stalled;
 mod sys;
 pub mod wait;
 pub mod ways;

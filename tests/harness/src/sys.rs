@@ -1,5 +1,5 @@
 //! The harness's only unsafe code: what neither std, nix nor socket2 offers as a safe call.
-//! Called by `process`, `packet`, `netns`, `ways` and `foreign`.
+//! Called by `process`, `packet`, `netns`, `ways`, `stalled` and `foreign`.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -266,5 +266,86 @@ fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<i32> {
         Err(io::Error::last_os_error())
     } else {
         Ok(result as i32)
+    }
+}
+
+/// A page of this process's memory that is not there: whoever reads it waits until [`AbsentPage::release`].
+pub(crate) struct AbsentPage {
+    address: usize,
+    /// Answers for what is missing, which it never does.
+    faults: std::sync::Mutex<Option<OwnedFd>>,
+}
+
+const PAGE: usize = 4096;
+
+impl AbsentPage {
+    pub(crate) fn new() -> io::Result<Self> {
+        /// Requests of linux/userfaultfd.h.
+        const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
+        const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+        const UFFD_API: u64 = 0xaa;
+        const MODE_MISSING: u64 = 1;
+        // SAFETY: no pointers are passed.
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+        let fd = checked(fd as libc::c_int)?;
+        // SAFETY: the descriptor was just returned to us and nobody else owns it.
+        let faults = unsafe { OwnedFd::from_raw_fd(fd) };
+        // SAFETY: a new mapping, which touches no memory that is in use.
+        let page = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                PAGE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        if page == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let mut hello = [UFFD_API, 0, 0];
+        // SAFETY: `struct uffdio_api` is three 64-bit integers.
+        checked(unsafe { libc::ioctl(faults.as_raw_fd(), UFFDIO_API, &raw mut hello) })?;
+        let mut range = [page as u64, PAGE as u64, MODE_MISSING, 0];
+        // SAFETY: `struct uffdio_register` is four 64-bit integers.
+        checked(unsafe { libc::ioctl(faults.as_raw_fd(), UFFDIO_REGISTER, &raw mut range) })?;
+        Ok(Self {
+            address: page as usize,
+            faults: std::sync::Mutex::new(Some(faults)),
+        })
+    }
+
+    /// Sends the page. The kernel reads it while it holds the socket.
+    pub(crate) fn send(&self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        // SAFETY: the page is mapped for as long as the process lives; the kernel reads its size at most.
+        let sent = unsafe {
+            libc::send(
+                socket.as_raw_fd(),
+                self.address as *const libc::c_void,
+                PAGE,
+                libc::MSG_NOSIGNAL,
+            )
+        };
+        usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Returns once somebody waits for the page.
+    pub(crate) fn wait_for_reader(&self) -> io::Result<()> {
+        /// `struct uffd_msg`.
+        const MESSAGE: usize = 32;
+        let faults = self.faults.lock();
+        let faults = faults.map_err(|_| io::Error::other("a thread panicked"))?;
+        let Some(faults) = &*faults else {
+            return Ok(());
+        };
+        nix::unistd::read(faults, &mut [0; MESSAGE])?;
+        Ok(())
+    }
+
+    /// From now on the page is there.
+    pub(crate) fn release(&self) {
+        let faults = self.faults.lock();
+        drop(faults.map(|mut faults| faults.take()));
     }
 }

@@ -3,8 +3,8 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, ensure};
-use culvert_harness::{Pod, Policy, Proc, wait_until};
-use culvert_tests::scene::{PORT, SOON, Scene, Setting, only};
+use culvert_harness::{Namespace, Pod, Policy, Proc, wait_until};
+use culvert_tests::scene::{NAMESPACE, PORT, SOON, Scene, Setting, only};
 use serde_json::Value;
 
 use crate::kernel_tables::flows;
@@ -44,12 +44,27 @@ fn sum(tally: &Value) -> u64 {
     ends.map_or(0, |ends| ends.values().filter_map(Value::as_u64).sum())
 }
 
-/// Milliseconds from the write of the change to the first and the last reset that the forbidden client saw.
-fn revoke_a_crowd(server_of: impl Fn(&Scene) -> &Pod, path: &str) -> Result<(f64, f64)> {
-    let scene = Scene::with(Setting {
+fn resets(tally: &Value) -> u64 {
+    ["ECONNRESET", "ECONNABORTED", "EPIPE"]
+        .iter()
+        .filter_map(|how| tally["ends"][how].as_u64())
+        .sum()
+}
+
+/// Cuts a crowd, and prints how many milliseconds after the write of the change the two ends saw their first and last reset.
+fn revoke_a_crowd(
+    what: &str,
+    server_of: impl Fn(&Scene) -> &Pod,
+    path: &str,
+    namespaces: Vec<Namespace>,
+) -> Result<()> {
+    let mut scene = Scene::with(Setting {
         policies: Some(both()),
         ..Setting::default()
     })?;
+    if !namespaces.is_empty() {
+        scene.change_mesh(|mesh| mesh.namespaces = namespaces)?;
+    }
     let target = server_of(&scene);
     let server = target
         .probe()?
@@ -79,11 +94,7 @@ fn revoke_a_crowd(server_of: impl Fn(&Scene) -> &Pod, path: &str) -> Result<(f64
     let written = SystemTime::now().duration_since(UNIX_EPOCH)?.as_micros();
     mesh.write(&scene.mesh_file())?;
     let end = forbidden.wait_for_event("all_ended", A_WHILE)?;
-    let resets: u64 = ["ECONNRESET", "ECONNABORTED", "EPIPE"]
-        .iter()
-        .filter_map(|how| end["ends"][how].as_u64())
-        .sum();
-    assert_eq!(resets, FORBIDDEN as u64, "{end}");
+    assert_eq!(resets(&end), FORBIDDEN as u64, "{end}");
     let mut last = Value::Null;
     let waited = wait_until(SOON, "the server's ends to be reset", || {
         last = tally(&server)?;
@@ -91,6 +102,7 @@ fn revoke_a_crowd(server_of: impl Fn(&Scene) -> &Pod, path: &str) -> Result<(f64
     });
     let at_server = waited.with_context(|| last.to_string())?;
     assert_eq!(at_server["open"], ALLOWED, "{at_server}");
+    assert_eq!(resets(&at_server), FORBIDDEN as u64, "{at_server}");
     let at_allowed = wait_until(SOON, "the allowed flows to go on", || {
         let tally = tally(&allowed)?;
         Ok((tally["bytes"].as_u64() > bytes_before).then_some(tally))
@@ -108,28 +120,38 @@ fn revoke_a_crowd(server_of: impl Fn(&Scene) -> &Pod, path: &str) -> Result<(f64
     wait_until(SOON, "every cut to be counted", || {
         Ok((revoked()? == FORBIDDEN as f64).then_some(()))
     })?;
-    let since = |field: &str| -> Result<f64> {
-        let at = end[field].as_u64().context("a time")?;
+    let since = |tally: &Value, field: &str| -> Result<f64> {
+        let at = tally[field].as_u64().context("a time")?;
         ensure!(u128::from(at) >= written, "reset before the change");
         Ok((u128::from(at) - written) as f64 / 1000.0)
     };
-    Ok((since("first_end_us")?, since("last_end_us")?))
+    println!(
+        "{FORBIDDEN} {what} flows, after the write of the change: the first reset at the client {:.1} ms, the last {:.1} ms; the last at the server {:.1} ms",
+        since(&end, "first_end_us")?,
+        since(&end, "last_end_us")?,
+        since(&at_server, "last_end_us")?,
+    );
+    Ok(())
 }
 
 #[test]
 fn a_thousand_direct_flows_are_cut_at_both_ends_and_no_other_is_touched() -> Result<()> {
-    let (first, last) = revoke_a_crowd(|scene| &scene.server_a, "direct")?;
-    println!(
-        "{FORBIDDEN} direct flows: the first reset {first:.1} ms after the write of the change, the last {last:.1} ms"
-    );
-    Ok(())
+    revoke_a_crowd("direct", |scene| &scene.server_a, "direct", vec![])
 }
 
 #[test]
 fn a_thousand_proxied_flows_are_cut_at_both_ends_and_no_other_is_touched() -> Result<()> {
-    let (first, last) = revoke_a_crowd(|scene| &scene.server_b, "hbone")?;
-    println!(
-        "{FORBIDDEN} proxied flows: the first reset {first:.1} ms after the write of the change, the last {last:.1} ms"
-    );
-    Ok(())
+    revoke_a_crowd("proxied", |scene| &scene.server_b, "hbone", vec![])
+}
+
+#[test]
+fn a_thousand_proxied_flows_of_one_node_are_cut_at_both_ends_and_no_other_is_touched() -> Result<()>
+{
+    let off = Namespace::annotated(NAMESPACE, "culvert.dev/direct", "off");
+    revoke_a_crowd(
+        "proxied same-node",
+        |scene| &scene.server_a,
+        "hbone",
+        vec![off],
+    )
 }

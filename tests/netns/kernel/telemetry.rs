@@ -329,3 +329,36 @@ fn without_telemetry_nothing_is_told_of_direct_flows() -> Result<()> {
     );
     Ok(())
 }
+
+/// A flow that both agents see, of which each counts what happened in its time.
+#[test]
+fn bytes_of_a_flow_are_counted_by_one_agent_only() -> Result<()> {
+    const INTERVAL: (&str, &str) = ("CULVERT_FLOW_REPORT_INTERVAL", "1s");
+    let scene = Scene::with(Setting {
+        env: vec![(INTERVAL.0, INTERVAL.1.to_owned())],
+        ..Setting::default()
+    })?;
+    let (_server, held) = held(&scene)?;
+    let long = "x".repeat(1000);
+    goes_on(&held, &long)?;
+    wait_until(SOON, "the flow to be reported while it is open", || {
+        let sent = bytes(&scene.agent1, "sent_bytes", "source")?;
+        Ok((sent >= 1000.0).then_some(()))
+    })?;
+    scene.agent1.kill()?;
+    // The second interval is so long that the flow ends before it is over.
+    let agent = scene
+        .node1
+        .start_agent(culvert_harness::AgentOptions::default())?;
+    agent.ready()?;
+    goes_on(&held, "the end")?;
+    let log = agent.log().mark();
+    held.close_stdin();
+    held.wait_for_event("end", SOON)?;
+    ended(&agent, log, "fin")?;
+    for name in ["sent_bytes", "received_bytes"] {
+        let counted = bytes(&agent, name, "source")?;
+        assert!(counted < 500.0, "{name}: {counted}");
+    }
+    Ok(())
+}

@@ -1,7 +1,7 @@
 //! Which addresses a pod is enrolled with: those that its namespace has and that the mesh, or the pod's earlier enrolment, names.
 //!
 //! Invariant: an address that only the pod itself claims to have counts for nothing once somebody else has said which are the
-//! pod's. Called by `setup`.
+//! pod's, or that it is another's. Called by `setup`, and by the enforcer whenever the mesh changes ([`belongs_to_another`]).
 
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -10,7 +10,7 @@ use nix::{ifaddrs::InterfaceAddress, net::if_::InterfaceFlags};
 use super::{EnrolError, KnownPod, PodSpec};
 use crate::{
     kernel::{Netns, PodAddress},
-    mesh::Mesh,
+    mesh::{Mesh, Workload},
 };
 
 /// Addresses of one pod; more are left out, so that a pod cannot fill the kernel part's tables.
@@ -46,6 +46,17 @@ pub(super) fn of_pod(
         });
     }
     Ok(chosen)
+}
+
+/// Whether an address that a pod has is another's by the mesh: the pod can give itself any before the mesh names it.
+pub fn belongs_to_another(
+    own: Option<&Workload>,
+    mesh: &Mesh,
+    network: &str,
+    address: IpAddr,
+) -> bool {
+    !own.is_some_and(|own| own.has_address(address))
+        && mesh.workload_by_ip(network, address).is_some()
 }
 
 /// Those that are expected, in the order in which they are, or all of them where nobody expects anything.

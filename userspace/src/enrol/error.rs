@@ -41,6 +41,10 @@ pub enum EnrolError {
         expected: String,
     },
     #[error(
+        "pod {uid}: the mesh gives each of its addresses ({found}) to another workload; name the pod in the mesh, or take the address away from the other"
+    )]
+    ForeignAddress { uid: PodUid, found: String },
+    #[error(
         "pod {0}: its identity is not known: give --namespace and --service-account, or name it in the mesh"
     )]
     NoIdentity(PodUid),

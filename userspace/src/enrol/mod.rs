@@ -10,6 +10,7 @@ mod pod;
 mod registry;
 mod setup;
 
+pub use addresses::belongs_to_another;
 pub use error::EnrolError;
 pub use memory::{KnownPod, Memory};
 pub use pod::{LocalPod, PodSpec, PodUid};

@@ -1,6 +1,10 @@
 //! A pod of this node, as asked for and as enrolled.
 
-use std::{net::IpAddr, path::PathBuf, sync::Arc};
+use std::{
+    net::IpAddr,
+    path::PathBuf,
+    sync::{Arc, PoisonError, RwLock},
+};
 
 use super::EnrolError;
 use crate::{
@@ -85,10 +89,10 @@ impl PodSpec {
 /// An enrolled pod.
 pub struct LocalPod {
     pub spec: PodSpec,
-    /// The primary address.
-    pub ip: IpAddr,
-    /// All addresses it is enrolled with, of both families, the primary one first.
-    pub addresses: Vec<IpAddr>,
+    /// All addresses it may have, of both families, the primary one first.
+    configured: Vec<IpAddr>,
+    /// Those of them that the mesh gives to somebody else, so that they are not the pod's.
+    foreign: RwLock<Vec<IpAddr>>,
     /// Indexes of the devices for which the pod has routes, the one with the primary address first.
     pub devices: Vec<u32>,
     pub identity: Identity,
@@ -97,13 +101,59 @@ pub struct LocalPod {
 }
 
 impl LocalPod {
+    pub(super) fn new(
+        spec: PodSpec,
+        configured: Vec<IpAddr>,
+        devices: Vec<u32>,
+        identity: Identity,
+        sockets: PodSockets,
+        diag: SocketDiag,
+    ) -> Self {
+        Self {
+            spec,
+            configured,
+            foreign: RwLock::default(),
+            devices,
+            identity,
+            sockets,
+            diag,
+        }
+    }
+
     pub fn uid(&self) -> &PodUid {
         &self.spec.uid
     }
 
-    /// Whether an address is one the pod is enrolled with.
+    /// The addresses that are the pod's, the primary one first. None, when the mesh gives all of them to others.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        let own = self.configured.iter().copied();
+        own.filter(|ip| !self.is_foreign(*ip)).collect()
+    }
+
+    /// Also those that the mesh gives to somebody else, for now.
+    pub fn configured_addresses(&self) -> &[IpAddr] {
+        &self.configured
+    }
+
+    /// Whether an address is one of the pod's.
     pub fn has_address(&self, ip: IpAddr) -> bool {
-        self.addresses.contains(&ip.to_canonical())
+        self.configured.contains(&ip.to_canonical()) && !self.is_foreign(ip)
+    }
+
+    /// Whether the pod has an address that the mesh gives to somebody else.
+    pub fn is_foreign(&self, ip: IpAddr) -> bool {
+        self.foreign
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains(&ip.to_canonical())
+    }
+
+    /// Says which of the addresses are not the pod's; `true` if they were others before.
+    pub fn set_foreign(&self, ips: Vec<IpAddr>) -> bool {
+        let mut foreign = self.foreign.write().unwrap_or_else(PoisonError::into_inner);
+        let changed = *foreign != ips;
+        *foreign = ips;
+        changed
     }
 
     pub fn cookie(&self) -> NetnsCookie {

@@ -52,15 +52,15 @@ impl Enrolment {
         settings: RoutingSettings,
         before: Option<&KnownPod>,
     ) -> Result<(Self, PodListeners), EnrolError> {
-        let Some(primary) = addresses.first() else {
+        if addresses.is_empty() {
             return Err(EnrolError::NoAddress {
                 uid: spec.uid,
                 netns: spec.netns.display().to_string(),
             });
-        };
+        }
         let mark = settings.packet_mark;
         let sockets = PodSockets::new(Arc::clone(&netns), Arc::clone(kernel.tables()), mark);
-        let diag = SocketDiag::new(&netns)?;
+        let diag = SocketDiag::new(&netns, spec.uid.as_str(), kernel.diag())?;
         // First what an agent that still ends its connections there may have: then nothing of the pod's is touched.
         let listeners = sockets.listen()?;
         let replaced = before.map(|before| before.replaced.as_slice());
@@ -70,15 +70,14 @@ impl Enrolment {
             .and_then(|()| kernel.attach_pod(&netns));
         match attached {
             Ok(attachment) => {
-                let pod = LocalPod {
+                let pod = LocalPod::new(
                     spec,
-                    ip: primary.ip,
-                    addresses: addresses.iter().map(|address| address.ip).collect(),
-                    devices: routing.devices().to_vec(),
+                    addresses.iter().map(|address| address.ip).collect(),
+                    routing.devices().to_vec(),
                     identity,
                     sockets,
                     diag,
-                };
+                );
                 Ok((
                     Self {
                         pod: Arc::new(pod),
@@ -106,7 +105,7 @@ impl Enrolment {
         KnownPod {
             spec: self.pod.spec.clone(),
             cookie: self.pod.cookie(),
-            ips: self.pod.addresses.clone(),
+            ips: self.pod.configured_addresses().to_vec(),
             replaced: self.routing.previous().to_vec(),
         }
     }

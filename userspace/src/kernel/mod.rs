@@ -25,7 +25,7 @@ mod tables;
 mod unload;
 
 pub use attachments::{Attached, Loaded, Place, attached, loaded};
-pub use diag::{Fate, SocketDiag, SocketMeasures, SocketName};
+pub use diag::{Asked, DiagThreads, Fate, Outcome, SocketDiag, SocketMeasures, SocketName};
 pub use error::KernelError;
 pub use events::{EventSocket, EventStream, FlowEnd, FlowEvent, FlowEventKind};
 pub use host::HostProcesses;

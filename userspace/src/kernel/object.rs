@@ -16,7 +16,7 @@ use aya::{
 };
 
 use super::{
-    EventStream, HostProcesses, KernelError, Netns, NetnsCookie, SocketDiag, Tables,
+    DiagThreads, EventStream, HostProcesses, KernelError, Netns, NetnsCookie, SocketDiag, Tables,
     attempt::Attempt,
     btf, hooks, neighbours,
     owner::{self, Held},
@@ -50,6 +50,7 @@ pub struct Kernel {
     pins: Pins,
     tables: Arc<Tables>,
     offsets: Offsets,
+    diag: Arc<DiagThreads>,
     _life: Held,
 }
 
@@ -122,6 +123,7 @@ impl Kernel {
                 pins,
                 tables,
                 offsets,
+                diag: DiagThreads::new(),
                 _life: life,
             },
             events,
@@ -138,6 +140,11 @@ impl Kernel {
 
     pub fn tables(&self) -> &Arc<Tables> {
         &self.tables
+    }
+
+    /// The threads that look at sockets and destroy them.
+    pub fn diag(&self) -> &Arc<DiagThreads> {
+        &self.diag
     }
 
     /// Removes what is left of pods whose namespace no longer exists; returns how many.

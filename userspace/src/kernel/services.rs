@@ -13,7 +13,7 @@ use culvert_abi::{Service, ServiceKey, Slot, SlotKey};
 
 use super::{
     KernelError, sys,
-    tables::{absent_is_fine, lock},
+    tables::{absent_is_fine, clear, lock},
 };
 
 /// The slots of one table, which stay until they are deleted.
@@ -61,19 +61,8 @@ impl ServiceTables {
 
     /// Removes what an earlier agent has left.
     pub fn clear(&self) -> Result<(), KernelError> {
-        {
-            let mut services = lock(&self.services);
-            let keys: Vec<_> = services.keys().flatten().collect();
-            for key in &keys {
-                absent_is_fine("SERVICES", services.remove(key))?;
-            }
-        }
-        let mut slots = lock(&self.slots);
-        let keys: Vec<_> = slots.keys().flatten().collect();
-        for key in &keys {
-            absent_is_fine("SLOTS", slots.remove(key))?;
-        }
-        Ok(())
+        clear("SERVICES", &self.services)?;
+        clear("SLOTS", &self.slots)
     }
 
     /// Lets `connect` choose among `slots` for a service. `None` where there is no room: then nothing has changed.

@@ -24,6 +24,7 @@ const BPF_LINK_UPDATE: libc::c_long = 29;
 const BPF_LINK_DETACH: libc::c_long = 34;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_MAP_LOOKUP_AND_DELETE_BATCH: libc::c_long = 25;
+const BPF_MAP_DELETE_BATCH: libc::c_long = 27;
 const BPF_LINK_GET_FD_BY_ID: libc::c_long = 30;
 const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
 const SO_NETNS_COOKIE: libc::c_int = 71;
@@ -327,6 +328,50 @@ pub fn map_batch<K: aya::Pod, V: aya::Pod>(
         };
         return Ok(());
     }
+}
+
+/// Deletes entries of a hash map. Keys that are not there, any more, are passed over.
+///
+/// The size of `K` must be that of the map's keys, which aya's typed maps have checked.
+pub fn map_delete_batch<K: aya::Pod, V: aya::Pod>(
+    map: &aya::maps::HashMap<MapData, K, V>,
+    keys: &[K],
+) -> io::Result<()> {
+    #[repr(C)]
+    struct Attributes {
+        before: u64,
+        after: u64,
+        keys: u64,
+        values: u64,
+        count: u32,
+        map: u32,
+        element_flags: u64,
+        flags: u64,
+    }
+    let data = IterableMap::<K, V>::map(map);
+    let mut rest = keys;
+    while !rest.is_empty() {
+        let mut attributes = Attributes {
+            before: 0,
+            after: 0,
+            keys: rest.as_ptr() as u64,
+            values: 0,
+            count: u32::try_from(rest.len()).unwrap_or(u32::MAX),
+            map: data.fd().as_fd().as_raw_fd() as u32,
+            element_flags: 0,
+            flags: 0,
+        };
+        match bpf_answering(BPF_MAP_DELETE_BATCH, &mut attributes) {
+            Ok(_) => return Ok(()),
+            // The kernel stops at a key that is not there, and says how many came before it.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+                let passed = (attributes.count as usize).saturating_add(1);
+                rest = rest.get(passed..).unwrap_or_default();
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// For commands that answer in their attributes.

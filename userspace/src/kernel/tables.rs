@@ -5,7 +5,7 @@ use std::{
     os::fd::AsFd,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -87,6 +87,8 @@ pub struct Steered {
 pub struct Tables {
     /// This agent answers for what is in the tables.
     vouched: AtomicBool,
+    /// When an earlier agent was last alive; 0 for never.
+    earlier_ns: AtomicU64,
     config: Mutex<Configuration>,
     pods: Mutex<HashMap<MapData, u64, Pod>>,
     endpoints: Mutex<HashMap<MapData, Address, Endpoint>>,
@@ -120,6 +122,7 @@ impl Tables {
         Ok(Self {
             config: Mutex::new(config),
             vouched: AtomicBool::new(false),
+            earlier_ns: AtomicU64::new(0),
             pods: Mutex::new(table!("PODS")),
             endpoints: Mutex::new(table!("ENDPOINTS")),
             verdicts: Mutex::new(table!("VERDICTS")),
@@ -141,6 +144,8 @@ impl Tables {
         }
         lock(&self.config)
             .change(|config| {
+                self.earlier_ns
+                    .store(config.heartbeat_ns, Ordering::Release);
                 // Where an earlier agent decided, it is its heartbeat that counts, until this one has decided itself.
                 if config.heartbeat_ns == 0 {
                     config.heartbeat_ns = now();
@@ -183,6 +188,11 @@ impl Tables {
         })
     }
 
+    /// When an earlier agent was last alive, by the clock of [`sys::monotonic_now`]: what happened before was told by that one.
+    pub fn earlier_agent(&self) -> Duration {
+        Duration::from_nanos(self.earlier_ns.load(Ordering::Acquire))
+    }
+
     /// From now on the tables say what this agent decided.
     pub fn vouch(&self) -> Result<bool, KernelError> {
         self.vouched.store(true, Ordering::Release);
@@ -211,15 +221,29 @@ impl Tables {
             .map_err(|error| KernelError::map("PODS", error))
     }
 
-    /// A count that is there is the kernel part's business.
+    /// A count that is there is the kernel part's business. One that begins counts the flows which the pod has from an earlier
+    /// enrolment, because their ends will be counted; what ends while they are being counted is a flow too many until the pod
+    /// leaves, never one too few.
     fn put_quota(&self, cookie: NetnsCookie) -> Result<(), KernelError> {
-        let unused = Quota {
+        if lock(&self.quotas).get(&cookie.0, 0).is_ok() {
+            return Ok(());
+        }
+        let flows = if self.open_flows() > 0 {
+            let flows = self.flows()?;
+            let own = flows
+                .iter()
+                .filter(|open| open.flow.client_netns == cookie.0);
+            i64::try_from(own.count()).unwrap_or(i64::MAX)
+        } else {
+            0
+        };
+        let fresh = Quota {
             claims: 0,
-            flows: 0,
+            flows,
             window_ns: 0,
             refusals: 0,
         };
-        match lock(&self.quotas).insert(cookie.0, unused, BPF_NOEXIST) {
+        match lock(&self.quotas).insert(cookie.0, fresh, BPF_NOEXIST) {
             Err(MapError::SyscallError(error))
                 if error.io_error.raw_os_error() == Some(libc::EEXIST) =>
             {
@@ -229,12 +253,12 @@ impl Tables {
         }
     }
 
-    pub fn pods(&self) -> Vec<(NetnsCookie, Pod)> {
-        lock(&self.pods)
-            .iter()
-            .flatten()
+    pub fn pods(&self) -> Result<Vec<(NetnsCookie, Pod)>, KernelError> {
+        let found = all("PODS", &lock(&self.pods), sys::BatchReads::Copies)?;
+        Ok(found
+            .into_iter()
             .map(|(cookie, pod)| (NetnsCookie(cookie), pod))
-            .collect()
+            .collect())
     }
 
     pub fn remove_pod(&self, cookie: NetnsCookie) -> Result<(), KernelError> {
@@ -254,8 +278,8 @@ impl Tables {
             .map_err(|error| KernelError::map("ENDPOINTS", error))
     }
 
-    pub fn endpoints(&self) -> Vec<(Address, Endpoint)> {
-        lock(&self.endpoints).iter().flatten().collect()
+    pub fn endpoints(&self) -> Result<Vec<(Address, Endpoint)>, KernelError> {
+        all("ENDPOINTS", &lock(&self.endpoints), sys::BatchReads::Copies)
     }
 
     /// Removes the addresses of a namespace that is gone.
@@ -264,7 +288,7 @@ impl Tables {
             return Ok(());
         }
         let gone = self
-            .endpoints()
+            .endpoints()?
             .into_iter()
             .filter(|(_, endpoint)| endpoint.netns_cookie == cookie.0);
         for (address, _) in gone {
@@ -304,17 +328,21 @@ impl Tables {
         if !self.is_owner() {
             return Ok(0);
         }
-        let mut verdicts = lock(&self.verdicts);
+        let verdicts = all("VERDICTS", &lock(&self.verdicts), sys::BatchReads::Copies)?;
         let void: Vec<_> = verdicts
             .iter()
-            .flatten()
             .filter(|(key, verdict)| is_void(key, verdict))
-            .map(|(key, _)| key)
+            .map(|(key, _)| *key)
             .collect();
-        for key in &void {
-            absent_is_fine("VERDICTS", verdicts.remove(key))?;
-        }
+        delete("VERDICTS", &self.verdicts, &void)?;
         Ok(void.len())
+    }
+
+    pub fn remove_verdicts(&self, keys: &[VerdictKey]) -> Result<(), KernelError> {
+        if !self.is_owner() {
+            return Ok(());
+        }
+        delete("VERDICTS", &self.verdicts, keys)
     }
 
     /// Deletes the claims of a pod that leaves. Those towards it belong to their clients, and their key is never used again.
@@ -322,17 +350,13 @@ impl Tables {
         if !self.is_owner() {
             return Ok(());
         }
-        let mut claims = lock(&self.claims);
+        let claims = all("CLAIMS", &lock(&self.claims), sys::BatchReads::Copies)?;
         let gone: Vec<_> = claims
-            .iter()
-            .flatten()
+            .into_iter()
             .filter(|(_, claim)| claim.client_netns == client.0)
             .map(|(key, _)| key)
             .collect();
-        for key in &gone {
-            absent_is_fine("CLAIMS", claims.remove(key))?;
-        }
-        Ok(())
+        delete("CLAIMS", &self.claims, &gone)
     }
 
     /// The direct flows that are open now: each that is open all the while this takes, once.
@@ -474,6 +498,25 @@ fn all<K: aya::Pod, V: aya::Pod>(
             .map_err(|error| KernelError::map(name, error))?;
     }
     Ok(found)
+}
+
+/// Deletes entries of a table, as far as they are there.
+fn delete<K: aya::Pod, V: aya::Pod>(
+    name: &'static str,
+    table: &Mutex<HashMap<MapData, K, V>>,
+    keys: &[K],
+) -> Result<(), KernelError> {
+    keys.chunks(AT_ONCE as usize).try_for_each(|keys| {
+        sys::map_delete_batch(&lock(table), keys).map_err(|error| KernelError::map(name, error))
+    })
+}
+
+/// Empties a table.
+pub(super) fn clear<K: aya::Pod, V: aya::Pod>(
+    name: &'static str,
+    table: &Mutex<HashMap<MapData, K, V>>,
+) -> Result<(), KernelError> {
+    all(name, &lock(table), sys::BatchReads::Takes).map(drop)
 }
 
 /// An address as the eBPF programs hold it.

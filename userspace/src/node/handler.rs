@@ -170,7 +170,7 @@ fn info(pod: &LocalPod) -> PodInfo {
         namespace: pod.identity.namespace().to_owned(),
         name: pod.spec.name.clone().unwrap_or_default(),
         identity: Some(pod.identity.to_string()),
-        addresses: pod.addresses.clone(),
+        addresses: pod.addresses(),
         netns_cookie: pod.cookie().0,
         state: PodState::Active,
         reason: None,
@@ -201,6 +201,7 @@ fn refuse(error: &EnrolError) -> AdminError {
         EnrolError::HostNetwork(_)
         | EnrolError::NoAddress { .. }
         | EnrolError::OtherAddress { .. }
+        | EnrolError::ForeignAddress { .. }
         | EnrolError::NoIdentity(_)
         | EnrolError::Identity { .. }
         | EnrolError::BadUid

@@ -15,6 +15,8 @@ pub struct Knobs {
     pub keep_fast_open: bool,
     /// Open flows and old verdicts stay when policy changes.
     pub skip_sweep: bool,
+    /// A pod keeps addresses that the mesh gives to others.
+    pub keep_foreign_addresses: bool,
     /// What the kernel part knows of services does not follow the mesh.
     pub skip_service_sync: bool,
 }
@@ -50,6 +52,7 @@ impl Knobs {
                 "skip-source-check" => knobs.kernel |= knob::SKIP_SOURCE_CHECK,
                 "skip-sweep" => knobs.skip_sweep = true,
                 "skip-service-sync" => knobs.skip_service_sync = true,
+                "keep-foreign-addresses" => knobs.keep_foreign_addresses = true,
                 "skip-policy" => knobs.proxy.skip_policy = true,
                 "skip-authority" => knobs.proxy.skip_authority = true,
                 "skip-reauthorization" => knobs.proxy.skip_reauthorization = true,

@@ -101,7 +101,7 @@ pub async fn run(
     let (kernel, events) = Kernel::attach(&kernel)?;
     let tables = Arc::clone(kernel.tables());
     {
-        let tables = Arc::clone(&tables);
+        let (tables, diag) = (Arc::clone(&tables), Arc::clone(kernel.diag()));
         telemetry.metrics.set_kernel_source(move || {
             let counters = tables.counters();
             let lost = culvert_abi::Reason::EventLost;
@@ -111,6 +111,7 @@ pub async fn run(
                     .find(|(reason, _)| *reason == lost)
                     .map_or(0, |(_, count)| *count),
                 open_flows: tables.open_flows(),
+                stuck_pods: diag.stuck() as u64,
                 decisions: counters
                     .into_iter()
                     .map(|(reason, count)| (reason.name(), count))
@@ -146,6 +147,7 @@ pub async fn run(
             direct: config.direct,
             skip_sweep: knobs.skip_sweep,
             skip_service_sync: knobs.skip_service_sync,
+            keep_foreign_addresses: knobs.keep_foreign_addresses,
         },
     )?);
     let open = Arc::new(OpenConnections::default());

@@ -182,9 +182,17 @@ impl Pods {
             return self.registry.by_uid(&uid).ok_or(EnrolError::Unknown(uid));
         }
         let addresses = Enrolment::addresses(&spec, &netns, &mesh, known)?;
-        drop(mesh);
         let ips: Vec<IpAddr> = addresses.iter().map(|address| address.ip).collect();
-        self.registry.check_addresses(&uid, &ips)?;
+        let (foreign, own) = self.enforcer.sort_addresses(&spec, &mesh, ips);
+        drop(mesh);
+        if own.is_empty() {
+            let found: Vec<_> = foreign.iter().map(ToString::to_string).collect();
+            return Err(EnrolError::ForeignAddress {
+                uid,
+                found: found.join(", "),
+            });
+        }
+        self.registry.check_addresses(&uid, &own)?;
         let (enrolment, listeners) = tokio::task::block_in_place(|| {
             Enrolment::begin(
                 kernel,
@@ -197,6 +205,7 @@ impl Pods {
             )
         })?;
         let pod = Arc::clone(&enrolment.pod);
+        pod.set_foreign(foreign);
         self.context.certificates.acquire(&identity);
         let proxy = match PodProxy::start(workers, &self.context, Arc::clone(&pod), listeners) {
             Ok(proxy) => proxy,
@@ -220,7 +229,7 @@ impl Pods {
         self.registry.insert(Arc::clone(&pod));
         pods.insert(uid.clone(), (enrolment, proxy));
         self.remember(running);
-        tracing::info!(pod = %uid, identity = %pod.identity, addresses = ?pod.addresses, "pod enrolled");
+        tracing::info!(pod = %uid, identity = %pod.identity, addresses = ?pod.addresses(), "pod enrolled");
         Ok(pod)
     }
 
@@ -263,7 +272,14 @@ impl Pods {
             }
         }
         tracing::info!(pod = %uid, "pod released");
-        removed?;
+        // Nobody waits for this but who asked: the kernel may take its time to destroy sockets.
+        drop(running);
+        if let Some(view) = removed? {
+            let enforcer = Arc::clone(&self.enforcer);
+            if let Err(error) = tokio::task::spawn_blocking(move || enforcer.sweep(&view)).await {
+                tracing::error!(%error, "flows of a pod that left were not looked through");
+            }
+        }
         ended
     }
 

@@ -32,7 +32,7 @@ pub(super) fn plain_source(pod: &LocalPod, client: IpAddr, target: IpAddr) -> Op
 }
 
 fn of_family(pod: &LocalPod, target: IpAddr) -> impl Iterator<Item = IpAddr> + Clone {
-    let own = pod.addresses.iter().copied();
+    let own = pod.addresses().into_iter();
     own.filter(move |ip| ip.is_ipv4() == target.is_ipv4())
 }
 

@@ -67,7 +67,7 @@ pub(super) fn admit(
         open, mesh, knobs, ..
     } = &*ours.context;
     // In this order: a mesh that replaces the one that is asked here finds the connection among the open ones.
-    let entered = open.enter(&ours.pod, connection, &ours.stop.close);
+    let entered = open.enter(&ours.pod, connection, &ours.worker, &ours.stop.close);
     let policy = authorize(&mesh.load(), &ours.pod, connection, *knobs)?;
     Ok((entered, policy))
 }

@@ -1,7 +1,7 @@
 //! The proxied connections into this node's pods, so that a change of policy cuts those it forbids.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -10,8 +10,11 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
-use super::{ProxyKnobs, inbound};
+use super::{ProxyKnobs, inbound, workers::Worker};
 use crate::{enrol::LocalPod, mesh::Mesh, policy::Connection};
+
+/// Connections that a data thread cuts before it turns to others again, some milliseconds at most.
+const AT_ONCE: usize = 128;
 
 /// All of them.
 #[derive(Default)]
@@ -22,14 +25,23 @@ pub struct OpenConnections {
 #[derive(Default)]
 struct Table {
     next: u64,
-    open: HashMap<u64, Entry>,
+    /// In the order of their beginning: neighbours mostly share a tunnel.
+    open: BTreeMap<u64, Entry>,
 }
 
 struct Entry {
     pod: Arc<LocalPod>,
     connection: Connection,
+    /// Where it runs.
+    worker: Worker,
     cancel: CancellationToken,
     revoked: Arc<AtomicBool>,
+}
+
+/// What one data thread is to cut.
+struct Sentence {
+    worker: Worker,
+    connections: Vec<CancellationToken>,
 }
 
 /// Keeps one connection in the table.
@@ -47,6 +59,7 @@ impl OpenConnections {
         self: &Arc<Self>,
         pod: &Arc<LocalPod>,
         connection: &Connection,
+        worker: &Worker,
         parent: &CancellationToken,
     ) -> OpenConnection {
         let cancel = parent.child_token();
@@ -54,6 +67,7 @@ impl OpenConnections {
         let entry = Entry {
             pod: Arc::clone(pod),
             connection: connection.clone(),
+            worker: worker.clone(),
             cancel: cancel.clone(),
             revoked: Arc::clone(&revoked),
         };
@@ -74,16 +88,20 @@ impl OpenConnections {
         if !knobs.reauthorizes() {
             return 0;
         }
-        let forbidden = self.forbid(mesh, knobs);
-        // Not under the lock: each that ends takes it.
-        for cancel in &forbidden {
-            cancel.cancel();
+        let mut cut = 0;
+        for Sentence {
+            worker,
+            connections,
+        } in self.forbid(mesh, knobs)
+        {
+            cut += connections.len();
+            worker.tasks.spawn_on(execute(connections), &worker.handle);
         }
-        forbidden.len()
+        cut
     }
 
     /// Marks those that `mesh` forbids, and returns what ends them.
-    fn forbid(&self, mesh: &Mesh, knobs: ProxyKnobs) -> Vec<CancellationToken> {
+    fn forbid(&self, mesh: &Mesh, knobs: ProxyKnobs) -> Vec<Sentence> {
         let table = self.table();
         // Connections of one pair are decided once.
         let mut known = HashMap::new();
@@ -94,7 +112,16 @@ impl OpenConnections {
             });
             denied && !entry.revoked.swap(true, Ordering::Relaxed)
         });
-        forbidden.map(|entry| entry.cancel.clone()).collect()
+        let mut sentences = HashMap::<usize, Sentence>::new();
+        for entry in forbidden {
+            let sentence = sentences.entry(entry.worker.number);
+            let sentence = sentence.or_insert_with(|| Sentence {
+                worker: entry.worker.clone(),
+                connections: Vec::new(),
+            });
+            sentence.connections.push(entry.cancel.clone());
+        }
+        sentences.into_values().collect()
     }
 
     pub fn count(&self) -> usize {
@@ -103,6 +130,15 @@ impl OpenConnections {
 
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Cuts connections on their own thread. Woken from another one, they would run in turn with their tunnels, each of which would
+/// write for every single stream.
+async fn execute(connections: Vec<CancellationToken>) {
+    for some in connections.chunks(AT_ONCE) {
+        some.iter().for_each(CancellationToken::cancel);
+        tokio::task::yield_now().await;
     }
 }
 

@@ -133,13 +133,17 @@ pub struct RelayOutcome {
     pub end: RelayEnd,
 }
 
+/// The two sides of a connection that has ended: what is a stream of a tunnel has been reset, what is a socket is closed with this.
+#[must_use = "the sockets are closed when this is dropped"]
+pub struct Remains<C, U>(#[allow(dead_code, reason = "dropping them is all")] C, U);
+
 /// Relays until both directions have ended, one side fails, or `cancel`, which resets both.
 pub async fn relay<C: IntoSide, U: IntoSide>(
     client: C,
     upstream: U,
     counters: &Arc<RelayCounters>,
     cancel: &CancellationToken,
-) -> RelayOutcome {
+) -> (RelayOutcome, Remains<C::Side, U::Side>) {
     let mut pair = Pair {
         client: client.into_side(),
         upstream: upstream.into_side(),
@@ -156,11 +160,12 @@ pub async fn relay<C: IntoSide, U: IntoSide>(
         .await
     };
     pair.settle(&end);
-    RelayOutcome {
+    let outcome = RelayOutcome {
         sent: counters.sent(),
         received: counters.received(),
         end,
-    }
+    };
+    (outcome, Remains(pair.client, pair.upstream))
 }
 
 struct Pair<'a, C, U> {

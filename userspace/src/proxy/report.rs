@@ -1,7 +1,12 @@
 //! What becomes of one connection, told to telemetry whichever way it ends.
 
-use std::{net::SocketAddr, sync::Arc, time::Instant};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
+use tokio::{task::yield_now, time::sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::relay::{IntoSide, RelayCounters, RelayEnd, relay};
@@ -9,16 +14,37 @@ use crate::{
     mesh::{Service, Workload},
     policy::{Identity, PolicyName},
     telemetry::{
-        Direction, FlowEnd, FlowPath, FlowRecord, Party, Reporter, ResponseFlags, Security,
-        Telemetry,
+        Direction, FlowEnd, FlowPath, FlowRecord, OpenFlow, Party, Reporter, ResponseFlags,
+        Security, Telemetry,
     },
 };
+
+/// How long the report of a connection waits that was cut, for others that are cut with it: their resets matter more.
+const OTHERS_FIRST: Duration = Duration::from_millis(50);
 
 /// A connection that has not ended yet.
 pub(super) struct Report {
     telemetry: Arc<Telemetry>,
     record: FlowRecord,
     started: Instant,
+}
+
+/// Reports a connection's end when dropped, which may be in the middle of a wait.
+struct Ended {
+    telemetry: Arc<Telemetry>,
+    told: Option<(OpenFlow, FlowRecord)>,
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let Some((open, record)) = self.told.take() else {
+            return;
+        };
+        if record.end == Some(FlowEnd::Revoked) {
+            self.telemetry.metrics.revoked(record.path);
+        }
+        self.telemetry.closed(open, record);
+    }
 }
 
 impl Report {
@@ -86,7 +112,16 @@ impl Report {
         let sampled = Arc::clone(&counters);
         // Telemetry sees the connection from its server, the relay from its client.
         open.follow(move || (sampled.received(), sampled.sent()));
-        let outcome = relay(client, upstream, &counters, cancel).await;
+        let (outcome, remains) = relay(client, upstream, &counters, cancel).await;
+        let revoked = matches!(outcome.end, RelayEnd::Cancelled) && was_revoked();
+        // Many are revoked together, and by turns: first their tunnels learn of it, so that the other ends are cut meanwhile,
+        // then the sockets are closed.
+        if revoked {
+            yield_now().await;
+        }
+        drop(remains);
+        let storm = revoked || matches!(outcome.end, RelayEnd::UpstreamReset(_));
+        self.record.duration = self.started.elapsed();
         self.record.bytes_sent = outcome.received;
         self.record.bytes_received = outcome.sent;
         match outcome.end {
@@ -99,19 +134,24 @@ impl Report {
                 self.record.end = Some(FlowEnd::ResetByPeer);
                 self.record.error = Some(format!("the server's side failed: {error}"))
             }
-            RelayEnd::Cancelled if was_revoked() => {
+            RelayEnd::Cancelled if revoked => {
                 self.record.end = Some(FlowEnd::Revoked);
                 self.record.error = Some("policy changed and denies".to_owned());
                 self.record.response_flags = ResponseFlags::Deny;
-                self.telemetry.metrics.revoked(self.record.path);
             }
             RelayEnd::Cancelled => {
                 self.record.end = Some(FlowEnd::Stopped);
                 self.record.error = Some("the agent or the pod stopped".to_owned())
             }
         }
-        self.record.duration = self.started.elapsed();
-        self.telemetry.closed(open, self.record);
+        let ended = Ended {
+            telemetry: self.telemetry,
+            told: Some((open, self.record)),
+        };
+        if storm {
+            sleep(OTHERS_FIRST).await;
+        }
+        drop(ended);
     }
 
     /// Not a connection that the agent could carry at all.

@@ -19,6 +19,7 @@ use super::tls::TestKnobs;
 /// One data thread.
 #[derive(Clone)]
 pub(super) struct Worker {
+    pub number: usize,
     pub handle: runtime::Handle,
     pub pool: Arc<Pool>,
     pub tasks: TaskTracker,
@@ -41,6 +42,7 @@ impl Workers {
                 .enable_all()
                 .build()?;
             workers.push(Worker {
+                number,
                 handle: runtime.handle().clone(),
                 pool: Arc::new(Pool::new(settings, knobs)),
                 tasks: TaskTracker::new(),

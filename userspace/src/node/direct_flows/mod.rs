@@ -36,6 +36,8 @@ const LONG: Duration = Duration::from_secs(1);
 const FOLLOWED: usize = 262_144;
 /// How often the table of flows is looked through, unless that takes long.
 const SCAN: Duration = Duration::from_secs(1);
+/// As many scans as pods of an earlier agent may need to be back.
+const EARLY_SCANS: u32 = 30;
 /// Isolations that are logged in that time.
 const WARNINGS: u32 = 10;
 /// A scan may take this part of the time at most.
@@ -77,8 +79,11 @@ pub struct DirectFlows {
     ended: Vec<Ended>,
     /// What was counted of flows whose end was lost, until the sums of lost events say their part.
     credits: HashMap<PairKey, Totals>,
-    /// Flows that were opened before were counted by an earlier agent.
-    since: Duration,
+    /// Flows that were [`LONG`] by then were counted by an earlier agent.
+    earlier: Duration,
+    /// Scans that look at sockets also out of turn, to find how far flows of an earlier agent have come: its pods may not be
+    /// back yet.
+    early_scans: u32,
     /// Isolations that were logged since a moment.
     warned: (Instant, u32),
 }
@@ -93,6 +98,8 @@ impl DirectFlows {
                 Arc::clone(&sources.pods),
                 sources.context,
             ),
+            earlier: sources.tables.earlier_agent(),
+            early_scans: EARLY_SCANS,
             scanner: Scanner::new(sources.tables, sources.pods),
             enforcer: sources.enforcer,
             report_interval: sources.report_interval,
@@ -104,7 +111,6 @@ impl DirectFlows {
             next_report: now,
             ended: Vec::with_capacity(BATCH),
             credits: HashMap::new(),
-            since: sys::monotonic_now(),
             warned: (now, 0),
         }
     }
@@ -183,6 +189,7 @@ impl DirectFlows {
     fn apply(&mut self, scan: Scan) {
         let mut reports = followed::Reports::new(&self.telemetry, scan.measured);
         let mut open = HashSet::with_capacity(scan.flows.len());
+        let mut unknown = false;
         for (flow, measures) in &scan.flows {
             let name = flow.name();
             open.insert(name);
@@ -196,11 +203,12 @@ impl DirectFlows {
                 }
                 continue;
             }
+            let inherited = self.is_inherited(Duration::from_nanos(flow.flow.opened_ns));
+            unknown |= inherited && measures.is_none();
             if self.followed.len() >= FOLLOWED || !self.pairs.knows(flow.flow.client_netns) {
                 continue;
             }
             let pair = self.pairs.of(&PairKey::of_flow(flow));
-            let inherited = Duration::from_nanos(flow.flow.opened_ns) < self.since;
             let followed = match (inherited, measures) {
                 (true, None) => continue,
                 (true, Some(measures)) => Followed::inherited(flow, pair, measures),
@@ -208,6 +216,10 @@ impl DirectFlows {
             };
             reports.first(&followed);
             self.followed.insert(name, followed);
+        }
+        if unknown && let Some(left) = self.early_scans.checked_sub(1) {
+            self.early_scans = left;
+            self.next_report = Instant::now();
         }
         for (name, followed) in self.followed.extract_if(|name, _| !open.contains(name)) {
             tracing::debug!(client = %followed.client(), sequence = name.1, "the end of a flow was not told");
@@ -219,6 +231,11 @@ impl DirectFlows {
         for (key, lost) in scan.lost {
             self.count_lost(PairKey::of_lost(&key), &lost);
         }
+    }
+
+    /// Whether an earlier agent has counted what there was of a flow.
+    fn is_inherited(&self, opened: Duration) -> bool {
+        opened.saturating_add(LONG) < self.earlier
     }
 
     /// Counts what lost events would have said, less what was counted of those flows while they were open.
@@ -288,6 +305,15 @@ impl DirectFlows {
         let followed = is_long.then(|| self.followed.remove(&name)).flatten();
         let (pair, counted) = match followed {
             Some(followed) => (followed.pair, followed.counted),
+            // Nobody knows how much of it an earlier agent has counted: nothing twice, rather than everything.
+            None if self.is_inherited(event.at.saturating_sub(event.duration)) => (
+                self.pairs.of(&PairKey::of_event(&event)),
+                Totals {
+                    flows: 1,
+                    bytes_sent: u64::MAX,
+                    bytes_received: u64::MAX,
+                },
+            ),
             None => (self.pairs.of(&PairKey::of_event(&event)), Totals::default()),
         };
         if is_long && self.scanning.is_some() {

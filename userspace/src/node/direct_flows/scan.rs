@@ -61,19 +61,20 @@ impl Scanner {
             places.push(place);
             names.push(flow.client_end());
         }
-        for (netns, (places, names)) in by_netns {
-            let Some(pod) = self.pods.by_cookie(NetnsCookie(netns)) else {
-                continue;
-            };
-            let outcome = pod.diag.measure(&names, |index, measures| {
+        // All namespaces at once: one that does not answer holds no other up. Its flows are counted when they end.
+        let asked: Vec<_> = by_netns
+            .into_iter()
+            .filter_map(|(netns, (places, names))| {
+                let pod = self.pods.by_cookie(NetnsCookie(netns))?;
+                Some((places, pod.diag.measure(names)))
+            })
+            .collect();
+        for (places, asked) in asked {
+            for (index, measures) in asked.wait().unwrap_or_default() {
                 let place = places.get(index).and_then(|place| flows.get_mut(*place));
                 if let Some((_, found)) = place {
                     *found = Some(measures);
                 }
-            });
-            if let Err(error) = outcome {
-                // They are counted when they end.
-                tracing::debug!(%error, pod = %pod.uid(), "open flows could not be measured");
             }
         }
     }

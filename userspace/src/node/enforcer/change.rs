@@ -1,6 +1,12 @@
 //! Bringing the kernel part in line with what changed: the tables first, as one, then the open flows that it forbids.
 
-use std::{collections::HashSet, io, net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    collections::HashSet,
+    io,
+    net::IpAddr,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use culvert_abi::{Endpoint, Pod};
 
@@ -12,7 +18,7 @@ use super::{
     sweep::View,
 };
 use crate::{
-    kernel::{KernelError, NetnsCookie, sys},
+    kernel::{KernelError, NetnsCookie, OpenFlow, sys},
     mesh::Mesh,
 };
 
@@ -40,6 +46,11 @@ impl Enforcer {
             let mut state = self.state();
             state.started = true;
             state.dirty = true;
+            if state.is_waiting() {
+                tracing::error!(
+                    "there is no valid mesh yet: direct connections go on as an earlier agent decided them, until its last sign of life is older than CULVERT_VERDICT_MAX_AGE, and everything else is refused; mend the mesh file"
+                );
+            }
         }
         self.bring_in_line(None)
     }
@@ -150,6 +161,12 @@ impl Enforcer {
             // What an earlier agent chose by its own numbers.
             self.tables.services().clear()?;
         }
+        while let Some(ip) = state.dropped.last().copied() {
+            if !state.addresses.contains_key(&ip) {
+                self.tables.remove_endpoint(ip)?;
+            }
+            state.dropped.pop();
+        }
         let concerned: HashSet<IpAddr> = changed
             .iter()
             .filter_map(|cookie| state.pods.get(cookie))
@@ -206,8 +223,26 @@ impl Enforcer {
     /// Pods that an earlier agent served and this one does not (yet): their traffic goes to an agent or nowhere, as that of
     /// nobody in particular.
     fn close_inherited(&self, state: &mut State, inherited: &Inherited) -> Result<(), KernelError> {
+        if inherited.is_empty() {
+            return Ok(());
+        }
+        // What was removed meanwhile stays removed.
+        let present: HashSet<NetnsCookie> = self
+            .tables
+            .pods()?
+            .into_iter()
+            .map(|(cookie, _)| cookie)
+            .collect();
         for (ip, endpoint) in &inherited.endpoints {
-            if !state.addresses.contains_key(ip) {
+            if !present.contains(&NetnsCookie(endpoint.netns_cookie)) {
+                continue;
+            }
+            if !state.addresses.contains_key(ip)
+                && state.pods.contains_key(&NetnsCookie(endpoint.netns_cookie))
+            {
+                // An address that is not the pod's any more.
+                self.tables.remove_endpoint(*ip)?;
+            } else if !state.addresses.contains_key(ip) {
                 state.next_generation += 1;
                 let closed = Endpoint {
                     generation: state.next_generation,
@@ -218,7 +253,7 @@ impl Enforcer {
             }
         }
         for (cookie, pod) in &inherited.pods {
-            if !state.pods.contains_key(cookie) {
+            if present.contains(cookie) && !state.pods.contains_key(cookie) {
                 let nobody = Pod {
                     identity: 0,
                     pod: 0,
@@ -231,13 +266,13 @@ impl Enforcer {
         Ok(())
     }
 
-    /// Cuts the flows that a view forbids. Connections need not wait meanwhile: nothing is locked.
-    pub(super) fn sweep(&self, view: &View) -> usize {
+    /// Cuts the flows that a view forbids; what could not be cut is owed. Connections need not wait meanwhile: nothing is locked.
+    pub fn sweep(&self, view: &View) -> usize {
         let flows = match self.tables.flows() {
             Ok(flows) => flows,
             Err(error) => {
                 tracing::error!(%error, "the open flows could not be read; trying again");
-                self.state().dirty = true;
+                self.owed.store(true, Ordering::Release);
                 return 0;
             }
         };
@@ -245,16 +280,23 @@ impl Enforcer {
         let forbidden = flows.into_iter().filter(|flow| !decisions.is_allowed(flow));
         let forbidden = self.revoked.note(forbidden.collect());
         let failed = view.cut(&forbidden);
-        for (place, errno) in &failed {
-            let Some(flow) = forbidden.get(*place) else {
-                continue;
-            };
-            let error = io::Error::from_raw_os_error(*errno);
-            tracing::error!(%error, client = %flow.client(), server = %flow.server(), "a forbidden flow could not be cut; trying again");
-            self.revoked.retract(&flow.name());
+        for place in failed.keys() {
+            if let Some(flow) = forbidden.get(*place) {
+                self.revoked.retract(&flow.name());
+            }
         }
-        if !failed.is_empty() {
-            self.state().dirty = true;
+        if failed.is_empty() {
+            self.said.store(0, Ordering::Release);
+        }
+        if let Some((place, errno)) = failed.iter().next() {
+            let error = io::Error::from_raw_os_error(*errno);
+            let example = forbidden.get(*place);
+            let (client, server) = (example.map(OpenFlow::client), example.map(OpenFlow::server));
+            // A flow that resists is tried again each second: all of them in a line, and only when there are others.
+            self.owed.store(true, Ordering::Release);
+            if self.said.swap(failed.len(), Ordering::AcqRel) != failed.len() {
+                tracing::error!(%error, flows = failed.len(), ?client, ?server, "forbidden flows could not be cut at both ends; trying again");
+            }
         }
         forbidden.len() - failed.len()
     }

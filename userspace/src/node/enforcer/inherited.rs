@@ -27,9 +27,9 @@ impl Inherited {
             false
         })?;
         Ok(Self {
-            pods: tables.pods().into_iter().collect(),
+            pods: tables.pods()?.into_iter().collect(),
             endpoints: tables
-                .endpoints()
+                .endpoints()?
                 .into_iter()
                 .map(|(address, endpoint)| (socket_address(address, 0).ip(), endpoint))
                 .collect(),

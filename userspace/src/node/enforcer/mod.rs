@@ -12,17 +12,19 @@ mod sweep;
 
 use std::{
     collections::{HashMap, HashSet},
-    io,
-    net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
 };
 
 use culvert_abi::{Endpoint, action};
 
 use crate::{
-    enrol::LocalPod,
-    kernel::{Fate, FlowEvent, FlowName, KernelError, NetnsCookie, SocketName, Tables, sys},
-    mesh::ServiceName,
+    enrol::{LocalPod, PodSpec, belongs_to_another},
+    kernel::{FlowEvent, FlowName, KernelError, NetnsCookie, SocketName, Tables, sys},
+    mesh::{Mesh, ServiceName},
     policy::{Applicable, Connection, Evaluation, PolicyName},
     proxy::Judge,
 };
@@ -33,6 +35,7 @@ use pairs::{Pair, Pairs, Source};
 use services::{Member, Services};
 use state::{Decided, Enrolled, State};
 use sweep::Revoked;
+pub use sweep::View;
 
 /// What the enforcer follows besides the mesh.
 #[derive(Clone, Debug)]
@@ -45,6 +48,8 @@ pub struct EnforcerSettings {
     pub skip_sweep: bool,
     /// A test has switched off that what the kernel part knows of services follows the mesh, once it knows any.
     pub skip_service_sync: bool,
+    /// A test has switched off that an address which the mesh gives to another is not a pod's.
+    pub keep_foreign_addresses: bool,
 }
 
 /// The feeder of the kernel part.
@@ -53,6 +58,10 @@ pub struct Enforcer {
     settings: EnforcerSettings,
     state: Mutex<State>,
     revoked: Revoked,
+    /// Forbidden flows could not be cut.
+    owed: AtomicBool,
+    /// How many, when somebody was last told.
+    said: AtomicUsize,
 }
 
 impl Enforcer {
@@ -76,6 +85,7 @@ impl Enforcer {
             policies: Numbers::starting_at(1),
             services,
             pairs: Pairs::default(),
+            dropped: Vec::new(),
             next_generation: now.max(inherited.highest_generation()) + 1,
             next_pod: first,
             inherited,
@@ -88,6 +98,22 @@ impl Enforcer {
             settings,
             state: Mutex::new(state),
             revoked: Revoked::default(),
+            owed: AtomicBool::new(false),
+            said: AtomicUsize::new(0),
+        })
+    }
+
+    /// Of a pod's addresses, those that the mesh gives to another workload, and those that are its own.
+    pub fn sort_addresses(
+        &self,
+        spec: &PodSpec,
+        mesh: &Mesh,
+        ips: Vec<IpAddr>,
+    ) -> (Vec<IpAddr>, Vec<IpAddr>) {
+        let own = spec.workload(mesh).map(AsRef::as_ref);
+        ips.into_iter().partition(|ip| {
+            !self.settings.keep_foreign_addresses
+                && belongs_to_another(own, mesh, &self.settings.network, *ip)
         })
     }
 
@@ -118,13 +144,25 @@ impl Enforcer {
             number,
             workload: None,
             applicable: Applicable::default(),
-            endpoints: pod.addresses.iter().map(|ip| (*ip, unknown)).collect(),
+            endpoints: pod
+                .addresses()
+                .into_iter()
+                .map(|ip| (ip, unknown))
+                .collect(),
             pod,
         };
         state.refresh(&mut enrolled, &self.settings);
-        if state.is_waiting() {
-            state.dirty = true;
-        } else if let Err(error) = self.write(&mut state, &enrolled) {
+        // One that an earlier agent had is left as it was, unless it was removed meanwhile: then it is nobody in particular yet.
+        let waiting = state.is_waiting();
+        state.dirty |= waiting;
+        let stands = waiting
+            && self
+                .tables
+                .pods()?
+                .iter()
+                .any(|(found, _)| *found == cookie);
+        if !stands && let Err(error) = self.write(&mut state, &enrolled) {
+            state.addresses.retain(|_, has| *has != cookie);
             self.erase(&enrolled)?;
             return Err(error);
         }
@@ -156,58 +194,71 @@ impl Enforcer {
         self.tables.remove_pod(enrolled.pod.cookie())
     }
 
-    /// Removes a pod. Its direct flows go on where policy would let a client without an identity in.
-    pub fn remove(&self, pod: &LocalPod) -> Result<(), KernelError> {
+    /// Removes a pod. Its direct flows go on where policy would let a client without an identity in: the others are to be cut by
+    /// what is returned.
+    pub fn remove(&self, pod: &LocalPod) -> Result<Option<View>, KernelError> {
         let cookie = pod.cookie();
-        let view = {
-            let mut state = self.state();
-            if let Some(enrolled) = state.pods.remove(&cookie) {
-                self.erase(&enrolled)?;
-                for (ip, _) in &enrolled.endpoints {
-                    state.addresses.remove(ip);
-                }
+        let mut state = self.state();
+        if let Some(enrolled) = state.pods.remove(&cookie) {
+            self.erase(&enrolled)?;
+            for (ip, _) in &enrolled.endpoints {
+                state.addresses.remove(ip);
             }
-            self.sync_services(&mut state);
-            self.tables.remove_claims(cookie)?;
-            let State {
-                pods,
-                identities,
-                workloads,
-                pairs,
-                addresses,
-                ..
-            } = &mut *state;
-            let used: HashSet<_> = pods.values().map(|other| &other.pod.identity).collect();
-            identities.retain(|identity| used.contains(identity));
-            let used: HashSet<_> = pods
-                .values()
-                .filter_map(|other| Some(&*other.workload.as_ref()?.uid))
-                .collect();
-            workloads.retain(|(uid, _)| used.contains(&**uid));
-            let forgotten = pairs.forget(|asker, pair| {
-                asker == cookie || !addresses.contains_key(&pair.destination.ip())
-            });
-            for key in &forgotten {
-                self.tables.remove_verdict(key)?;
-            }
-            let generations = state.generations();
-            self.tables
-                .sweep_verdicts(|key, _| !generations.contains_key(&key.workload))?;
-            state.view()
-        };
-        if let Some(view) = view {
-            self.sweep(&view);
         }
-        Ok(())
+        self.tables.remove_claims(cookie)?;
+        if state.is_waiting() {
+            // The rest is an earlier agent's, until it is replaced as a whole.
+            return Ok(None);
+        }
+        self.sync_services(&mut state);
+        let State {
+            pods,
+            identities,
+            workloads,
+            pairs,
+            addresses,
+            ..
+        } = &mut *state;
+        let used: HashSet<_> = pods.values().map(|other| &other.pod.identity).collect();
+        identities.retain(|identity| used.contains(identity));
+        let used: HashSet<_> = pods
+            .values()
+            .filter_map(|other| Some(&*other.workload.as_ref()?.uid))
+            .collect();
+        workloads.retain(|(uid, _)| used.contains(&**uid));
+        let forgotten = pairs.forget(|asker, pair| {
+            asker == cookie || !addresses.contains_key(&pair.destination.ip())
+        });
+        self.tables.remove_verdicts(&forgotten)?;
+        let generations = state.generations();
+        self.tables
+            .sweep_verdicts(|key, _| !generations.contains_key(&key.workload))?;
+        Ok(state.view())
     }
 
     /// Tries again what failed before, and judges the flows of pods that have come since, if there is any of that.
     pub fn retry(&self) -> Result<usize, KernelError> {
         self.delete_retired()?;
-        if self.state().dirty {
-            self.bring_in_line(None)
+        let cut = if self.state().dirty {
+            self.bring_in_line(None)?
         } else {
-            Ok(0)
+            0
+        };
+        Ok(cut + self.sweep_owed())
+    }
+
+    fn sweep_owed(&self) -> usize {
+        // Whatever else cannot be cut meanwhile is noted again.
+        if !self.owed.swap(false, Ordering::AcqRel) {
+            return 0;
+        }
+        let view = self.state().view();
+        match view {
+            Some(view) => self.sweep(&view),
+            None => {
+                self.owed.store(true, Ordering::Release);
+                0
+            }
         }
     }
 
@@ -271,7 +322,7 @@ impl Enforcer {
         self.revoked.take(name)
     }
 
-    /// Destroys a connection that was established without a valid claim.
+    /// Has a connection destroyed that was established without a valid claim. Waits for nothing.
     pub fn destroy_isolated(&self, event: &FlowEvent) {
         let (client, server) = (event.client, event.server);
         let (local, remote) = if event.socket.client_end {
@@ -292,10 +343,7 @@ impl Enforcer {
             remote,
             cookie: event.socket.cookie,
         };
-        if let Some(Fate::Failed(errno)) = pod.diag.destroy(&[isolated]).first() {
-            let error = io::Error::from_raw_os_error(*errno);
-            tracing::warn!(%error, %client, %server, "an isolated connection could not be destroyed; it stays mute");
-        }
+        pod.diag.destroy_soon(isolated);
     }
 
     /// Decides a pair anew, whose endpoint is known, and leaves the verdict for `connect`.
@@ -345,10 +393,12 @@ impl Judge for Enforcer {
         if endpoint.flags & Endpoint::STEER != 0 {
             return None;
         }
-        let ip = if source.addresses.contains(&source_ip) {
+        let ip = if source.has_address(source_ip) {
             source_ip
         } else {
-            source.ip
+            // One that has none any more is nowhere.
+            let own = source.addresses().into_iter().next();
+            own.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED))
         };
         let connection = Connection::new(Some(source.identity.clone()), ip, destination);
         let evaluation = state.mesh.authorize(&workload, &connection);

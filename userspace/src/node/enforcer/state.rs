@@ -17,7 +17,7 @@ use super::{
     sweep::View,
 };
 use crate::{
-    enrol::LocalPod,
+    enrol::{LocalPod, belongs_to_another},
     kernel::{NetnsCookie, ServiceTables},
     mesh::{Destination, Mesh, TunnelProtocol, Workload},
     policy::{Applicable, Connection, Decision, Identity, PolicyName},
@@ -34,6 +34,8 @@ pub struct State {
     pub policies: Numbers<PolicyName>,
     pub services: Services<Arc<ServiceTables>>,
     pub pairs: Pairs,
+    /// Addresses that turned out not to be their pods', still in the tables.
+    pub dropped: Vec<IpAddr>,
     /// Until [`Enforcer::start`].
     pub inherited: Inherited,
     pub next_generation: u64,
@@ -63,9 +65,9 @@ pub struct Decided {
 }
 
 impl State {
-    /// An earlier agent's decisions are still in force.
+    /// An earlier agent's decisions are still in force: its pods are not back, or there is no mesh to judge by.
     pub fn is_waiting(&self) -> bool {
-        !self.started && !self.inherited.is_empty()
+        !(self.started && self.known || self.inherited.is_empty())
     }
 
     /// The pod of this node that has this address, if this port of it may be reached directly.
@@ -97,11 +99,11 @@ impl State {
         };
         let sources = asker
             .pod
-            .addresses
-            .iter()
+            .addresses()
+            .into_iter()
             .filter(|ip| ip.is_ipv4() == destination.is_ipv4());
         let mut decisions = sources.map(|ip| {
-            let connection = Connection::new(Some(identity.clone()), *ip, destination);
+            let connection = Connection::new(Some(identity.clone()), ip, destination);
             self.mesh.authorize(&workload, &connection).decision
         });
         let decision = decisions.next()?;
@@ -149,6 +151,7 @@ impl State {
             .as_ref()
             .map(|workload| self.mesh.policies_for(workload))
             .unwrap_or_default();
+        let moved = self.choose_addresses(enrolled, workload.as_deref(), settings);
         let flags: Vec<u32> = enrolled
             .endpoints
             .iter()
@@ -170,7 +173,7 @@ impl State {
             .iter()
             .zip(&flags)
             .all(|((_, endpoint), flags)| endpoint.generation != 0 && endpoint.flags == *flags);
-        if same && workload == enrolled.workload && applicable == enrolled.applicable {
+        if same && !moved && workload == enrolled.workload && applicable == enrolled.applicable {
             return false;
         }
         self.next_generation += 1;
@@ -189,6 +192,59 @@ impl State {
         }
         enrolled.workload = workload;
         enrolled.applicable = applicable;
+        true
+    }
+
+    /// Decides anew which addresses are a pod's; `true` if they were others before.
+    fn choose_addresses(
+        &mut self,
+        enrolled: &mut Enrolled,
+        workload: Option<&Workload>,
+        settings: &EnforcerSettings,
+    ) -> bool {
+        let pod = Arc::clone(&enrolled.pod);
+        let cookie = pod.cookie();
+        let is_foreign = |ip: IpAddr| {
+            let named = workload.is_some_and(|workload| workload.has_address(ip));
+            let taken = self.addresses.get(&ip).is_some_and(|has| *has != cookie);
+            belongs_to_another(workload, &self.mesh, &settings.network, ip) || taken && !named
+        };
+        let foreign: Vec<IpAddr> = match settings.keep_foreign_addresses {
+            true => Vec::new(),
+            false => {
+                let all = pod.configured_addresses().iter().copied();
+                all.filter(|ip| is_foreign(*ip)).collect()
+            }
+        };
+        if pod.set_foreign(foreign.clone()) {
+            tracing::warn!(pod = %pod.uid(), ?foreign, own = ?pod.addresses(), "addresses of a pod that the mesh gives to other workloads have changed: they are not the pod's");
+        }
+        let own = pod.addresses();
+        if enrolled.endpoints.iter().map(|(ip, _)| ip).eq(&own) {
+            return false;
+        }
+        let before = std::mem::take(&mut enrolled.endpoints);
+        for (ip, _) in &before {
+            if !own.contains(ip) {
+                self.dropped.push(*ip);
+                if self.addresses.get(ip) == Some(&cookie) {
+                    self.addresses.remove(ip);
+                }
+            }
+        }
+        for ip in own {
+            self.addresses.insert(ip, cookie);
+            let known = before.iter().find(|(known, _)| *known == ip).copied();
+            enrolled.endpoints.push(known.unwrap_or((
+                ip,
+                Endpoint {
+                    netns_cookie: cookie.0,
+                    workload: 0,
+                    flags: 0,
+                    generation: 0,
+                },
+            )));
+        }
         true
     }
 
@@ -212,7 +268,9 @@ impl State {
     pub fn pod_entry(&mut self, enrolled: &Enrolled) -> Pod {
         // A pod that the mesh does not know at this address has an identity, but nobody has said what it may do.
         let outside = enrolled.workload.as_ref().is_none_or(|workload| {
-            workload.protocol != TunnelProtocol::Hbone || !workload.has_address(enrolled.pod.ip)
+            let primary = enrolled.endpoints.first();
+            workload.protocol != TunnelProtocol::Hbone
+                || primary.is_none_or(|(ip, _)| !workload.has_address(*ip))
         });
         let asked_not_to = enrolled
             .workload
@@ -231,7 +289,12 @@ impl State {
             } else {
                 0
             },
-            view: self.services.view_of(enrolled.workload.as_deref()),
+            // An earlier agent's views mean something else.
+            view: if self.is_waiting() {
+                0
+            } else {
+                self.services.view_of(enrolled.workload.as_deref())
+            },
             devices,
         }
     }

@@ -7,17 +7,21 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use crate::{
     enrol::LocalPod,
-    kernel::{Fate, FlowName, NetnsCookie, OpenFlow, SocketName},
+    kernel::{Asked, Fate, FlowName, NetnsCookie, OpenFlow, Outcome, SocketName},
     mesh::{Mesh, Workload},
     policy::Connection,
 };
 
 /// Revoked flows remembered until their end was reported; older ones lose their reason, nothing else.
 const REVOKED_KEPT: usize = 65_536;
+
+/// How long clients' ends keep servers' ends waiting, if a client's namespace is slow.
+const CLIENTS_FIRST: Duration = Duration::from_millis(20);
 
 /// The flows that were cut and whose end nobody has reported yet. Noted before they are cut: the report may be quick.
 #[derive(Default)]
@@ -89,10 +93,12 @@ impl View {
         let Some(workload) = workload else {
             return false;
         };
-        let source = self
-            .pods
-            .get(&NetnsCookie(flow.flow.client_netns))
-            .map(|(pod, _)| pod.identity.clone());
+        let source = self.pods.get(&NetnsCookie(flow.flow.client_netns));
+        // Nobody keeps what he has reached from another's address.
+        if source.is_some_and(|(pod, _)| pod.is_foreign(flow.client().ip())) {
+            return false;
+        }
+        let source = source.map(|(pod, _)| pod.identity.clone());
         let connection = Connection::new(source, flow.client().ip(), flow.server());
         self.mesh.authorize(workload, &connection).is_allowed()
     }
@@ -100,41 +106,73 @@ impl View {
     /// Destroys both ends of each: each application is told at once, also when segments between them are lost. Returns which
     /// flows may live on, by their place, with the error's number.
     pub fn cut(&self, flows: &[OpenFlow]) -> HashMap<usize, i32> {
-        let mut failed = HashMap::new();
         // The clients' ends first: what they tell the servers' ends saves most of the second half.
         let clients = flows
             .iter()
             .map(|flow| (flow.flow.client_netns, flow.client_end()));
+        let clients = self.begin(clients);
+        let until = Instant::now() + CLIENTS_FIRST;
+        let mut failed = HashMap::new();
+        let late: Vec<Begun> = clients
+            .into_iter()
+            .filter_map(|begun| begun.until(until, &mut failed))
+            .collect();
         let servers = flows
             .iter()
             .map(|flow| (flow.flow.server_netns, flow.server_end()));
-        self.destroy(clients, &mut failed);
-        self.destroy(servers, &mut failed);
+        for begun in late.into_iter().chain(self.begin(servers)) {
+            let Begun { places, asked } = begun;
+            note(&places, asked.wait(), &mut failed);
+        }
         failed
     }
 
-    /// One system call for many sockets of one namespace.
-    fn destroy(
-        &self,
-        ends: impl Iterator<Item = (u64, SocketName)>,
-        failed: &mut HashMap<usize, i32>,
-    ) {
+    /// Begins to destroy ends, in all namespaces at once: one that does not answer holds no other up.
+    fn begin(&self, ends: impl Iterator<Item = (u64, SocketName)>) -> Vec<Begun> {
         let mut by_netns = HashMap::<u64, (Vec<usize>, Vec<SocketName>)>::new();
         for (place, (netns, end)) in ends.enumerate() {
             let (places, names) = by_netns.entry(netns).or_default();
             places.push(place);
             names.push(end);
         }
-        for (netns, (places, names)) in by_netns {
-            let Some((pod, _)) = self.pods.get(&NetnsCookie(netns)) else {
-                continue;
-            };
-            for (place, fate) in places.into_iter().zip(pod.diag.destroy(&names)) {
+        let of_pods = by_netns.into_iter().filter_map(|(netns, (places, names))| {
+            let (pod, _) = self.pods.get(&NetnsCookie(netns))?;
+            let asked = pod.diag.destroy(names);
+            Some(Begun { places, asked })
+        });
+        of_pods.collect()
+    }
+}
+
+/// Ends in one namespace that are being destroyed.
+struct Begun {
+    /// Of their flows.
+    places: Vec<usize>,
+    asked: Asked<Fate>,
+}
+
+impl Begun {
+    /// Waits for a while; itself, if that was not enough.
+    fn until(self, until: Instant, failed: &mut HashMap<usize, i32>) -> Option<Self> {
+        match self.asked.wait_until(until) {
+            Outcome::Answer(fates) => note(&self.places, Some(fates), failed),
+            Outcome::Lost => note(&self.places, None, failed),
+            Outcome::NotYet => return Some(self),
+        }
+        None
+    }
+}
+
+fn note(places: &[usize], fates: Option<Vec<Fate>>, failed: &mut HashMap<usize, i32>) {
+    match fates {
+        Some(fates) => {
+            for (place, fate) in places.iter().zip(fates) {
                 if let Fate::Failed(errno) = fate {
-                    failed.insert(place, errno);
+                    failed.insert(*place, errno);
                 }
             }
         }
+        None => failed.extend(places.iter().map(|place| (*place, libc::ETIMEDOUT))),
     }
 }
 

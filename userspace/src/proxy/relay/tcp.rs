@@ -117,8 +117,8 @@ impl Side for TcpSide {
     }
 
     fn reset(&mut self) {
+        // It lingers for no time since its beginning.
         self.watch = None;
-        let _ = self.stream.set_zero_linger();
     }
 
     fn release(&mut self) {

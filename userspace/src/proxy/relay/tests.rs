@@ -50,7 +50,7 @@ where
     let (counters, cancel) = (Arc::<RelayCounters>::default(), CancellationToken::new());
     let relay = tokio::spawn({
         let (counters, cancel) = (counters.clone(), cancel.clone());
-        async move { relay(near, upstream, &counters, &cancel).await }
+        async move { relay(near, upstream, &counters, &cancel).await.0 }
     });
     (relay, counters, cancel)
 }
@@ -85,7 +85,7 @@ async fn tunnel_to(app: SocketAddr, limits: Limits) -> (Server, Client) {
         let app = socket.connect(app).await.unwrap();
         app.set_nodelay(true).unwrap();
         let stream = incoming.accept().unwrap();
-        relay(stream, app, &Arc::default(), &CancellationToken::new()).await;
+        drop(relay(stream, app, &Arc::default(), &CancellationToken::new()).await);
     })
     .await;
     let client = server.client(PoolSettings::default());

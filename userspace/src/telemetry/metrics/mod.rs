@@ -38,6 +38,8 @@ pub struct KernelCounters {
     pub lost_events: u64,
     /// Direct flows that are open.
     pub open_flows: u64,
+    /// Pods whose sockets the kernel does not come to an end with.
+    pub stuck_pods: u64,
 }
 
 type KernelSource = Box<dyn Fn() -> KernelCounters + Send + Sync>;
@@ -303,6 +305,7 @@ impl Collector for Exposition {
         put(&reference::ENDED, ended)?;
         put(&reference::RETRANSMITS, state.retransmits.rows())?;
         put(&reference::REVOKED, state.revoked.rows())?;
+        put(&reference::STUCK_PODS, single(kernel.stuck_pods))?;
         let decisions = decisions.map(|(reason, count)| (vec![(*reason).to_owned()], *count));
         put(&reference::DECISIONS, decisions.collect())?;
         put(&reference::LOST_EVENTS, single(kernel.lost_events))?;

@@ -214,6 +214,7 @@ fn what_is_exposed_is_what_is_listed() {
         decisions: vec![("no_claim", 3)],
         lost_events: 2,
         open_flows: 1,
+        stuck_pods: 0,
     });
     metrics.ended(FlowPath::Direct, FlowEnd::Fin, 1);
     metrics.retransmits(FlowPath::Direct, 1);

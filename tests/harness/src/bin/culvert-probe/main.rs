@@ -12,6 +12,7 @@ mod pattern;
 mod raw;
 mod report;
 mod serve;
+mod stall;
 
 use clap::{Parser, Subcommand};
 
@@ -50,6 +51,8 @@ enum Probe {
     Alternate(alternate::Alternate),
     /// Make one connection and tell the outcome of every step
     Connect(connect::Arguments),
+    /// Make one connection and keep the kernel busy with it until standard input ends
+    Stall(stall::Stall),
     /// Make a socket and give it to whoever asks for it
     Offer(connect::Offer),
     /// Send SYNs with any source and sequence number, and look no further
@@ -73,6 +76,7 @@ fn main() -> anyhow::Result<()> {
         Probe::Burst(arguments) => burst::burst(&arguments),
         Probe::Alternate(arguments) => alternate::alternate(&arguments),
         Probe::Connect(arguments) => connect::run(&arguments),
+        Probe::Stall(arguments) => stall::stall(&arguments),
         Probe::Offer(arguments) => connect::offer(&arguments),
         Probe::RawSyn(arguments) => raw::syn(&arguments),
         Probe::RawHandshake(arguments) => raw::handshake(&arguments),

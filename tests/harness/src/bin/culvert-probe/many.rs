@@ -4,11 +4,11 @@
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsFd;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use mio::{Events, Interest, Poll, Token, unix::SourceFd};
 use serde_json::json;
 
 use crate::report;
@@ -80,36 +80,27 @@ fn listen_to_stdin(asked: &AtomicBool) {
 
 pub fn client(arguments: &Client) -> anyhow::Result<()> {
     static ASKED: AtomicBool = AtomicBool::new(false);
-    let mut streams = Vec::new();
+    let mut crowd = Crowd::new()?;
     for _ in 0..arguments.count {
-        let stream = TcpStream::connect_timeout(&arguments.to, STEP)?;
-        stream.set_nodelay(true)?;
-        stream.set_nonblocking(true)?;
-        streams.push(stream);
+        crowd.add(TcpStream::connect_timeout(&arguments.to, STEP)?)?;
     }
     let mut tally = Tally {
-        opened: streams.len(),
+        opened: crowd.open,
         ..Tally::default()
     };
-    tally.report("open", streams.len());
+    tally.report("open", crowd.open);
     std::thread::spawn(|| listen_to_stdin(&ASKED));
     let every = Duration::from_millis(arguments.every_ms);
     let mut next = Instant::now();
-    while !streams.is_empty() {
+    while crowd.open > 0 {
         if Instant::now() >= next {
             next += every;
-            streams.retain_mut(|stream| keeps(stream.write(b"x").map(|_| 1), &mut tally));
+            crowd.each(&mut tally, |stream| stream.write(b"x").map(|_| 1));
         }
         let wait = next.saturating_duration_since(Instant::now()).min(LOOK);
-        serve(
-            &mut streams,
-            None,
-            wait,
-            |stream, buffer| stream.read(buffer),
-            &mut tally,
-        )?;
+        crowd.serve(None, wait, |stream, buffer| stream.read(buffer), &mut tally)?;
         if ASKED.swap(false, Ordering::Relaxed) {
-            tally.report("tally", streams.len());
+            tally.report("tally", crowd.open);
         }
     }
     tally.report("all_ended", 0);
@@ -126,64 +117,120 @@ pub fn server(arguments: &Server) -> anyhow::Result<()> {
     listener.set_nonblocking(true)?;
     report::line(&json!({"event": "listening", "local": listener.local_addr()?.to_string()}));
     std::thread::spawn(|| listen_to_stdin(&ASKED));
-    let (mut streams, mut tally) = (Vec::new(), Tally::default());
+    let (mut crowd, mut tally) = (Crowd::new()?, Tally::default());
+    crowd.watch(&listener, LISTENER)?;
     loop {
         let echo = |stream: &mut TcpStream, buffer: &mut [u8]| {
             let length = stream.read(buffer)?;
             stream.write_all(buffer.get(..length).unwrap_or_default())?;
             Ok(length)
         };
-        serve(&mut streams, Some(&listener), LOOK, echo, &mut tally)?;
+        crowd.serve(Some(&listener), LOOK, echo, &mut tally)?;
         if ASKED.swap(false, Ordering::Relaxed) {
-            tally.report("tally", streams.len());
+            tally.report("tally", crowd.open);
         }
     }
 }
 
-/// Waits, and does what there is to do on each connection.
-fn serve(
-    streams: &mut Vec<TcpStream>,
-    listener: Option<&TcpListener>,
-    wait: Duration,
-    exchange: impl Fn(&mut TcpStream, &mut [u8]) -> io::Result<usize>,
-    tally: &mut Tally,
-) -> anyhow::Result<()> {
-    let mut watched: Vec<PollFd<'_>> = streams
-        .iter()
-        .map(|stream| PollFd::new(stream.as_fd(), PollFlags::POLLIN))
-        .collect();
-    if let Some(listener) = listener {
-        watched.push(PollFd::new(listener.as_fd(), PollFlags::POLLIN));
+/// The connections, and what tells which of them have something to read: asking all of them each time would take longer than
+/// what is measured.
+struct Crowd {
+    poll: Poll,
+    events: Events,
+    streams: Vec<Option<TcpStream>>,
+    open: usize,
+}
+
+/// Not the place of a stream.
+const LISTENER: Token = Token(usize::MAX);
+
+impl Crowd {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            poll: Poll::new()?,
+            events: Events::with_capacity(256),
+            streams: Vec::new(),
+            open: 0,
+        })
     }
-    match poll(&mut watched, PollTimeout::try_from(wait)?) {
-        Ok(_) | Err(nix::Error::EINTR) => {}
-        Err(error) => return Err(error.into()),
+
+    fn add(&mut self, stream: TcpStream) -> io::Result<()> {
+        stream.set_nodelay(true)?;
+        stream.set_nonblocking(true)?;
+        let place = Token(self.streams.len());
+        self.watch(&stream, place)?;
+        self.streams.push(Some(stream));
+        self.open += 1;
+        Ok(())
     }
-    let ready: Vec<bool> = watched
-        .iter()
-        .map(|fd| fd.any().unwrap_or_default())
-        .collect();
-    drop(watched);
-    let mut buffer = [0; 64];
-    let mut ready = ready.into_iter();
-    streams.retain_mut(|stream| {
-        if !ready.next().unwrap_or_default() {
-            return true;
-        }
-        keeps(exchange(stream, &mut buffer), tally)
-    });
-    while let Some(listener) = listener {
-        match listener.accept() {
-            Ok((stream, _)) => {
-                stream.set_nodelay(true)?;
-                stream.set_nonblocking(true)?;
-                streams.push(stream);
-                tally.opened += 1;
+
+    fn watch(&self, socket: &impl AsRawFd, place: Token) -> io::Result<()> {
+        let registry = self.poll.registry();
+        registry.register(
+            &mut SourceFd(&socket.as_raw_fd()),
+            place,
+            Interest::READABLE,
+        )
+    }
+
+    /// Does something on each connection that is open.
+    fn each(
+        &mut self,
+        tally: &mut Tally,
+        mut exchange: impl FnMut(&mut TcpStream) -> io::Result<usize>,
+    ) {
+        for place in &mut self.streams {
+            if let Some(stream) = place
+                && !keeps(exchange(stream), tally)
+            {
+                *place = None;
+                self.open -= 1;
             }
-            Err(_) => break,
         }
     }
-    Ok(())
+
+    /// Waits, and does what there is to do on each connection.
+    fn serve(
+        &mut self,
+        listener: Option<&TcpListener>,
+        wait: Duration,
+        exchange: impl Fn(&mut TcpStream, &mut [u8]) -> io::Result<usize>,
+        tally: &mut Tally,
+    ) -> io::Result<()> {
+        match self.poll.poll(&mut self.events, Some(wait)) {
+            Err(error) if error.kind() != ErrorKind::Interrupted => return Err(error),
+            _ => {}
+        }
+        let mut buffer = [0; 64];
+        let mut called = false;
+        for event in &self.events {
+            called |= event.token() == LISTENER;
+            let Some(place) = self.streams.get_mut(event.token().0) else {
+                continue;
+            };
+            // Told once for all that is there: to be read to its end.
+            while let Some(stream) = place {
+                let outcome = exchange(stream, &mut buffer);
+                let empty = matches!(&outcome, Err(error) if error.kind() == ErrorKind::WouldBlock);
+                if !keeps(outcome, tally) {
+                    *place = None;
+                    self.open -= 1;
+                } else if empty {
+                    break;
+                }
+            }
+        }
+        while called && let Some(listener) = listener {
+            match listener.accept() {
+                Ok((stream, _)) => {
+                    self.add(stream)?;
+                    tally.opened += 1;
+                }
+                Err(_) => break,
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Whether a connection goes on after this.
