@@ -16,6 +16,7 @@ pub enum Case {
     CpuPerMreq,
     CpuPerGib,
     // What follows is no row.
+    ConnBare,
     Rr1k99,
     Rr1kPerSecond,
     MachinePerMreq,
@@ -40,8 +41,9 @@ impl Case {
         Self::CpuPerGib,
     ];
     /// Given beside the rows, as a check on them.
-    pub const BESIDE: [Self; 5] = [
+    pub const BESIDE: [Self; 6] = [
         Self::Rr1k99,
+        Self::ConnBare,
         Self::CpuPerMconn,
         Self::AgentPerMconn,
         Self::MachinePerMreq,
@@ -58,6 +60,7 @@ impl Case {
             Self::Stream16k => "stream_16k",
             Self::Stream128k => "stream_128k",
             Self::ConnClose => "conn_close",
+            Self::ConnBare => "conn_bare",
             Self::RedisGet => "redis_get",
             Self::NginxKeepalive => "nginx_keepalive",
             Self::CpuPerMreq => "cpu_per_mreq",
@@ -75,9 +78,11 @@ impl Case {
             Self::Rr1 | Self::Rr1k | Self::Rr16k => "p50_us",
             Self::Rr1k99 => "p99_us",
             Self::Stream64 | Self::Stream1k | Self::Stream16k | Self::Stream128k => "gbit_s",
-            Self::ConnClose | Self::RedisGet | Self::NginxKeepalive | Self::Rr1kPerSecond => {
-                "per_s"
-            }
+            Self::ConnClose
+            | Self::ConnBare
+            | Self::RedisGet
+            | Self::NginxKeepalive
+            | Self::Rr1kPerSecond => "per_s",
             Self::CpuPerMreq
             | Self::CpuPerGib
             | Self::MachinePerMreq
@@ -98,6 +103,7 @@ impl Case {
             Self::Rr1 | Self::Rr1k | Self::Rr16k => Some(1.03),
             Self::ConnClose => Some(0.95),
             Self::CpuPerMreq => Some(1.05),
+            Self::ConnBare => None,
             case if case.is_rate() => Some(0.97),
             _ => None,
         }
@@ -111,13 +117,16 @@ pub enum Load {
     Requests(u32, Case),
     /// One stream, written in pieces of so many bytes.
     Stream(u32, Case),
+    /// HTTP with one request for each connection.
+    Pages,
+    /// As little as a connection can be: a byte there and back.
     Connections,
     Redis,
     Nginx,
 }
 
 impl Load {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Requests(1, Case::Rr1),
         Self::RR_1K,
         Self::Requests(16 << 10, Case::Rr16k),
@@ -125,6 +134,7 @@ impl Load {
         Self::Stream(1 << 10, Case::Stream1k),
         Self::Stream(16 << 10, Case::Stream16k),
         Self::STREAM_128K,
+        Self::Pages,
         Self::Connections,
         Self::Redis,
         Self::Nginx,
@@ -137,7 +147,7 @@ impl Load {
         match self {
             Self::Requests(..) | Self::Redis | Self::Nginx => "request",
             Self::Stream(..) => "MiB",
-            Self::Connections => "connection",
+            Self::Connections | Self::Pages => "connection",
         }
     }
 
@@ -155,7 +165,8 @@ impl Load {
     pub fn name(self) -> &'static str {
         match self {
             Self::Requests(_, case) | Self::Stream(_, case) => case.name(),
-            Self::Connections => Case::ConnClose.name(),
+            Self::Pages => Case::ConnClose.name(),
+            Self::Connections => Case::ConnBare.name(),
             Self::Redis => Case::RedisGet.name(),
             Self::Nginx => Case::NginxKeepalive.name(),
         }

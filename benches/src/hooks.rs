@@ -129,7 +129,7 @@ fn counted(load: Load, station: &Station, plan: &Plan, round: usize) -> Result<(
     let rate = slice
         .figures
         .iter()
-        .find_map(|(case, value)| (*case == Case::ConnClose).then_some(*value));
+        .find_map(|(case, value)| (*case == Case::ConnBare).then_some(*value));
     Ok((seen, slice.operations, rate.unwrap_or(0.0)))
 }
 

@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::case::{Case, Load};
 use crate::cpu::Used;
 use crate::plan::Plan;
-use crate::servers::{ECHO, NGINX, ONCE, REDIS, SINK};
+use crate::servers::{ECHO, NGINX, ONCE, PAGES, REDIS, SINK};
 use crate::stage::Station;
 
 /// Far longer than any slice.
@@ -40,6 +40,7 @@ pub fn run(
     let slice = match load {
         Load::Requests(size, case) => requests(station, size, case, length),
         Load::Stream(size, case) => stream(station, size, case, length),
+        Load::Pages => pages(station, round),
         Load::Connections => connections(station, length, round),
         Load::Redis => redis(station, plan.redis_requests),
         Load::Nginx => nginx(station),
@@ -101,8 +102,7 @@ fn stream(station: &Station, size: u32, case: Case, length: Duration) -> Result<
 }
 
 fn connections(station: &Station, length: Duration, round: usize) -> Result<Slice> {
-    let port = ONCE.iter().copied().cycle().nth(round % ONCE.len());
-    let port = port.context("no port to connect to")?;
+    let port = one_of(&ONCE, round)?;
     let options = ["--threads", CONNECTING_THREADS];
     let before = Used::now(&station.node)?;
     let report = probe(station, "conn", port, length, &options)?;
@@ -112,7 +112,7 @@ fn connections(station: &Station, length: Duration, round: usize) -> Result<Slic
     let millions = operations / 1e6;
     Ok(Slice {
         figures: vec![
-            (Case::ConnClose, number(&report, "rps")?),
+            (Case::ConnBare, number(&report, "rps")?),
             (Case::CpuPerMconn, spent.node / millions),
             (Case::AgentPerMconn, spent.agent / millions),
         ],
@@ -171,19 +171,37 @@ fn redis_rate(csv: &str) -> Option<f64> {
     line.split('"').next()?.parse().ok()
 }
 
-/// wrk takes whole seconds.
 fn nginx(station: &Station) -> Result<Slice> {
-    let (address, port) = station.target(NGINX);
-    let launch = pinned(&station.client, End::Client, Path::new("wrk"))?
-        .args(["-t", "1", "-d", "1s", "-c", NGINX_CONNECTIONS])
-        .arg(format!("http://{address}:{port}/"));
-    let text = launch.run(STEP)?.success()?;
-    let (rate, requests) = wrk_figures(&text)
-        .with_context(|| format!("requests failed, or no result, in `{text}`"))?;
+    let (rate, operations) = wrk(station, NGINX, &[])?;
     Ok(Slice {
         figures: vec![(Case::NginxKeepalive, rate)],
-        operations: requests,
+        operations,
     })
+}
+
+fn pages(station: &Station, round: usize) -> Result<Slice> {
+    let close = ["-H", "Connection: close"];
+    let (rate, operations) = wrk(station, one_of(&PAGES, round)?, &close)?;
+    Ok(Slice {
+        figures: vec![(Case::ConnClose, rate)],
+        operations,
+    })
+}
+
+fn one_of(ports: &[u16], round: usize) -> Result<u16> {
+    let port = ports.iter().copied().cycle().nth(round % ports.len());
+    port.context("no port to connect to")
+}
+
+/// Requests per second and in all. wrk takes whole seconds.
+fn wrk(station: &Station, port: u16, options: &[&str]) -> Result<(f64, f64)> {
+    let (address, port) = station.target(port);
+    let launch = pinned(&station.client, End::Client, Path::new("wrk"))?
+        .args(["-t", "1", "-d", "1s", "-c", NGINX_CONNECTIONS])
+        .args(options)
+        .arg(format!("http://{address}:{port}/"));
+    let text = launch.run(STEP)?.success()?;
+    wrk_figures(&text).with_context(|| format!("requests failed, or no result, in `{text}`"))
 }
 
 /// Requests per second and in all; `None` if any failed.

@@ -15,6 +15,8 @@ pub const SINK: u16 = 7002;
 pub const ONCE: [u16; 4] = [7010, 7011, 7012, 7013];
 pub const REDIS: u16 = 6379;
 pub const NGINX: u16 = 8080;
+/// The same pages, for connections that nginx closes after one: several, for the same reason.
+pub const PAGES: [u16; 4] = [8090, 8091, 8092, 8093];
 
 const START: Duration = Duration::from_secs(10);
 /// More than the probe's connecting threads, so that none waits for an acceptor.
@@ -23,7 +25,10 @@ const PAGE_BYTES: usize = 1024;
 
 /// Every port that is measured.
 pub fn ports() -> impl Iterator<Item = u16> {
-    [ECHO, SINK, REDIS, NGINX].into_iter().chain(ONCE)
+    [ECHO, SINK, REDIS, NGINX]
+        .into_iter()
+        .chain(ONCE)
+        .chain(PAGES)
 }
 
 /// Starts all of them; their files go to `directory`.
@@ -75,11 +80,16 @@ fn nginx_configuration(directory: &Path) -> String {
         .iter()
         .map(|kind| format!("{kind}_temp_path {directory}/{kind};\n"))
         .collect();
+    let listen: String = [NGINX]
+        .into_iter()
+        .chain(PAGES)
+        .map(|port| format!("listen {port};\n"))
+        .collect();
     format!(
         "daemon off;\nuser root;\nworker_processes 1;\npid {directory}/nginx.pid;\nerror_log stderr crit;\n\
          events {{ worker_connections 1024; }}\n\
          http {{\naccess_log off;\nkeepalive_requests 1000000000;\n{temporary}\
-         server {{\nlisten {NGINX};\nlocation / {{ return 200 \"{page}\"; }}\n}}\n}}\n"
+         server {{\n{listen}location / {{ return 200 \"{page}\"; }}\n}}\n}}\n"
     )
 }
 

@@ -5,7 +5,8 @@ use core::ptr;
 use aya_ebpf::{
     bindings::bpf_sock_addr,
     helpers::generated::{
-        bpf_get_netns_cookie, bpf_getsockopt, bpf_ktime_get_ns, bpf_set_retval, bpf_setsockopt,
+        bpf_get_netns_cookie, bpf_getsockopt, bpf_ktime_get_coarse_ns, bpf_set_retval,
+        bpf_setsockopt,
     },
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
@@ -124,6 +125,9 @@ fn decide(ctx: &SockAddrContext, family: Family, target: Address) -> i32 {
     let Some(state) = state else {
         return refuse(Reason::RefusedNoStorage);
     };
+    state.identity = pod.identity;
+    state.pod = pod.pod;
+    state.quota = pod.quota;
     state.service = 0;
     state.service_port = 0;
     state.chosen_port = 0;
@@ -151,7 +155,7 @@ fn decide(ctx: &SockAddrContext, family: Family, target: Address) -> i32 {
                         Some(_) if is_mapped(&server) != is_mapped(&target) => {
                             Choice::steer(Reason::SteeredNotEligible)
                         }
-                        Some(endpoint) => judge(pod, cookie, endpoint, server_port),
+                        Some(endpoint) => judge(pod, endpoint, server_port),
                         None if slot.workload != 0 => {
                             server_port = 0;
                             Choice::steer(Reason::SteeredEndpointGone)
@@ -174,7 +178,7 @@ fn decide(ctx: &SockAddrContext, family: Family, target: Address) -> i32 {
                 state.server_netns = cookie;
                 return PROCEED;
             }
-            Some(endpoint) => judge(pod, cookie, endpoint, port),
+            Some(endpoint) => judge(pod, endpoint, port),
         },
     };
     let choice = if choice.action == Action::Direct
@@ -223,7 +227,7 @@ fn decide(ctx: &SockAddrContext, family: Family, target: Address) -> i32 {
             event.policy = choice.policy;
             event.reason = reason as u32;
             event.service = state.service;
-            events::refused(&mut event);
+            events::refused(&mut event, pod.quota);
             refuse(reason)
         }
     }
@@ -241,7 +245,7 @@ fn is_own_source(cookie: u64, bound: Option<&Address>) -> bool {
 
 /// Whether a destination on this node may be reached directly.
 #[inline(always)]
-fn judge(pod: &Pod, cookie: u64, endpoint: Endpoint, port: u16) -> Choice {
+fn judge(pod: &Pod, endpoint: Endpoint, port: u16) -> Choice {
     if flag(config_flag::CHANGING) && !knob(knob::SKIP_CHANGING) {
         return Choice::steer(Reason::SteeredChanging);
     }
@@ -264,7 +268,7 @@ fn judge(pod: &Pod, cookie: u64, endpoint: Endpoint, port: u16) -> Choice {
         return Choice::steer(Reason::SteeredStaleHeartbeat);
     }
     if verdict.action == action::ALLOW || knob(knob::DENY_ALLOWS) {
-        if quotas::may_open_flow(cookie) {
+        if quotas::may_open_flow(pod.quota) {
             Choice::direct(endpoint)
         } else {
             Choice::steer(Reason::SteeredFlowQuota)
@@ -286,7 +290,7 @@ fn is_fresh() -> bool {
         return false;
     };
     // SAFETY: helper call without arguments.
-    let now = unsafe { bpf_ktime_get_ns() };
+    let now = unsafe { bpf_ktime_get_coarse_ns() };
     now.saturating_sub(config.heartbeat_ns) <= config.verdict_max_age_ns
 }
 

@@ -125,11 +125,11 @@ pub fn alarm(event: &Event) {
     }
 }
 
-/// A connection that `connect` refused. A pod that tries again and again is not reported each time: the others' events
+/// A connection of the pod with this quota that `connect` refused. A pod that tries again and again is not reported each time: the others' events
 /// need the room.
 #[inline(always)]
-pub fn refused(event: &mut Event) {
-    if let Some(quota) = QUOTAS.get_ptr_mut(&event.client_netns) {
+pub fn refused(event: &mut Event, quota: u32) {
+    if let Some(quota) = QUOTAS.get_ptr_mut(quota) {
         // SAFETY: a live map value; two CPUs that race here report a few more or less.
         let quota = unsafe { &mut *quota };
         if event.at_ns.saturating_sub(quota.window_ns) > SECOND {

@@ -8,12 +8,14 @@ use crate::{maps::FLOWS, quotas};
 /// Enters a flow, in place of what is left of an older one with the same key.
 #[inline(always)]
 pub fn enter(key: &FlowKey, flow: &Flow) -> Result<(), i32> {
-    // SAFETY: only the client is read.
-    if let Some(client) = unsafe { FLOWS.get(key) }.map(|old| old.client_netns) {
-        delete(key, client);
+    if FLOWS.insert(key, flow, u64::from(BPF_NOEXIST)).is_err() {
+        // SAFETY: a single field of an entry that is written whole.
+        if let Some(quota) = unsafe { FLOWS.get(key) }.map(|old| old.quota) {
+            delete(key, quota);
+        }
+        FLOWS.insert(key, flow, u64::from(BPF_NOEXIST))?;
     }
-    FLOWS.insert(key, flow, u64::from(BPF_NOEXIST))?;
-    quotas::count_flow(flow.client_netns, 1);
+    quotas::count_flow(flow.quota, 1);
     Ok(())
 }
 
@@ -24,15 +26,15 @@ pub fn remove(key: &FlowKey, sequence: u32) {
     let Some(flow) = (unsafe { FLOWS.get(key) }) else {
         return;
     };
-    let (found, client) = (flow.sequence, flow.client_netns);
+    let (found, quota) = (flow.sequence, flow.quota);
     if found == sequence {
-        delete(key, client);
+        delete(key, quota);
     }
 }
 
 #[inline(always)]
-fn delete(key: &FlowKey, client: u64) {
+fn delete(key: &FlowKey, quota: u32) {
     if FLOWS.remove(key).is_ok() {
-        quotas::count_flow(client, -1);
+        quotas::count_flow(quota, -1);
     }
 }

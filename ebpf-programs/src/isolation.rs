@@ -14,7 +14,7 @@ use culvert_abi::{FlowKey, Reason, event_kind, knob};
 
 use crate::{
     events,
-    maps::{ISOLATED, count, knob},
+    maps::{ISOLATED_CLIENTS, ISOLATED_SERVERS, count, knob},
 };
 
 #[stream_verdict]
@@ -37,10 +37,13 @@ pub fn isolate(ctx: &SockOpsContext, key: &FlowKey, netns: u64, client_end: bool
     // SAFETY: helper call with this program's context.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.ops.cast()) };
     // SAFETY: the context is valid for the length of this program.
-    if ISOLATED
-        .update(cookie, unsafe { &mut *ctx.ops }, 0)
-        .is_err()
-    {
+    let ops = unsafe { &mut *ctx.ops };
+    let entered = if client_end {
+        ISOLATED_CLIENTS.update(cookie, ops, 0)
+    } else {
+        ISOLATED_SERVERS.update(cookie, ops, 0)
+    };
+    if entered.is_err() {
         count(Reason::IsolationFailed);
     }
     let mut event = events::blank(event_kind::ISOLATED, key);

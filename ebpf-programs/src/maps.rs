@@ -33,16 +33,19 @@ pub static CLAIMS: HashMap<FlowKey, Claim, 262144, DEMAND> = HashMap::new();
 pub static SERVICES: HashMap<ServiceKey, Service, 65536, DEMAND> = HashMap::new();
 #[btf_map]
 pub static SLOTS: HashMap<SlotKey, Slot, 262144, DEMAND> = HashMap::new();
-/// Claims in flight and flows per pod: entered and removed with the pod, counted by the kernel part only.
+/// Claims in flight and flows per pod: counted by the kernel part only. An array: it costs no look-up.
 #[btf_map]
-pub static QUOTAS: HashMap<u64, Quota, 4096, DEMAND> = HashMap::new();
+pub static QUOTAS: Array<Quota, { Quota::COUNT as usize }> = Array::new();
 #[btf_map]
 pub static FLOWS: HashMap<FlowKey, Flow, 1048576, DEMAND> = HashMap::new();
 #[btf_map]
 pub static LISTENERS: SockHash<Listener, 16384> = SockHash::new();
-/// Sockets cut off from their applications: see `isolation.rs`.
+/// Sockets cut off from their applications: see `isolation.rs`. What a pod can do to its own sockets takes no room from those
+/// that others connect to.
 #[btf_map]
-pub static ISOLATED: SockHash<u64, 65536> = SockHash::new();
+pub static ISOLATED_CLIENTS: SockHash<u64, 65536> = SockHash::new();
+#[btf_map]
+pub static ISOLATED_SERVERS: SockHash<u64, 65536> = SockHash::new();
 #[btf_map]
 pub static EVENTS: RingBuf<Event, { 1 << 21 }> = RingBuf::new();
 /// Events that must not be lost among the ordinary ones.

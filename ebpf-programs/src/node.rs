@@ -1,7 +1,7 @@
 //! Processes of the node itself: kubelet's probes reach applications, host-network pods do not get that privilege.
 
 use aya_ebpf::{bindings::bpf_sock_addr, helpers::generated::bpf_get_current_ancestor_cgroup_id};
-use culvert_abi::{Address, OWN_PORTS, knob, role};
+use culvert_abi::{Address, OWN_PORTS, Quota, knob, role};
 
 use crate::{
     address::target_port,
@@ -44,6 +44,9 @@ pub fn connect(addr: *mut bpf_sock_addr, netns_cookie: u64, target: &Address) {
         return;
     }
     state.role = role::NODE;
+    state.identity = 0;
+    state.pod = 0;
+    state.quota = Quota::HOST;
     state.server_netns = server_netns;
     state.workload = workload;
 }

@@ -9,18 +9,15 @@ use culvert_abi::{CLAIMS_OF_AGENT, CLAIMS_PER_POD, FLOWS_PER_NODE, FLOWS_PER_POD
 
 use crate::maps::{QUOTAS, knob};
 
-/// The entry that counts for the whole node.
-pub const NODE: u64 = 0;
-
-/// Takes one of a pod's claims; `false` when it has none left, or has left itself.
+/// Takes one of the claims that `index` may have; `false` when it has none left.
 #[inline(always)]
-pub fn take_claim(client: u64) -> bool {
-    let Some(quota) = QUOTAS.get_ptr_mut(&client) else {
+pub fn take_claim(index: u32) -> bool {
+    let Some(quota) = QUOTAS.get_ptr_mut(index) else {
         return false;
     };
     // SAFETY: a live map value; only ever accessed atomically.
     let before = unsafe { add(&raw mut (*quota).claims, 1) };
-    let most = if client == NODE {
+    let most = if index == Quota::NODE {
         CLAIMS_OF_AGENT
     } else {
         CLAIMS_PER_POD
@@ -34,8 +31,8 @@ pub fn take_claim(client: u64) -> bool {
 }
 
 #[inline(always)]
-pub fn return_claim(client: u64) {
-    if let Some(quota) = QUOTAS.get_ptr_mut(&client) {
+pub fn return_claim(index: u32) {
+    if let Some(quota) = QUOTAS.get_ptr_mut(index) {
         // SAFETY: as in `take_claim`.
         unsafe { add(&raw mut (*quota).claims, -1) };
     }
@@ -44,14 +41,14 @@ pub fn return_claim(client: u64) {
 /// Whether a pod may open another direct flow. Those that are just being made are not counted yet: the limits are that
 /// much below what the map holds.
 #[inline(always)]
-pub fn may_open_flow(client: u64) -> bool {
-    flows(client) < FLOWS_PER_POD && flows(NODE) < FLOWS_PER_NODE || knob(knob::SKIP_QUOTAS)
+pub fn may_open_flow(index: u32) -> bool {
+    flows(index) < FLOWS_PER_POD && flows(Quota::NODE) < FLOWS_PER_NODE || knob(knob::SKIP_QUOTAS)
 }
 
 #[inline(always)]
-pub fn count_flow(client: u64, delta: i64) {
-    for cookie in [client, NODE] {
-        if let Some(quota) = QUOTAS.get_ptr_mut(&cookie) {
+pub fn count_flow(index: u32, delta: i64) {
+    for index in [index, Quota::NODE] {
+        if let Some(quota) = QUOTAS.get_ptr_mut(index) {
             // SAFETY: as in `take_claim`.
             unsafe { add(&raw mut (*quota).flows, delta) };
         }
@@ -59,10 +56,10 @@ pub fn count_flow(client: u64, delta: i64) {
 }
 
 #[inline(always)]
-fn flows(cookie: u64) -> i64 {
+fn flows(index: u32) -> i64 {
     // SAFETY: a live map value; one aligned volatile read.
     QUOTAS
-        .get_ptr(&cookie)
+        .get_ptr(index)
         .map_or(0, |quota: *const Quota| unsafe {
             ptr::read_volatile(&raw const (*quota).flows)
         })

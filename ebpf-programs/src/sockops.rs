@@ -14,15 +14,16 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 use culvert_abi::{
-    Claim, Flow, FlowKey, OWN_PORTS, Reason, claim_kind, config_flag, end, event_kind, knob, role,
+    Claim, Flow, FlowKey, OWN_PORTS, Quota, Reason, SocketState, claim_kind, config_flag, end,
+    event_kind, knob, role,
 };
 
 use crate::{
     address::{Ends, is_loopback},
     claims, events, flows,
     isolation::isolate,
-    maps::{self, CLAIMS, ENDPOINTS, SOCKETS, count, flag, is_pod, knob},
-    quotas, verdicts,
+    maps::{CLAIMS, ENDPOINTS, PODS, SOCKETS, count, flag, is_pod, knob},
+    verdicts,
 };
 
 /// Offset of `write_seq` in the kernel's `struct tcp_sock`, set by the loader from the kernel's BTF.
@@ -72,12 +73,10 @@ fn connecting(ctx: &SockOpsContext) {
         return;
     }
     let own_netns = netns_cookie(ctx);
-    let (identity, number) = match maps::pod(own_netns) {
-        Ok(Some(pod)) => (pod.identity, pod.pod),
-        Ok(None) if state.role == role::NODE => (0, 0),
-        // Without a claim it is nobody's.
-        Ok(None) | Err(_) => return,
-    };
+    // Without a claim it is nobody's, and what was decided for another identity is not this pod's any more.
+    if state.role != role::NODE && state.role != role::PROXY && !is_still(state, own_netns) {
+        return;
+    }
     let Some(ends) = Ends::of(ctx.ops) else {
         return;
     };
@@ -109,11 +108,7 @@ fn connecting(ctx: &SockOpsContext) {
     let (now, socket_cookie) =
         unsafe { (bpf_ktime_get_ns(), bpf_get_socket_cookie(ctx.ops.cast())) };
     let claim = Claim {
-        client_netns: if kind == claim_kind::PROXY {
-            quotas::NODE
-        } else {
-            own_netns
-        },
+        client_netns: own_netns,
         server_netns: lookup_netns,
         generation: state.generation,
         opened_ns: now,
@@ -122,13 +117,18 @@ fn connecting(ctx: &SockOpsContext) {
         kind,
         sequence,
         workload: state.workload,
-        source_identity: identity,
-        source_pod: number,
+        source_identity: state.identity,
+        source_pod: state.pod,
         admitted: 0,
         service: state.service,
         reason: state.reason,
         chosen_port: state.chosen_port,
-        padding: [0; 3],
+        padding: 0,
+        quota: if kind == claim_kind::PROXY {
+            Quota::NODE
+        } else {
+            state.quota
+        },
     };
     state.key = key;
     state.opened_ns = now;
@@ -145,6 +145,15 @@ fn connecting(ctx: &SockOpsContext) {
         return;
     }
     claims::publish(&key, &claim);
+}
+
+/// Whether the pod is who it was when `connect` decided.
+#[inline(always)]
+fn is_still(state: &SocketState, netns_cookie: u64) -> bool {
+    // SAFETY: single fields of a map value; one that has just become another pod's has another number.
+    unsafe { PODS.get(&netns_cookie) }.is_some_and(|pod| {
+        pod.identity == state.identity && pod.pod == state.pod && pod.quota == state.quota
+    })
 }
 
 /// The client's end of a connection is established.
@@ -211,8 +220,8 @@ fn accepted(ctx: &SockOpsContext) {
                 state.service = claim.service;
                 state.reason = claim.reason;
             }
-            let client = claim.client_netns;
-            claims::settle(&key, client);
+            let quota = claim.quota;
+            claims::settle(&key, quota);
         }
         return;
     }
@@ -236,7 +245,7 @@ fn admit(ctx: &SockOpsContext, netns: u64, key: &FlowKey) -> Result<(), Reason> 
         return Err(Reason::IsolatedSequence);
     }
     let entered = enter(ctx, netns, key, &claim);
-    let settled = knob(knob::KEEP_CLAIMS) || claims::settle(key, claim.client_netns);
+    let settled = knob(knob::KEEP_CLAIMS) || claims::settle(key, claim.quota);
     // The client has given up meanwhile and does not know of the flow.
     if entered == Ok(true) && !settled {
         flows::remove(key, claim.sequence);
@@ -275,7 +284,7 @@ fn enter(ctx: &SockOpsContext, netns: u64, key: &FlowKey, claim: &Claim) -> Resu
         source_identity: claim.source_identity,
         source_pod: claim.source_pod,
         service: claim.service,
-        padding: 0,
+        quota: claim.quota,
     };
     flows::enter(key, &flow).map_err(|_| Reason::IsolatedFlowMapFull)?;
     Ok(true)

@@ -39,6 +39,7 @@ public final class Threads {
     /** Echoes messages, each with its length before it; then all that comes until the end. */
     private static void answer(Socket socket) {
         try (socket) {
+            socket.setTcpNoDelay(true);
             DataInputStream in = new DataInputStream(socket.getInputStream());
             DataOutputStream out = new DataOutputStream(socket.getOutputStream());
             for (int length = in.readInt(); length > 0; length = in.readInt()) {

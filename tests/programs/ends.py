@@ -304,9 +304,14 @@ class End:
     def op_sendfile(self, length, seed):
         file = os.memfd_create("content")
         os.write(file, pattern(length, seed))
-        at = 0
+        at, poll = 0, select.poll()
+        poll.register(self.socket, select.POLLOUT)
         while at < length:
-            at += os.sendfile(self.socket.fileno(), file, at, length - at)
+            try:
+                at += os.sendfile(self.socket.fileno(), file, at, length - at)
+            except BlockingIOError:
+                if not poll.poll(NEVER * 1000):
+                    return f"stuck at {at}"
         os.close(file)
         return at
 

@@ -292,7 +292,7 @@ def zero_copy(r, w):
 def a_megabyte_each_way(r, w):
     r.start("in", "read_all", 7777)
     w.start("in", "read_all", 100000)
-    w.start("out", "send_pattern", 1 << 20, 7, 1000)
+    w.begin("out", "send_pattern", 1 << 20, 7, 1000)
     r.do("send_pattern", 1 << 20, 8, 300000)
     r.do("shutdown", "SHUT_WR")
     w.finish("out")
@@ -605,6 +605,10 @@ class Said:
 
     def start(self, key, *call):
         self.say(f"begins {shown(call)}: {self.end.start(key, *call)}")
+
+    def begin(self, key, *call):
+        """Whether it blocks depends on the other end's speed."""
+        self.end.begin(key, *call)
 
     def __getattr__(self, how):
         return lambda *words: self.say(f"{how} {' '.join(words)} = {getattr(self.end, how)(*words)}")

@@ -24,6 +24,8 @@ pub enum Need {
     Guest,
     /// Benchmarks: servers and clients that others know.
     Load,
+    /// Tests of real programs over direct flows, beside those of `Load`.
+    Programs,
 }
 
 impl Need {
@@ -36,6 +38,17 @@ impl Need {
             Self::Harness => &["iproute2"],
             Self::EbpfCompiler => &["rustc-web", "rust-web-src"],
             Self::Load => &["redis-server", "redis-tools", "nginx-light", "wrk"],
+            Self::Programs => &[
+                "curl",
+                "default-jdk-headless",
+                "golang-go",
+                "haproxy",
+                "iperf3",
+                "openssl",
+                "postgresql",
+                "python3",
+                "stunnel4",
+            ],
             Self::EbpfLinker { llvm } => {
                 // bpf-linker's LLVM is C++: g++ brings the library it links.
                 let fixed = ["zlib1g-dev", "libzstd-dev", "g++"].map(str::to_owned);
@@ -58,6 +71,9 @@ impl Need {
             Self::EbpfLinker { .. } => "bpf-linker is built against the LLVM of the eBPF compiler",
             Self::Guest => "an emulated machine, to run the tests on other kernels",
             Self::Load => "servers and clients of the benchmark, used inside its namespaces only",
+            Self::Programs => {
+                "servers, clients and languages of the tests, used inside their namespaces only"
+            }
         }
     }
 
@@ -88,6 +104,22 @@ impl Need {
                     // Says its version, and then how it is used, as an error.
                     && Command::new("wrk").arg("-v").output().is_ok()
             }
+            Self::Programs => {
+                let programs = [
+                    ("curl", "-V"),
+                    ("javac", "-version"),
+                    ("go", "version"),
+                    ("haproxy", "-v"),
+                    ("iperf3", "-v"),
+                    ("openssl", "version"),
+                    ("/usr/bin/python3", "-V"),
+                    ("stunnel", "-version"),
+                ];
+                programs
+                    .iter()
+                    .all(|(program, asked)| is_there(program, asked))
+                    && Path::new("/usr/lib/postgresql").is_dir()
+            }
             // Asked for only where none was found.
             Self::EbpfCompiler => false,
             Self::EbpfLinker { llvm } => Path::new(&llvm_prefix(llvm))
@@ -106,6 +138,11 @@ impl Need {
             }
             Self::Guest => "QEMU for x86_64, busybox and kmod in PATH".into(),
             Self::Load => "redis-server, redis-benchmark, nginx and wrk in PATH".into(),
+            Self::Programs => {
+                "curl, javac, go, haproxy, iperf3, openssl, python3 and stunnel in PATH, PostgreSQL below \
+                 /usr/lib/postgresql"
+                    .into()
+            }
             Self::EbpfLinker { llvm } => {
                 format!(
                     "LLVM {llvm} with headers, zlib and zstd below {} (or bpf-linker {} built for it)",
@@ -183,7 +220,15 @@ fn install(needs: &[Need]) -> anyhow::Result<()> {
 /// Those of the servers' services that this machine has.
 fn services() -> Vec<&'static str> {
     let unit = |name: &str| Path::new("/lib/systemd/system").join(format!("{name}.service"));
-    ["redis-server", "nginx"]
+    let servers = [
+        "redis-server",
+        "nginx",
+        "postgresql",
+        "haproxy",
+        "iperf3",
+        "stunnel4",
+    ];
+    servers
         .into_iter()
         .filter(|name| unit(name).exists())
         .collect()

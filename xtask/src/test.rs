@@ -35,7 +35,7 @@ const LOAD: [&str; 9] = [
 
 pub fn test(options: &TestOptions) -> anyhow::Result<()> {
     // The benchmark is tested as well.
-    packages::provide(&[Need::Load])?;
+    packages::provide(&[Need::Load, Need::Programs])?;
     workspace::build()?;
     workspace::clean_stale_runs()?;
     let mut command = workspace::cargo();

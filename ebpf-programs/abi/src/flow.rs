@@ -41,7 +41,9 @@ pub struct Claim {
     /// Why the connection was steered: a [`crate::Reason`].
     pub reason: u32,
     pub chosen_port: u16,
-    pub padding: [u16; 3],
+    pub padding: u16,
+    /// At whose expense it is: an index of [`crate::Quota`]s.
+    pub quota: u32,
 }
 
 pub mod claim_kind {
@@ -70,7 +72,8 @@ pub struct Flow {
     pub source_pod: u32,
     /// Number of the service that was connected to, 0 for none.
     pub service: u32,
-    pub padding: u32,
+    /// At whose expense it is: an index of [`crate::Quota`]s.
+    pub quota: u32,
 }
 
 /// Socket storage.
@@ -105,6 +108,11 @@ pub struct SocketState {
     pub reason: u32,
     /// Non-zero from establishment until the end was reported.
     pub established: u32,
+    /// Of the pod, when `connect` decided: see [`crate::Pod`].
+    pub identity: u32,
+    pub pod: u32,
+    pub quota: u32,
+    pub padding: u32,
 }
 
 /// What a socket is to us. Only user space of the agent can make a `PROXY`.

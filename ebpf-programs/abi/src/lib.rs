@@ -21,7 +21,7 @@ pub use service::{Service, ServiceKey, Slot, SlotKey};
 pub use verdict::{Verdict, VerdictKey, action, scope};
 
 /// Part of the pin path; an agent adopts only maps of its own version.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// An IP address as 16 bytes in network order; IPv4 is held IPv4-mapped (`::ffff:a.b.c.d`).
 pub type Address = [u8; 16];
@@ -40,7 +40,9 @@ pub const FLOWS_PER_POD: i64 = 32_768;
 pub const FLOWS_PER_NODE: i64 = 1_000_000;
 
 /// Mark that `connect` puts on a steered socket; the pod's rule routes it to the loopback device.
-pub const STEER_MARK: u32 = 0x53a;
+///
+/// One bit away from istio-cni's packet mark: one rule does for both, and every rule is paid for with every look-up of a route.
+pub const STEER_MARK: u32 = 0x53b;
 
 /// The bits of a packet mark that are ours (istio-cni uses the same mask).
 pub const MARK_MASK: u32 = 0xfff;
@@ -77,13 +79,13 @@ layout! {
     FlowKey: 48,
     Claim: 96,
     Flow: 72,
-    SocketState: 160,
+    SocketState: 176,
     Listener: 16,
     Event: 160,
     LostKey: 32,
     Lost: 40,
     Config: 72,
-    Pod: 40,
+    Pod: 48,
     Quota: 32,
     Endpoint: 24,
     VerdictKey: 16,

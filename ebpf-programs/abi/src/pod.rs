@@ -66,6 +66,9 @@ pub struct Pod {
     pub view: u32,
     /// Indexes of devices for which the pod has a route: a socket bound to one can be steered.
     pub devices: [u32; Pod::DEVICES],
+    /// Where what it uses is counted: an index of [`Quota`]s, of this pod alone.
+    pub quota: u32,
+    pub padding: u32,
 }
 
 impl Pod {
@@ -75,17 +78,28 @@ impl Pod {
     pub const DEVICES: usize = 4;
 }
 
-/// What a pod has used up; the key is its netns cookie.
+/// What a pod has used up, at the index that its [`Pod`] entry names. Index [`Quota::NODE`] counts for the whole node, and for
+/// processes of the node itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Quota {
     /// Claims in flight.
     pub claims: i64,
-    /// Direct flows that the pod opened. The entry of cookie 0 counts those of the node.
+    /// Direct flows that the pod opened.
     pub flows: i64,
     /// When the second began in which refusals are counted, and how many were reported in it.
     pub window_ns: u64,
     pub refusals: u64,
+}
+
+impl Quota {
+    pub const NODE: u32 = 0;
+    /// Processes of the node, outside all pods.
+    pub const HOST: u32 = 1;
+    /// The first of a pod.
+    pub const FIRST_POD: u32 = 2;
+    /// How many there are: one for each of the most pods that a node can have, and those above.
+    pub const COUNT: u32 = Self::FIRST_POD + 4096;
 }
 
 /// Refusals of one pod that are reported in a second.

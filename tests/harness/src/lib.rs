@@ -25,6 +25,7 @@ mod patience;
 pub mod pod;
 pub mod process;
 pub mod processors;
+pub mod ring;
 pub mod run;
 pub mod sockets;
 pub mod stalled;

@@ -1,4 +1,4 @@
-//! The harness's only unsafe code: what neither std, nix nor socket2 offers as a safe call.
+//! The harness's unsafe code, but for `ring`'s: what neither std, nix nor socket2 offers as a safe call.
 //! Called by `process`, `packet`, `netns`, `ways`, `stalled` and `foreign`.
 #![allow(unsafe_code)]
 

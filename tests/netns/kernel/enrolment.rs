@@ -51,7 +51,7 @@ fn a_released_pod_is_as_it_was_and_can_come_back() -> Result<()> {
             .enrol(&guest, "guest-uid", NAMESPACE, "guest", "guest")?;
         let during = network(&guest)?;
         assert!(
-            during[0].contains("0x53a") && during.contains(&"15006: true".to_owned()),
+            during[0].contains("fwmark 0x539/0xffd") && during.contains(&"15006: true".to_owned()),
             "{during:?}"
         );
         assert!(

@@ -22,7 +22,7 @@ use crate::{
     enrolment::network,
     forgery::race_a_lost_syn,
     kernel_tables::{
-        claims, clear, decisions, fill, flows, is_full, nobodys_flow, pinned, steered, table,
+        claims, clear, decisions, fill, flows, is_full, nobodys_flow, pinned, quotas, steered, table,
         wait_for_no_claims,
     },
 };
@@ -99,10 +99,9 @@ fn a_pod_that_finds_no_room_is_not_enrolled_and_stays_as_it_was() -> Result<()> 
         panic!("IPv4")
     };
     let address = address.to_ipv6_mapped().octets();
-    for name in ["PODS", "QUOTAS", "ENDPOINTS", "LISTENERS"] {
+    for name in ["PODS", "ENDPOINTS", "LISTENERS"] {
         let empty: Filled<'_> = match name {
             "PODS" => filled::<u64, PodEntry>(&scene, name, nobodys)?,
-            "QUOTAS" => filled::<u64, Quota>(&scene, name, nobodys)?,
             "ENDPOINTS" => filled::<Address, Endpoint>(&scene, name, nobodys_address)?,
             _ => {
                 let key = |number| Listener {
@@ -123,11 +122,6 @@ fn a_pod_that_finds_no_room_is_not_enrolled_and_stays_as_it_was() -> Result<()> 
         let node = &scene.node1;
         assert!(
             table::<u64, PodEntry>(node, "PODS")?
-                .get(&cookie, 0)
-                .is_err()
-        );
-        assert!(
-            table::<u64, Quota>(node, "QUOTAS")?
                 .get(&cookie, 0)
                 .is_err()
         );
@@ -235,7 +229,8 @@ fn without_room_for_claims(scene: &Scene) -> Result<(Vec<Value>, [Proc; 2])> {
         service: 0,
         reason: 0,
         chosen_port: 0,
-        padding: [0; 3],
+        padding: 0,
+        quota: 0,
     };
     let keys = fill(&scene.node1, "CLAIMS", 0, nobodys_flow, claim)?;
     let reports = [&scene.server_a, &scene.server_b]
@@ -289,7 +284,7 @@ fn without_room_for_flows(scene: &Scene) -> Result<(Value, Proc)> {
         source_identity: 0,
         source_pod: 0,
         service: 0,
-        padding: 0,
+        quota: 0,
     };
     fill(&scene.node1, "FLOWS", 0, nobodys_flow, flow)?;
     Ok((echo(&scene.client, &scene.server_a)?, server))
@@ -323,17 +318,17 @@ fn with_as_many_flows_as_a_node_may_have_the_agent_carries_the_next() -> Result<
     let scene = Scene::new()?;
     let _server = serve(&scene.server_a, "echo")?;
     scene.warm(&scene.client, &scene.server_a)?;
-    let mut quotas = table::<u64, Quota>(&scene.node1, "QUOTAS")?;
-    let unused = quotas.get(&0, 0)?;
+    let mut quotas = quotas(&scene.node1)?;
+    let unused = quotas.get(&Quota::NODE, 0)?;
     let used_up = Quota {
         flows: culvert_abi::FLOWS_PER_NODE,
         ..unused
     };
-    quotas.insert(0, used_up, 0)?;
+    quotas.set(Quota::NODE, used_up, 0)?;
     let before = steered(&scene.agent1)?;
     assert!(answered(&echo(&scene.client, &scene.server_a)?));
     assert_eq!(decisions(&scene.agent1, "steered_flow_quota")?, 1);
-    quotas.insert(0, unused, 0)?;
+    quotas.set(Quota::NODE, unused, 0)?;
     assert!(answered(&echo(&scene.client, &scene.server_a)?));
     assert_eq!(steered(&scene.agent1)?, before + 1);
     assert!(flows(&scene.node1)?.len() <= 1);
@@ -343,12 +338,12 @@ fn with_as_many_flows_as_a_node_may_have_the_agent_carries_the_next() -> Result<
 #[test]
 fn what_cannot_be_isolated_is_counted_and_destroyed() -> Result<()> {
     let scene = Scene::new()?;
-    let map = sockets::<u64>(&scene, "ISOLATED")?;
+    let map = sockets::<u64>(&scene, "ISOLATED_SERVERS")?;
     // One socket may be there under many keys only where the map has no programs; none of that is what fails here.
     for hook in [Hook::SkMsg, Hook::StreamVerdict] {
         Foreign::load(hook)?.displace(std::os::fd::AsFd::as_fd(map.fd()))?;
     }
-    let _filled = fill_with_a_socket(&scene, "ISOLATED", nobodys)?;
+    let _filled = fill_with_a_socket(&scene, "ISOLATED_SERVERS", nobodys)?;
     let log = scene.agent1.log().mark();
     let forgery = race_a_lost_syn(&scene)?;
     assert_eq!(forgery.wire["syn_ack"], true, "{}", forgery.wire);

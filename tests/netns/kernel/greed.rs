@@ -11,7 +11,8 @@ use culvert_tests::scene::{
 use crate::{
     agent_gone::goes_on,
     kernel_tables::{
-        claims, decisions, fill, flows, nobodys_flow, steered, table, wait_for_no_claims,
+        claims, decisions, fill, flows, nobodys_flow, quota_of, quotas, steered, table,
+        wait_for_no_claims,
     },
 };
 
@@ -74,7 +75,8 @@ fn fill_claims(scene: &Scene, glutton: &Pod) -> Result<(usize, Proc)> {
         service: 0,
         reason: 0,
         chosen_port: 0,
-        padding: [0; 3],
+        padding: 0,
+        quota: 0,
     };
     let room = (CLAIMS_PER_POD + 500) as usize;
     fill(&scene.node1, "CLAIMS", room, nobodys_flow, claim)?;
@@ -119,9 +121,9 @@ fn claims_that_are_given_back_can_be_taken_again() -> Result<()> {
     let (_, burst) = fill_claims(&scene, &glutton)?;
     burst.close_stdin();
     burst.wait(SOON)?;
-    let cookie = glutton.netns().cookie()?;
+    let index = quota_of(&scene.node1, &glutton)?;
     wait_until(SOON, "the quota to be given back", || {
-        let quota = table::<u64, Quota>(&scene.node1, "QUOTAS")?.get(&cookie, 0)?;
+        let quota = quotas(&scene.node1)?.get(&index, 0)?;
         Ok((quota.claims == 0).then_some(()))
     })?;
     for _ in 0..2 {
@@ -171,14 +173,14 @@ fn one_flow_too_many(scene: &Scene, glutton: &Pod) -> Result<(Vec<Proc>, Proc)> 
     wait_until(SOON, "every flow to end", || {
         Ok(flows(&scene.node1)?.is_empty().then_some(()))
     })?;
-    let cookie = glutton.netns().cookie()?;
-    let mut quotas = table::<u64, Quota>(&scene.node1, "QUOTAS")?;
-    let quota = quotas.get(&cookie, 0)?;
+    let index = quota_of(&scene.node1, glutton)?;
+    let mut quotas = quotas(&scene.node1)?;
+    let quota = quotas.get(&index, 0)?;
     let many = Quota {
         flows: FLOWS_PER_POD - 1,
         ..quota
     };
-    quotas.insert(cookie, many, 0)?;
+    quotas.set(index, many, 0)?;
     let mut held = Vec::new();
     for _ in 0..3 {
         let flow = hold(glutton, &scene.server_a)?;

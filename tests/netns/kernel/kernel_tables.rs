@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
-use aya::maps::{HashMap, Map, MapData, MapError};
-use culvert_abi::{Claim, Flow, FlowKey, LAYOUT_VERSION};
-use culvert_harness::{Agent, Node, wait_until};
+use aya::maps::{Array, HashMap, Map, MapData, MapError};
+use culvert_abi::{Claim, Flow, FlowKey, LAYOUT_VERSION, Pod as PodEntry, Quota};
+use culvert_harness::{Agent, Node, Pod, wait_until};
 use culvert_tests::scene::SOON;
 use nix::errno::Errno;
 
@@ -21,6 +21,18 @@ pub fn table<K: aya::Pod, V: aya::Pod>(node: &Node, name: &str) -> Result<HashMa
     Map::HashMap(data)
         .try_into()
         .with_context(|| format!("map {name}"))
+}
+
+/// What pods have used up.
+pub fn quotas(node: &Node) -> Result<Array<MapData, Quota>> {
+    let data = MapData::from_pin(pinned(node, "QUOTAS"))?;
+    Map::Array(data).try_into().context("map QUOTAS")
+}
+
+/// Where a pod's is.
+pub fn quota_of(node: &Node, pod: &Pod) -> Result<u32> {
+    let entry = table::<u64, PodEntry>(node, "PODS")?.get(&pod.netns().cookie()?, 0)?;
+    Ok(entry.quota)
 }
 
 pub fn claims(node: &Node) -> Result<Vec<(FlowKey, Claim)>> {

@@ -9,7 +9,7 @@ use crate::kernel_tables::decisions;
 
 const MARKER: &str = "culvert-mark-marker";
 /// Steering's, that of the agent's transparent sockets, both in other bits, and any.
-const MARKS: [&str; 5] = ["0x53a", "0x539", "0x1053a", "0xfff", "7"];
+const MARKS: [&str; 5] = ["0x53b", "0x539", "0x1053b", "0xfff", "7"];
 
 fn number(mark: &str) -> String {
     let hex = mark.strip_prefix("0x");

@@ -1,16 +1,14 @@
 //! What a pod has used up is counted right also when it leaves the mesh and comes back.
 
 use anyhow::Result;
-use culvert_abi::Quota;
 use culvert_harness::{Pod, wait_until};
 use culvert_tests::scene::{SOON, Scene, Setting, hold, serve};
 
-use crate::{agent_gone::goes_on, kernel_tables::table};
+use crate::{agent_gone::goes_on, kernel_tables::{quota_of, quotas}};
 
 fn open_flows(scene: &Scene, pod: &Pod) -> Result<i64> {
-    let cookie = pod.netns().cookie()?;
-    let quotas = table::<u64, Quota>(&scene.node1, "QUOTAS")?;
-    Ok(quotas.get(&cookie, 0)?.flows)
+    let index = quota_of(&scene.node1, pod)?;
+    Ok(quotas(&scene.node1)?.get(&index, 0)?.flows)
 }
 
 #[test]

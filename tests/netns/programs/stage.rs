@@ -74,6 +74,7 @@ pub fn compare(
     let before = stage.ways()?;
     let direct = run(&stage).with_context(|| format!("over direct flows, {mode:?}"))?;
     stage.went_direct(before, least)?;
+    println!("{direct}");
     same(&plain, &direct, mode)
 }
 

@@ -128,7 +128,7 @@ pub fn curl(mode: Mode) -> Result<()> {
             (
                 "many at once",
                 format!(
-                    "curl -sS {TOLD} -Z 'http://{at}/middling?[1-50]' 2>&1 > {directory}/out | sort; sha256sum < {directory}/out"
+                    "curl -sS {TOLD} -Z 'http://{at}/middling?[1-50]' 2>&1 > {directory}/out | grep -o '[0-9]* [0-9]* down.*'; sha256sum < {directory}/out"
                 ),
             ),
             (
@@ -297,7 +297,7 @@ fn serve(stage: &Stage, large: &Path) -> Result<Proc> {
     let directory = stage.directory().display().to_string();
     let large = large.display();
     stage.shell(&format!(
-        "cd {directory} && mkdir -p put files && ln -sf {large} files/large && head -c 100000 {large} > files/middling && \
+        "cd {directory} && rm -rf put && mkdir -p put files && ln -sf {large} files/large && head -c 100000 {large} > files/middling && \
          head -c 100 {large} > files/small && touch -d @0 files/small files/middling && {{ test -f key.pem || openssl req \
          -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=server -keyout key.pem -out \
          certificate.pem 2> /dev/null; }}"

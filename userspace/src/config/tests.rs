@@ -74,7 +74,7 @@ fn an_empty_variable_counts_as_unset() {
 
 #[test]
 fn a_packet_mark_that_no_rule_could_tell_apart_is_refused() {
-    for mark in ["0", "0x1000", "4294967295", "0x53a", "1338"] {
+    for mark in ["0", "0x1000", "4294967295", "0x53b", "1339"] {
         let errors = errors(&Flags::default(), &environment(&[("PACKET_MARK", mark)]));
         assert!(
             errors.iter().any(|error| error.starts_with("packetMark")),

@@ -17,6 +17,7 @@ mod netns;
 mod object;
 mod owner;
 mod pins;
+mod quotas;
 mod routing;
 mod services;
 mod sockets;

@@ -299,9 +299,8 @@ fn load(pins: &Pins, offsets: Offsets, pod: NetnsCookie) -> Result<Ebpf, KernelE
         })
 }
 
-/// Everything that reaches a socket in `ISOLATED` is dropped: see `ebpf-programs/src/isolation.rs`.
+/// Everything that reaches an isolated socket is dropped: see `ebpf-programs/src/isolation.rs`.
 fn attach_isolation(object: &mut Ebpf) -> Result<(), KernelError> {
-    const PLACE: &str = "map ISOLATED";
     let receive: &mut SkSkb = program(object, "isolated_receive")?;
     receive
         .load()
@@ -309,26 +308,24 @@ fn attach_isolation(object: &mut Ebpf) -> Result<(), KernelError> {
     let send: &mut SkMsg = program(object, "isolated_send")?;
     send.load()
         .map_err(|error| refused("isolated_send", error))?;
-
-    let map = SockHash::<_, u64>::try_from(take(object, "ISOLATED")?)
-        .map_err(|error| KernelError::map("ISOLATED", error))?;
-    let receive: &mut SkSkb = program(object, "isolated_receive")?;
-    let id = receive
-        .attach(map.fd())
-        .map_err(|error| not_attached("isolated_receive", PLACE, &error))?;
-    let link = receive
-        .take_link(id)
-        .map_err(|error| not_attached("isolated_receive", PLACE, &error))?;
-    // Dropping these would detach; the map, which is pinned, holds the programs.
-    std::mem::forget(link);
-    let send: &mut SkMsg = program(object, "isolated_send")?;
-    let id = send
-        .attach(map.fd())
-        .map_err(|error| not_attached("isolated_send", PLACE, &error))?;
-    let link = send
-        .take_link(id)
-        .map_err(|error| not_attached("isolated_send", PLACE, &error))?;
-    std::mem::forget(link);
+    for name in ["ISOLATED_CLIENTS", "ISOLATED_SERVERS"] {
+        let place = format!("map {name}");
+        let map = SockHash::<_, u64>::try_from(take(object, name)?)
+            .map_err(|error| KernelError::map(name, error))?;
+        let receive: &mut SkSkb = program(object, "isolated_receive")?;
+        let link = receive
+            .attach(map.fd())
+            .and_then(|id| receive.take_link(id))
+            .map_err(|error| not_attached("isolated_receive", &place, &error))?;
+        // Dropping these would detach; the map, which is pinned, holds the programs.
+        std::mem::forget(link);
+        let send: &mut SkMsg = program(object, "isolated_send")?;
+        let link = send
+            .attach(map.fd())
+            .and_then(|id| send.take_link(id))
+            .map_err(|error| not_attached("isolated_send", &place, &error))?;
+        std::mem::forget(link);
+    }
     Ok(())
 }
 

@@ -16,7 +16,7 @@ use super::{
 const BPFFS_MAGIC: i64 = 0xcafe_4a11;
 
 /// Every map of the kernel part, by its name in the object.
-pub const MAPS: [&str; 16] = [
+pub const MAPS: [&str; 17] = [
     "CONFIG",
     "PODS",
     "ENDPOINTS",
@@ -28,7 +28,8 @@ pub const MAPS: [&str; 16] = [
     "FLOWS",
     "LOST",
     "LISTENERS",
-    "ISOLATED",
+    "ISOLATED_CLIENTS",
+    "ISOLATED_SERVERS",
     "EVENTS",
     "ALARMS",
     "COUNTERS",

@@ -21,15 +21,10 @@ use super::{
     configuration::Configuration,
     owner::{Owner, Pen},
     pins::Pins,
+    quotas::Quotas,
     services::ServiceTables,
     sys,
 };
-
-/// Flag of `bpf_map_update_elem`: only if the key is new.
-const BPF_NOEXIST: u64 = 1;
-
-/// Not a namespace: the entry of QUOTAS that counts for the whole node.
-const NODE: NetnsCookie = NetnsCookie(0);
 
 /// Names a flow: the key alone is used again.
 pub type FlowName = (FlowKey, u32);
@@ -94,12 +89,13 @@ pub struct Tables {
     endpoints: Mutex<HashMap<MapData, Address, Endpoint>>,
     verdicts: Mutex<HashMap<MapData, VerdictKey, Verdict>>,
     claims: Mutex<HashMap<MapData, FlowKey, Claim>>,
-    quotas: Mutex<HashMap<MapData, u64, Quota>>,
+    quotas: Mutex<Quotas>,
     flows: Mutex<HashMap<MapData, FlowKey, Flow>>,
     lost: Mutex<HashMap<MapData, LostKey, Lost>>,
     listeners: Mutex<SockHash<MapData, Listener>>,
     sockets: Mutex<SkStorage<MapData, SocketState>>,
     services: Arc<ServiceTables>,
+    losses: Mutex<Losses>,
     counters: PerCpuArray<MapData, u64>,
 }
 
@@ -119,29 +115,28 @@ impl Tables {
         let mut config =
             Configuration::open(table!("CONFIG"), Pen::of(pins)?, Owner::this_process()?);
         config.take()?;
+        let pods: HashMap<MapData, u64, Pod> = table!("PODS");
+        let quotas = Quotas::open(table!("QUOTAS"), pods.iter().flatten());
         Ok(Self {
             config: Mutex::new(config),
             vouched: AtomicBool::new(false),
             earlier_ns: AtomicU64::new(0),
-            pods: Mutex::new(table!("PODS")),
+            pods: Mutex::new(pods),
             endpoints: Mutex::new(table!("ENDPOINTS")),
             verdicts: Mutex::new(table!("VERDICTS")),
             claims: Mutex::new(table!("CLAIMS")),
-            quotas: Mutex::new(table!("QUOTAS")),
+            quotas: Mutex::new(quotas),
             flows: Mutex::new(table!("FLOWS")),
             lost: Mutex::new(table!("LOST")),
             listeners: Mutex::new(table!("LISTENERS")),
             sockets: Mutex::new(table!("SOCKETS")),
             services: Arc::new(ServiceTables::open(take("SERVICES")?, take("SLOTS")?)?),
+            losses: Mutex::default(),
             counters: table!("COUNTERS"),
         })
     }
 
     pub(super) fn configure(&self, settings: &KernelSettings) -> Result<(), KernelError> {
-        self.put_quota(NODE)?;
-        if let Some(host) = settings.host {
-            self.put_quota(host.netns)?;
-        }
         lock(&self.config)
             .change(|config| {
                 self.earlier_ns
@@ -210,47 +205,15 @@ impl Tables {
         lock(&self.config).give_back();
     }
 
-    /// Enters or changes a pod.
+    /// Enters or changes a pod; what it uses is counted where these tables say, not where `pod` says.
     pub fn put_pod(&self, cookie: NetnsCookie, pod: Pod) -> Result<(), KernelError> {
         if !self.is_owner() {
             return Ok(());
         }
-        self.put_quota(cookie)?;
+        let quota = lock(&self.quotas).of(cookie)?;
         lock(&self.pods)
-            .insert(cookie.0, pod, 0)
+            .insert(cookie.0, Pod { quota, ..pod }, 0)
             .map_err(|error| KernelError::map("PODS", error))
-    }
-
-    /// A count that is there is the kernel part's business. One that begins counts the flows which the pod has from an earlier
-    /// enrolment, because their ends will be counted; what ends while they are being counted is a flow too many until the pod
-    /// leaves, never one too few.
-    fn put_quota(&self, cookie: NetnsCookie) -> Result<(), KernelError> {
-        if lock(&self.quotas).get(&cookie.0, 0).is_ok() {
-            return Ok(());
-        }
-        let flows = if self.open_flows() > 0 {
-            let flows = self.flows()?;
-            let own = flows
-                .iter()
-                .filter(|open| open.flow.client_netns == cookie.0);
-            i64::try_from(own.count()).unwrap_or(i64::MAX)
-        } else {
-            0
-        };
-        let fresh = Quota {
-            claims: 0,
-            flows,
-            window_ns: 0,
-            refusals: 0,
-        };
-        match lock(&self.quotas).insert(cookie.0, fresh, BPF_NOEXIST) {
-            Err(MapError::SyscallError(error))
-                if error.io_error.raw_os_error() == Some(libc::EEXIST) =>
-            {
-                Ok(())
-            }
-            result => result.map_err(|error| KernelError::map("QUOTAS", error)),
-        }
     }
 
     pub fn pods(&self) -> Result<Vec<(NetnsCookie, Pod)>, KernelError> {
@@ -266,7 +229,8 @@ impl Tables {
             return Ok(());
         }
         absent_is_fine("PODS", lock(&self.pods).remove(&cookie.0))?;
-        absent_is_fine("QUOTAS", lock(&self.quotas).remove(&cookie.0))
+        lock(&self.quotas).forget(cookie);
+        Ok(())
     }
 
     pub fn put_endpoint(&self, ip: IpAddr, endpoint: Endpoint) -> Result<(), KernelError> {
@@ -353,7 +317,7 @@ impl Tables {
         let claims = all("CLAIMS", &lock(&self.claims), sys::BatchReads::Copies)?;
         let gone: Vec<_> = claims
             .into_iter()
-            .filter(|(_, claim)| claim.client_netns == client.0)
+            .filter(|(_, claim)| claim.client_netns == client.0 && claim.quota != Quota::NODE)
             .map(|(key, _)| key)
             .collect();
         delete("CLAIMS", &self.claims, &gone)
@@ -370,13 +334,12 @@ impl Tables {
 
     /// How many direct flows are open.
     pub fn open_flows(&self) -> u64 {
-        let node = lock(&self.quotas).get(&NODE.0, 0);
-        node.map_or(0, |node| u64::try_from(node.flows).unwrap_or(0))
+        lock(&self.quotas).flows_of_node()
     }
 
     /// Takes what lost events would have said.
     pub fn take_lost(&self) -> Result<Vec<(LostKey, Lost)>, KernelError> {
-        if !self.is_owner() {
+        if !self.is_owner() || !lock(&self.losses).may_be_more(self.counter(Reason::EventLost)) {
             return Ok(Vec::new());
         }
         all("LOST", &lock(&self.lost), sys::BatchReads::Takes)
@@ -445,6 +408,10 @@ impl Tables {
             service: 0,
             reason: 0,
             established: 0,
+            identity: 0,
+            pod: 0,
+            quota: Quota::NODE,
+            padding: 0,
         };
         lock(&self.sockets)
             .insert(&std::os::fd::AsRawFd::as_raw_fd(&socket.as_fd()), state, 0)
@@ -474,14 +441,31 @@ impl Tables {
     pub fn counters(&self) -> Vec<(Reason, u64)> {
         Reason::ALL
             .into_iter()
-            .map(|reason| {
-                let total = self
-                    .counters
-                    .get(&(reason as u32), 0)
-                    .map_or(0, |values| values.iter().sum());
-                (reason, total)
-            })
+            .map(|reason| (reason, self.counter(reason)))
             .collect()
+    }
+
+    fn counter(&self, reason: Reason) -> u64 {
+        self.counters
+            .get(&(reason as u32), 0)
+            .map_or(0, |values| values.iter().sum())
+    }
+}
+
+/// Whether there is anything to take: the table of what was lost is large, and nearly always empty.
+#[derive(Debug, Default)]
+struct Losses {
+    /// How many were lost when it was last looked; `None` before.
+    seen: Option<u64>,
+    /// A loss is counted before it is entered: it may have been missed.
+    again: bool,
+}
+
+impl Losses {
+    fn may_be_more(&mut self, lost: u64) -> bool {
+        let more = self.seen != Some(lost);
+        self.seen = Some(lost);
+        std::mem::replace(&mut self.again, more) || more
     }
 }
 

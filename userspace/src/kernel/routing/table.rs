@@ -98,16 +98,25 @@ pub(super) async fn add_route(
     added.map_err(|source| RouteError { way, source })
 }
 
+/// The marks and masks of the rules: one where a single one matches both marks and nothing else.
+fn marks(packet_mark: u32) -> Vec<(u32, u32)> {
+    let differ = (STEER_MARK ^ packet_mark) & MARK_MASK;
+    if differ.is_power_of_two() {
+        return vec![(STEER_MARK & !differ, MARK_MASK & !differ)];
+    }
+    vec![(STEER_MARK, MARK_MASK), (packet_mark, MARK_MASK)]
+}
+
 pub(super) async fn add_rules(
     handle: &Handle,
     family: Family,
     packet_mark: u32,
 ) -> Result<(), String> {
-    for mark in [STEER_MARK, packet_mark] {
+    for (mark, mask) in marks(packet_mark) {
         let mut request = handle.rule().add();
-        *request.message_mut() = rule(family, mark);
+        *request.message_mut() = rule(family, mark, mask);
         let added = request.execute().await;
-        added.map_err(|error| format!("add {family:?} rule for mark {mark:#x}: {error}"))?;
+        added.map_err(|error| format!("add {family:?} rule for mark {mark:#x}/{mask:#x}: {error}"))?;
     }
     Ok(())
 }
@@ -117,9 +126,9 @@ const MOST_LEFTOVERS: usize = 256;
 
 /// Takes rules and routes away. What is absent need not be removed, hence no error.
 pub(super) async fn clear(handle: &Handle, family: Family, packet_mark: u32) {
-    for mark in [STEER_MARK, packet_mark] {
+    for (mark, mask) in marks(packet_mark) {
         for _ in 0..MOST_LEFTOVERS {
-            let rule = handle.rule().del(rule(family, mark));
+            let rule = handle.rule().del(rule(family, mark, mask));
             if rule.execute().await.is_err() {
                 break;
             }
@@ -205,7 +214,7 @@ fn route(family: Family, way: Way, priority: Option<u32>) -> RouteMessage {
     route
 }
 
-fn rule(family: Family, mark: u32) -> RuleMessage {
+fn rule(family: Family, mark: u32, mask: u32) -> RuleMessage {
     let mut rule = RuleMessage::default();
     rule.header.family = match family {
         Family::V4 => AddressFamily::Inet,
@@ -215,7 +224,7 @@ fn rule(family: Family, mark: u32) -> RuleMessage {
     rule.attributes = vec![
         RuleAttribute::Priority(PRIORITY),
         RuleAttribute::FwMark(mark),
-        RuleAttribute::FwMask(MARK_MASK),
+        RuleAttribute::FwMask(mask),
         RuleAttribute::Table(TABLE),
     ];
     rule

@@ -296,6 +296,9 @@ impl State {
                 self.services.view_of(enrolled.workload.as_deref())
             },
             devices,
+            // The tables know which.
+            quota: 0,
+            padding: 0,
         }
     }
 

@@ -11,6 +11,7 @@ mod many;
 mod pattern;
 mod raw;
 mod report;
+mod ring;
 mod serve;
 mod stall;
 
@@ -49,6 +50,8 @@ enum Probe {
     Burst(burst::Burst),
     /// Connect to two servers in turn until standard input ends, and tell when their answers change (server: once)
     Alternate(alternate::Alternate),
+    /// Echo, by io_uring alone
+    ServeRing(ring::Arguments),
     /// Make one connection and tell the outcome of every step
     Connect(connect::Arguments),
     /// Make one connection and keep the kernel busy with it until standard input ends
@@ -75,6 +78,7 @@ fn main() -> anyhow::Result<()> {
         Probe::ServeMany(arguments) => many::server(&arguments),
         Probe::Burst(arguments) => burst::burst(&arguments),
         Probe::Alternate(arguments) => alternate::alternate(&arguments),
+        Probe::ServeRing(arguments) => ring::serve(&arguments),
         Probe::Connect(arguments) => connect::run(&arguments),
         Probe::Stall(arguments) => stall::stall(&arguments),
         Probe::Offer(arguments) => connect::offer(&arguments),
