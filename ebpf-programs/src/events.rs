@@ -121,7 +121,7 @@ pub fn alarm(event: &Event) {
         .output(event, u64::from(BPF_RB_FORCE_WAKEUP))
         .is_err()
     {
-        count(Reason::EventLost);
+        count(Reason::AlarmLost);
     }
 }
 

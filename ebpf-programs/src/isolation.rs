@@ -2,7 +2,7 @@
 //!
 //! A sockops program cannot reset a connection, but it can put the socket into a SOCKHASH whose programs drop
 //! everything: what arrives is thrown away before the application can read it, what the application sends fails with
-//! EACCES. The agent then destroys the socket; without an agent it stays mute.
+//! EACCES. The agent then destroys the socket; without an agent it stays mute until there is one.
 
 use aya_ebpf::{
     bindings::sk_action::SK_DROP,
@@ -10,7 +10,7 @@ use aya_ebpf::{
     macros::{sk_msg, stream_verdict},
     programs::{SkBuffContext, SkMsgContext, SockOpsContext},
 };
-use culvert_abi::{FlowKey, Reason, event_kind, knob};
+use culvert_abi::{FlowKey, Isolated, Reason, event_kind, knob};
 
 use crate::{
     events,
@@ -38,10 +38,15 @@ pub fn isolate(ctx: &SockOpsContext, key: &FlowKey, netns: u64, client_end: bool
     let cookie = unsafe { bpf_get_socket_cookie(ctx.ops.cast()) };
     // SAFETY: the context is valid for the length of this program.
     let ops = unsafe { &mut *ctx.ops };
+    let isolated = Isolated {
+        key: *key,
+        socket_cookie: cookie,
+        socket_netns: netns,
+    };
     let entered = if client_end {
-        ISOLATED_CLIENTS.update(cookie, ops, 0)
+        ISOLATED_CLIENTS.update(isolated, ops, 0)
     } else {
-        ISOLATED_SERVERS.update(cookie, ops, 0)
+        ISOLATED_SERVERS.update(isolated, ops, 0)
     };
     if entered.is_err() {
         count(Reason::IsolationFailed);

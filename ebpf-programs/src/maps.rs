@@ -12,7 +12,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use culvert_abi::{
-    Address, Claim, Config, Endpoint, Event, Flow, FlowKey, Listener, Lost, LostKey, Pod, Quota,
+    Address, Claim, Config, Endpoint, Event, Flow, FlowKey, Isolated, Listener, Lost, LostKey, Pod, Quota,
     REASON_COUNT, Reason, Service, ServiceKey, Slot, SlotKey, SocketState, Verdict, VerdictKey,
 };
 
@@ -43,9 +43,9 @@ pub static LISTENERS: SockHash<Listener, 16384> = SockHash::new();
 /// Sockets cut off from their applications: see `isolation.rs`. What a pod can do to its own sockets takes no room from those
 /// that others connect to.
 #[btf_map]
-pub static ISOLATED_CLIENTS: SockHash<u64, 65536> = SockHash::new();
+pub static ISOLATED_CLIENTS: SockHash<Isolated, 65536> = SockHash::new();
 #[btf_map]
-pub static ISOLATED_SERVERS: SockHash<u64, 65536> = SockHash::new();
+pub static ISOLATED_SERVERS: SockHash<Isolated, 65536> = SockHash::new();
 #[btf_map]
 pub static EVENTS: RingBuf<Event, { 1 << 21 }> = RingBuf::new();
 /// Events that must not be lost among the ordinary ones.

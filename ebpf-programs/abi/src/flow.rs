@@ -175,6 +175,16 @@ pub struct Event {
     pub padding: u32,
 }
 
+/// Key of an isolated socket: all that is needed to destroy it, should its alarm be lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct Isolated {
+    pub key: FlowKey,
+    pub socket_cookie: u64,
+    /// The namespace that the socket is in.
+    pub socket_netns: u64,
+}
+
 /// Whose flows [`Lost`] counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]

@@ -12,8 +12,8 @@ mod service;
 mod verdict;
 
 pub use flow::{
-    Claim, Event, Flow, FlowKey, Listener, Lost, LostKey, SocketState, claim_kind, end, event_kind,
-    listener_kind, role,
+    Claim, Event, Flow, FlowKey, Isolated, Listener, Lost, LostKey, SocketState, claim_kind, end,
+    event_kind, listener_kind, role,
 };
 pub use pod::{Config, Endpoint, Pod, Quota, REFUSALS_PER_SECOND, config_flag, knob};
 pub use reason::{REASON_COUNT, Reason};
@@ -82,6 +82,7 @@ layout! {
     SocketState: 176,
     Listener: 16,
     Event: 160,
+    Isolated: 64,
     LostKey: 32,
     Lost: 40,
     Config: 72,

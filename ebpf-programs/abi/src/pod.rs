@@ -50,6 +50,7 @@ pub mod knob {
     pub const SKIP_SLOT_CHECK: u32 = 1 << 13;
     pub const SKIP_CHANGING: u32 = 1 << 14;
     pub const SKIP_SOURCE_CHECK: u32 = 1 << 15;
+    pub const SKIP_CLAIM_SOURCE: u32 = 1 << 16;
 }
 
 /// An enrolled pod; the key is its netns cookie. Its addresses are those of [`Endpoint`]s with that cookie.

@@ -113,4 +113,6 @@ reasons! {
     ServiceResolved = 39, "service_resolved";
     /// connect: refused, what is known of the pod was changing faster than it could be read.
     RefusedUnsettled = 40, "refused_unsettled";
+    /// telemetry: an isolation did not fit into its ring buffer; the agent looks for the sockets.
+    AlarmLost = 41, "alarm_lost";
 }

@@ -18,6 +18,7 @@ mod ip;
 mod lacks;
 pub mod log;
 pub mod mesh;
+pub mod neighbour;
 pub mod netns;
 pub mod node;
 pub mod packet;

@@ -2,7 +2,7 @@
 //! send. Whatever is short, odd or unknown is `None`, never an error. Called by `capture` and `culvert-probe`.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
@@ -161,13 +161,8 @@ pub fn segment(frame: &[u8]) -> Option<Segment<'_>> {
             )
         }
         ETHERTYPE_IPV6 => {
-            let transport = ip.get(40..40 + usize::from(u16_at(ip, 4)?))?;
-            (
-                IpAddr::V6(v6_at(ip, 8)?),
-                IpAddr::V6(v6_at(ip, 24)?),
-                *ip.get(6)?,
-                transport,
-            )
+            let (protocol, from, to, transport) = ipv6(frame)?;
+            (from.into(), to.into(), protocol, transport)
         }
         _ => return None,
     };
@@ -229,13 +224,9 @@ pub fn arp_frame(to: Mac, arp: Arp) -> Vec<u8> {
     frame
 }
 
-/// An IPv4 packet with a TCP segment, without link header; checksums are complete. A SYN announces an MSS of 1460.
-pub fn tcp_packet(
-    from: (Ipv4Addr, u16),
-    to: (Ipv4Addr, u16),
-    fields: TcpFields,
-    payload: &[u8],
-) -> Vec<u8> {
+/// An IP packet with a TCP segment, without link header; checksums are complete. A SYN announces an MSS of 1460. Both ends are
+/// of one family; an IPv4 end beside one of IPv6 is written as IPv4-mapped.
+pub fn tcp_packet(from: SocketAddr, to: SocketAddr, fields: TcpFields, payload: &[u8]) -> Vec<u8> {
     let options: &[u8] = if fields.has(flag::SYN) {
         &[2, 4, 0x05, 0xb4]
     } else {
@@ -243,18 +234,30 @@ pub fn tcp_packet(
     };
     let words = 5 + options.len() / 4;
     let mut tcp = Vec::with_capacity(words * 4 + payload.len());
-    tcp.extend(from.1.to_be_bytes());
-    tcp.extend(to.1.to_be_bytes());
+    tcp.extend(from.port().to_be_bytes());
+    tcp.extend(to.port().to_be_bytes());
     tcp.extend(fields.sequence.to_be_bytes());
     tcp.extend(fields.acknowledgment.to_be_bytes());
     tcp.extend([(words as u8) << 4, fields.flags, 0xfa, 0xf0]);
     tcp.extend([0, 0, 0, 0]);
     tcp.extend(options);
     tcp.extend(payload);
+    match (from.ip(), to.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => ipv4_packet(from, to, tcp),
+        (from, to) => {
+            let six = |ip| match ip {
+                IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+                IpAddr::V6(ip) => ip,
+            };
+            ipv6_packet((six(from), six(to)), PROTOCOL_TCP, (tcp, 16))
+        }
+    }
+}
 
+fn ipv4_packet(from: Ipv4Addr, to: Ipv4Addr, mut tcp: Vec<u8>) -> Vec<u8> {
     let mut pseudo = Vec::with_capacity(12 + tcp.len());
-    pseudo.extend(from.0.octets());
-    pseudo.extend(to.0.octets());
+    pseudo.extend(from.octets());
+    pseudo.extend(to.octets());
     pseudo.extend([0, PROTOCOL_TCP]);
     pseudo.extend(length16(tcp.len()));
     pseudo.extend(&tcp);
@@ -265,19 +268,58 @@ pub fn tcp_packet(
     ip.extend(length16(20 + tcp.len()));
     // No identification, may not be fragmented, 64 hops.
     ip.extend([0, 0, 0x40, 0, 64, PROTOCOL_TCP, 0, 0]);
-    ip.extend(from.0.octets());
-    ip.extend(to.0.octets());
+    ip.extend(from.octets());
+    ip.extend(to.octets());
     let sum = checksum(&ip).to_be_bytes();
     ip.splice(10..12, sum);
     ip.extend(tcp);
     ip
 }
 
-/// A frame with an IPv4 packet.
-pub fn ipv4_frame(from: Mac, to: Mac, packet: &[u8]) -> Vec<u8> {
-    let mut frame = ethernet(from, to, ETHERTYPE_IPV4);
+/// An IPv6 packet around a message whose checksum goes where it says. It has the 255 hops that neighbour discovery insists on.
+pub(crate) fn ipv6_packet(
+    (from, to): (Ipv6Addr, Ipv6Addr),
+    protocol: u8,
+    (mut message, checksum_at): (Vec<u8>, usize),
+) -> Vec<u8> {
+    let mut pseudo = Vec::with_capacity(40 + message.len());
+    pseudo.extend(from.octets());
+    pseudo.extend(to.octets());
+    pseudo.extend([0, 0]);
+    pseudo.extend(length16(message.len()));
+    pseudo.extend([0, 0, 0, protocol]);
+    pseudo.extend(&message);
+    let sum = checksum(&pseudo).to_be_bytes();
+    message.splice(checksum_at..checksum_at + 2, sum);
+
+    let mut ip = vec![0x60, 0, 0, 0];
+    ip.extend(length16(message.len()));
+    ip.extend([protocol, 255]);
+    ip.extend(from.octets());
+    ip.extend(to.octets());
+    ip.extend(message);
+    ip
+}
+
+/// A frame with an IP packet of either family.
+pub fn ip_frame(from: Mac, to: Mac, packet: &[u8]) -> Vec<u8> {
+    let ethertype = match packet.first() {
+        Some(first) if first >> 4 == 6 => ETHERTYPE_IPV6,
+        _ => ETHERTYPE_IPV4,
+    };
+    let mut frame = ethernet(from, to, ethertype);
     frame.extend(packet);
     frame
+}
+
+/// The protocol of an IPv6 packet in a frame, its ends, and what it carries.
+pub(crate) fn ipv6(frame: &[u8]) -> Option<(u8, Ipv6Addr, Ipv6Addr, &[u8])> {
+    if ethertype(frame)? != ETHERTYPE_IPV6 {
+        return None;
+    }
+    let ip = frame.get(ETHERNET_HEADER..)?;
+    let carried = ip.get(40..40 + usize::from(u16_at(ip, 4)?))?;
+    Some((*ip.get(6)?, v6_at(ip, 8)?, v6_at(ip, 24)?, carried))
 }
 
 fn ethernet(from: Mac, to: Mac, ethertype: u16) -> Vec<u8> {
@@ -327,11 +369,11 @@ fn v4_at(bytes: &[u8], at: usize) -> Option<Ipv4Addr> {
     array_at::<4>(bytes, at).map(Ipv4Addr::from)
 }
 
-fn v6_at(bytes: &[u8], at: usize) -> Option<Ipv6Addr> {
+pub(crate) fn v6_at(bytes: &[u8], at: usize) -> Option<Ipv6Addr> {
     array_at::<16>(bytes, at).map(Ipv6Addr::from)
 }
 
-fn mac_at(bytes: &[u8], at: usize) -> Option<Mac> {
+pub(crate) fn mac_at(bytes: &[u8], at: usize) -> Option<Mac> {
     array_at(bytes, at)
 }
 
@@ -339,8 +381,18 @@ fn mac_at(bytes: &[u8], at: usize) -> Option<Mac> {
 mod tests {
     use super::*;
 
-    const A: (Ipv4Addr, u16) = (Ipv4Addr::new(10, 77, 1, 10), 4000);
-    const B: (Ipv4Addr, u16) = (Ipv4Addr::new(10, 77, 2, 10), 80);
+    const A: Ipv4Addr = Ipv4Addr::new(10, 77, 1, 10);
+    const B: Ipv4Addr = Ipv4Addr::new(10, 77, 2, 10);
+
+    fn ends() -> [(SocketAddr, SocketAddr); 2] {
+        let six = |ip: Ipv4Addr| {
+            Ipv6Addr::from_octets([&[0xfd; 12][..], &ip.octets()].concat().try_into().unwrap())
+        };
+        [
+            ((A, 4000).into(), (B, 80).into()),
+            ((six(A), 4000).into(), (six(B), 80).into()),
+        ]
+    }
 
     #[test]
     fn what_is_written_is_read_again() {
@@ -349,20 +401,22 @@ mod tests {
             acknowledgment: 9,
             flags: flag::ACK | flag::PSH,
         };
-        let frame = ipv4_frame([1; 6], [2; 6], &tcp_packet(A, B, fields, b"hello"));
-        let read = segment(&frame).unwrap();
-        assert_eq!(
-            (read.source, read.destination),
-            ((IpAddr::V4(A.0), A.1), (IpAddr::V4(B.0), B.1))
-        );
-        assert_eq!(read.payload, b"hello");
-        assert_eq!(read.tcp.unwrap().sequence, 7);
-        // A checksum over a packet with a right checksum is zero.
-        assert_eq!(checksum(&frame[14..34]), 0);
+        for (from, to) in ends() {
+            let frame = ip_frame([1; 6], [2; 6], &tcp_packet(from, to, fields, b"hello"));
+            let read = segment(&frame).unwrap();
+            let pair = |end: SocketAddr| (end.ip(), end.port());
+            assert_eq!((read.source, read.destination), (pair(from), pair(to)));
+            assert_eq!(read.payload, b"hello");
+            assert_eq!(read.tcp.unwrap().sequence, 7);
+            if from.is_ipv4() {
+                // A checksum over a packet with a right checksum is zero.
+                assert_eq!(checksum(&frame[14..34]), 0);
+            }
+        }
         let message = Arp {
             request: true,
-            sender: ([3; 6], A.0),
-            target: ([0; 6], B.0),
+            sender: ([3; 6], A),
+            target: ([0; 6], B),
         };
         assert_eq!(arp(&arp_frame(BROADCAST, message)), Some(message));
     }
@@ -374,16 +428,18 @@ mod tests {
             acknowledgment: 9,
             flags: flag::SYN,
         };
-        let frame = ipv4_frame([1; 6], [2; 6], &tcp_packet(A, B, fields, b"hello"));
-        for end in 0..frame.len() {
-            assert!(segment(&frame[..end]).is_none(), "{end} bytes");
-        }
-        for at in 12..frame.len() {
-            for value in [0x00, 0x0f, 0xf0, 0xff] {
-                let mut odd = frame.clone();
-                odd[at] = value;
-                let _ = segment(&odd);
-                let _ = arp(&odd);
+        for (from, to) in ends() {
+            let frame = ip_frame([1; 6], [2; 6], &tcp_packet(from, to, fields, b"hello"));
+            for end in 0..frame.len() {
+                assert!(segment(&frame[..end]).is_none(), "{end} bytes");
+            }
+            for at in 12..frame.len() {
+                for value in [0x00, 0x0f, 0xf0, 0xff] {
+                    let mut odd = frame.clone();
+                    odd[at] = value;
+                    let _ = segment(&odd);
+                    let _ = arp(&odd);
+                }
             }
         }
     }

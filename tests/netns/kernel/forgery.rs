@@ -1,14 +1,51 @@
 //! Forged claims: an intruder who uses, by hand, what the kernel part recorded for somebody else's connection.
 
 use anyhow::Result;
-use culvert_harness::{Proc, wait_until};
-use culvert_tests::scene::{PORT, SOON, Scene, answered, connect, echo, serve, text, unplug};
+use culvert_harness::{Pod, Proc, wait_until};
+use culvert_tests::scene::{PORT, SOON, Scene, answered, connect, connect_to, echo, serve, text, unplug};
 use serde_json::Value;
 
-use crate::kernel_tables::{claims, decisions, flows, wait_for_claim, wait_for_no_claims};
+use crate::{
+    ipv6::{dual_stack_without, serve_both},
+    kernel_tables::{claims, decisions, flows, wait_for_claim, wait_for_no_claims},
+};
 
 const SOURCE: u16 = 40001;
 const FORGED: &str = "forged";
+
+/// By which addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    pub fn scene(self, knobs: &'static str) -> Result<Scene> {
+        match self {
+            Self::V4 => Scene::without(knobs),
+            Self::V6 => dual_stack_without(knobs),
+        }
+    }
+
+    fn at(self, pod: &Pod, port: u16) -> Result<String> {
+        match self {
+            Self::V4 => Ok(pod.at(port)),
+            Self::V6 => pod.at_v6(port),
+        }
+    }
+
+    /// A server of the scene, and a verdict that lets the client connect to it.
+    fn serve_and_warm(self, scene: &Scene) -> Result<Proc> {
+        let server = match self {
+            Self::V4 => serve(&scene.server_a, "echo")?,
+            Self::V6 => serve_both(&scene.server_a, "echo")?,
+        };
+        let to = self.at(&scene.server_a, PORT)?;
+        connect_to(&scene.client, &to, &["--send", "x", "--read", "1"])?;
+        Ok(server)
+    }
+}
 
 /// What the intruder got who sent a handshake as the client.
 pub struct Forgery {
@@ -20,9 +57,10 @@ pub struct Forgery {
 }
 
 impl Forgery {
-    /// Shakes hands with `port` of the server in the name of the client's address and port.
-    fn attempt(scene: &Scene, server: Proc, port: u16) -> Result<Self> {
-        let (peer, to) = (scene.client.at(SOURCE), scene.server_a.at(port));
+    /// Shakes hands with the server in the name of the client's address and port.
+    fn attempt(scene: &Scene, family: Family, server: Proc) -> Result<Self> {
+        let peer = family.at(&scene.client, SOURCE)?;
+        let to = family.at(&scene.server_a, PORT)?;
         let arguments = [
             "raw-handshake",
             "--src",
@@ -49,12 +87,12 @@ impl Forgery {
         })
     }
 
-    fn was_answered(&self) -> bool {
+    pub fn was_answered(&self) -> bool {
         text(&self.wire, "received") == FORGED
     }
 
     /// The application may have seen a connection come and go, but nothing of what was sent.
-    fn was_not_read(&self) {
+    pub fn was_not_read(&self) {
         assert_eq!(text(&self.wire, "received"), "", "{}", self.wire);
         for closed in self
             .server
@@ -68,11 +106,10 @@ impl Forgery {
 }
 
 /// A connect of the client that gets no answer, with its claim outstanding.
-fn unanswered(scene: &Scene) -> Result<Proc> {
-    scene.warm(&scene.client, &scene.server_a)?;
+fn unanswered(scene: &Scene, family: Family) -> Result<Proc> {
     wait_for_no_claims(&scene.node1)?;
     unplug(&scene.client)?;
-    let (to, port) = (scene.server_a.at(PORT), SOURCE.to_string());
+    let (to, port) = (family.at(&scene.server_a, PORT)?, SOURCE.to_string());
     let arguments = [
         "connect",
         "--to",
@@ -88,20 +125,20 @@ fn unanswered(scene: &Scene) -> Result<Proc> {
 }
 
 /// The client's SYN is lost, and the intruder sends one with its address and port, but cannot know its number.
-pub fn race_a_lost_syn(scene: &Scene) -> Result<Forgery> {
-    let server = serve(&scene.server_a, "echo")?;
-    let client = unanswered(scene)?;
+pub fn race_a_lost_syn(scene: &Scene, family: Family) -> Result<Forgery> {
+    let server = family.serve_and_warm(scene)?;
+    let client = unanswered(scene, family)?;
     Ok(Forgery {
         _client: Some(client),
-        ..Forgery::attempt(scene, server, PORT)?
+        ..Forgery::attempt(scene, family, server)?
     })
 }
 
-#[test]
-fn a_spoofed_source_with_another_sequence_number_is_not_read() -> Result<()> {
-    let scene = Scene::new()?;
+/// What a spoofed source with another sequence number gets.
+pub fn is_not_read(family: Family) -> Result<()> {
+    let scene = family.scene("")?;
     let log = scene.agent1.log().mark();
-    let forgery = race_a_lost_syn(&scene)?;
+    let forgery = race_a_lost_syn(&scene, family)?;
     assert_eq!(
         forgery.wire["syn_ack"], true,
         "the claim let the SYN pass, or this proves nothing: {}",
@@ -136,20 +173,25 @@ fn a_spoofed_source_with_another_sequence_number_is_not_read() -> Result<()> {
 }
 
 #[test]
+fn a_spoofed_source_with_another_sequence_number_is_not_read() -> Result<()> {
+    is_not_read(Family::V4)
+}
+
+#[test]
 fn twin_without_sequence_numbers_a_spoofed_source_is_read() -> Result<()> {
-    let forgery = race_a_lost_syn(&Scene::without("skip-sequence")?)?;
+    let forgery = race_a_lost_syn(&Scene::without("skip-sequence")?, Family::V4)?;
     assert!(forgery.was_answered(), "{}", forgery.wire);
     Ok(())
 }
 
 /// The same with nobody there to destroy what was isolated.
-fn race_without_the_agent(scene: &Scene) -> Result<Forgery> {
-    let server = serve(&scene.server_a, "echo")?;
-    let client = unanswered(scene)?;
+pub fn race_without_the_agent(scene: &Scene) -> Result<Forgery> {
+    let server = Family::V4.serve_and_warm(scene)?;
+    let client = unanswered(scene, Family::V4)?;
     scene.agent1.kill()?;
     Ok(Forgery {
         _client: Some(client),
-        ..Forgery::attempt(scene, server, PORT)?
+        ..Forgery::attempt(scene, Family::V4, server)?
     })
 }
 
@@ -170,32 +212,28 @@ fn twin_without_isolation_and_agent_a_spoofed_source_is_read() -> Result<()> {
 
 #[test]
 fn twin_without_isolation_a_spoofed_source_is_read() -> Result<()> {
-    let forgery = race_a_lost_syn(&Scene::without("skip-isolation")?)?;
+    let forgery = race_a_lost_syn(&Scene::without("skip-isolation")?, Family::V4)?;
     assert!(forgery.was_answered(), "{}", forgery.wire);
     Ok(())
 }
 
 /// The intruder uses the client's address and port again when the client's connection is over.
-fn reuse_after_close(scene: &Scene) -> Result<Forgery> {
-    let server = serve(&scene.server_a, "echo")?;
-    scene.warm(&scene.client, &scene.server_a)?;
-    let port = SOURCE.to_string();
-    let report = connect(
-        &scene.client,
-        &scene.server_a,
-        &["--bind-port", &port, "--send", "hello", "--read", "5"],
-    )?;
+pub fn reuse_after_close(scene: &Scene, family: Family) -> Result<Forgery> {
+    let server = family.serve_and_warm(scene)?;
+    let (to, port) = (family.at(&scene.server_a, PORT)?, SOURCE.to_string());
+    let hello = ["--bind-port", &port, "--send", "hello", "--read", "5"];
+    let report = connect_to(&scene.client, &to, &hello)?;
     assert!(answered(&report), "{report}");
     wait_until(SOON, "the flow to end", || {
         Ok(flows(&scene.node1)?.is_empty().then_some(()))
     })?;
-    Forgery::attempt(scene, server, PORT)
+    Forgery::attempt(scene, family, server)
 }
 
-#[test]
-fn a_tuple_that_was_closed_is_worth_nothing() -> Result<()> {
-    let scene = Scene::new()?;
-    let forgery = reuse_after_close(&scene)?;
+/// What a tuple is worth whose connection is over.
+pub fn is_worth_nothing(family: Family) -> Result<()> {
+    let scene = family.scene("")?;
+    let forgery = reuse_after_close(&scene, family)?;
     assert_eq!(text(&forgery.wire, "received"), "", "{}", forgery.wire);
     let accepted = forgery.server.events("accepted");
     let count = accepted
@@ -210,16 +248,22 @@ fn a_tuple_that_was_closed_is_worth_nothing() -> Result<()> {
 }
 
 #[test]
+fn a_tuple_that_was_closed_is_worth_nothing() -> Result<()> {
+    is_worth_nothing(Family::V4)
+}
+
+#[test]
 fn twin_with_claims_kept_a_closed_tuple_is_admitted() -> Result<()> {
-    let forgery = reuse_after_close(&Scene::without("keep-claims,skip-sequence")?)?;
+    let scene = Scene::without("keep-claims,skip-sequence")?;
+    let forgery = reuse_after_close(&scene, Family::V4)?;
     assert!(forgery.was_answered(), "{}", forgery.wire);
     Ok(())
 }
 
 /// The intruder uses the port of the client's outstanding claim, from its own address.
 fn bind_the_same_port(scene: &Scene) -> Result<(Value, Proc)> {
-    let server = serve(&scene.server_a, "echo")?;
-    let _connecting = unanswered(scene)?;
+    let server = Family::V4.serve_and_warm(scene)?;
+    let _connecting = unanswered(scene, Family::V4)?;
     let port = SOURCE.to_string();
     let own = ["--bind-port", &port, "--send", "hello", "--read", "5"];
     Ok((connect(&scene.intruder, &scene.server_a, &own)?, server))

@@ -7,8 +7,8 @@ use std::os::fd::AsRawFd;
 use anyhow::{Context as _, Result};
 use aya::maps::{Map, MapData, SockHash};
 use culvert_abi::{
-    Address, Claim, Endpoint, Flow, FlowKey, Listener, Pod as PodEntry, Quota, ServiceKey, Slot,
-    SlotKey,
+    Address, Claim, Endpoint, Flow, FlowKey, Isolated, Listener, Pod as PodEntry, Quota,
+    ServiceKey, Slot, SlotKey,
 };
 use culvert_harness::{Foreign, Hook, Proc, Service, wait_until};
 use culvert_tests::scene::{
@@ -20,10 +20,10 @@ use serde_json::Value;
 use crate::{
     admission::impostor_at,
     enrolment::network,
-    forgery::race_a_lost_syn,
+    forgery::{Family, race_a_lost_syn},
     kernel_tables::{
-        claims, clear, decisions, fill, flows, is_full, nobodys_flow, pinned, quotas, steered, table,
-        wait_for_no_claims,
+        claims, clear, decisions, fill, flows, is_full, nobodys_flow, pinned, quotas, steered,
+        table, wait_for_no_claims,
     },
 };
 
@@ -69,6 +69,24 @@ fn sockets<K: aya::Pod>(scene: &Scene, name: &str) -> Result<SockHash<MapData, K
     Map::SockHash(data)
         .try_into()
         .with_context(|| format!("map {name}"))
+}
+
+fn nobodys_socket(number: u64) -> Isolated {
+    Isolated {
+        key: nobodys_flow(number),
+        socket_cookie: number,
+        socket_netns: u64::MAX,
+    }
+}
+
+/// Leaves one of the tables of isolated sockets without room, and without the programs that make them mute.
+pub fn fill_isolated(scene: &Scene, name: &str) -> Result<TcpListener> {
+    let map = sockets::<Isolated>(scene, name)?;
+    // One socket may be there under many keys only where the map has no programs; none of that is what fails here.
+    for hook in [Hook::SkMsg, Hook::StreamVerdict] {
+        Foreign::load(hook)?.displace(std::os::fd::AsFd::as_fd(map.fd()))?;
+    }
+    fill_with_a_socket(scene, name, nobodys_socket)
 }
 
 /// Fills a table for as long as the result lives.
@@ -338,14 +356,9 @@ fn with_as_many_flows_as_a_node_may_have_the_agent_carries_the_next() -> Result<
 #[test]
 fn what_cannot_be_isolated_is_counted_and_destroyed() -> Result<()> {
     let scene = Scene::new()?;
-    let map = sockets::<u64>(&scene, "ISOLATED_SERVERS")?;
-    // One socket may be there under many keys only where the map has no programs; none of that is what fails here.
-    for hook in [Hook::SkMsg, Hook::StreamVerdict] {
-        Foreign::load(hook)?.displace(std::os::fd::AsFd::as_fd(map.fd()))?;
-    }
-    let _filled = fill_with_a_socket(&scene, "ISOLATED_SERVERS", nobodys)?;
+    let _filled = fill_isolated(&scene, "ISOLATED_SERVERS")?;
     let log = scene.agent1.log().mark();
-    let forgery = race_a_lost_syn(&scene)?;
+    let forgery = race_a_lost_syn(&scene, Family::V4)?;
     assert_eq!(forgery.wire["syn_ack"], true, "{}", forgery.wire);
     let agent = scene.agent1.process();
     agent.wait_for_line_after(log, "isolated_sequence", SOON)?;
@@ -423,13 +436,22 @@ fn isolated_sockets_stay_mute_where_an_alarm_finds_no_room() -> Result<()> {
     assert_eq!(open["outcomes"]["ok"].to_string(), count, "{open}");
     assert_eq!(open["outcomes"]["sent: ok"], Value::Null, "{open}");
     wait_until(SOON, "the alarms that were lost to be counted", || {
-        Ok((decisions(agent, "event_lost")? >= 100).then_some(()))
+        Ok((decisions(agent, "alarm_lost")? >= 100).then_some(()))
     })?;
     assert_eq!(
         decisions(agent, "isolated_not_admitted")?.to_string(),
         count
     );
     assert_eq!(decisions(agent, "isolation_failed")?, 0);
+    wait_until(
+        SOON,
+        "those whose alarm was lost to be destroyed too",
+        || {
+            let sockets = scene.client.sockets()?;
+            let mut peers = sockets.iter().map(|socket| socket.peer.to_string());
+            Ok((!peers.any(|peer| peer == to)).then_some(()))
+        },
+    )?;
     drop(burst);
     for closed in server.events("closed") {
         assert_eq!(closed["bytes_read"], 0, "{closed}");

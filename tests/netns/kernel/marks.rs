@@ -98,7 +98,7 @@ fn a_mark_that_is_changed_later_leads_to_no_application() -> Result<()> {
         }
     }
     // Other bits of the mark, and the agent's own, do not matter.
-    for mark in ["0x1053a", "0x539"].map(number) {
+    for mark in ["0x1053b", "0x539"].map(number) {
         let (report, leaked) = say(&scene, "--remark", &mark)?;
         assert!(!leaked, "{mark}: {report}");
         assert_eq!(text(&report, "data"), MARKER, "{mark}: {report}");

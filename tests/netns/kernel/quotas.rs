@@ -4,7 +4,10 @@ use anyhow::Result;
 use culvert_harness::{Pod, wait_until};
 use culvert_tests::scene::{SOON, Scene, Setting, hold, serve};
 
-use crate::{agent_gone::goes_on, kernel_tables::{quota_of, quotas}};
+use crate::{
+    agent_gone::goes_on,
+    kernel_tables::{quota_of, quotas},
+};
 
 fn open_flows(scene: &Scene, pod: &Pod) -> Result<i64> {
     let index = quota_of(&scene.node1, pod)?;

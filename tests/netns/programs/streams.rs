@@ -55,7 +55,9 @@ fn summary(report: &Value) -> String {
         .as_u64()
         .unwrap_or_default();
     let (sent, received) = (bytes("sum_sent"), bytes("sum_received"));
-    let all = sent >= wanted && received <= sent && received > 0;
+    // Both ways at once, it ends when both together have sent so much.
+    let both = report["end"]["sum_sent_bidir_reverse"].is_object();
+    let all = (both || sent >= wanted) && received <= sent && received > 0;
     format!("{streams} streams, all sent: {all}, error: {error}")
 }
 

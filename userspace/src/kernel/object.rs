@@ -14,6 +14,7 @@ use aya::{
     maps::{Map, SockHash},
     programs::{Program, ProgramError, SkLookup, SkMsg, SkSkb, links::FdLink},
 };
+use culvert_abi::Isolated;
 
 use super::{
     DiagThreads, EventStream, HostProcesses, KernelError, Netns, NetnsCookie, SocketDiag, Tables,
@@ -310,7 +311,7 @@ fn attach_isolation(object: &mut Ebpf) -> Result<(), KernelError> {
         .map_err(|error| refused("isolated_send", error))?;
     for name in ["ISOLATED_CLIENTS", "ISOLATED_SERVERS"] {
         let place = format!("map {name}");
-        let map = SockHash::<_, u64>::try_from(take(object, name)?)
+        let map = SockHash::<_, Isolated>::try_from(take(object, name)?)
             .map_err(|error| KernelError::map(name, error))?;
         let receive: &mut SkSkb = program(object, "isolated_receive")?;
         let link = receive

@@ -51,13 +51,10 @@ impl Quotas {
             return Ok(index);
         }
         let at_zero = self.free.iter().find(|index| self.is_at_zero(**index));
-        let index = at_zero
-            .or(self.free.first())
-            .copied()
-            .ok_or_else(|| {
-                let most = Quota::COUNT - Quota::FIRST_POD;
-                KernelError::map("QUOTAS", format!("a node has at most {most} pods"))
-            })?;
+        let index = at_zero.or(self.free.first()).copied().ok_or_else(|| {
+            let most = Quota::COUNT - Quota::FIRST_POD;
+            KernelError::map("QUOTAS", format!("a node has at most {most} pods"))
+        })?;
         self.table
             .set(index, UNUSED, 0)
             .map_err(|error| KernelError::map("QUOTAS", error))?;

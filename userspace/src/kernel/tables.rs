@@ -12,7 +12,7 @@ use std::{
 
 use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockHash};
 use culvert_abi::{
-    Address, Claim, Endpoint, Flow, FlowKey, Listener, Lost, LostKey, Pod, Quota, Reason,
+    Address, Claim, Endpoint, Flow, FlowKey, Isolated, Listener, Lost, LostKey, Pod, Quota, Reason,
     SocketState, Verdict, VerdictKey, config_flag, role,
 };
 
@@ -28,6 +28,9 @@ use super::{
 
 /// Names a flow: the key alone is used again.
 pub type FlowName = (FlowKey, u32);
+
+/// Isolated sockets of either end that are looked at in one go.
+const MOST_ISOLATED: usize = 65_536;
 
 /// Entries read with one system call.
 const AT_ONCE: u32 = 4096;
@@ -96,6 +99,8 @@ pub struct Tables {
     sockets: Mutex<SkStorage<MapData, SocketState>>,
     services: Arc<ServiceTables>,
     losses: Mutex<Losses>,
+    lost_alarms: Mutex<Losses>,
+    isolated: [Mutex<SockHash<MapData, Isolated>>; 2],
     counters: PerCpuArray<MapData, u64>,
 }
 
@@ -115,6 +120,13 @@ impl Tables {
         let mut config =
             Configuration::open(table!("CONFIG"), Pen::of(pins)?, Owner::this_process()?);
         config.take()?;
+        // The programs that make them mute are attached through the object's own.
+        let isolated = |name| {
+            let map = MapData::from_pin(pins.map(name))
+                .and_then(|data| SockHash::try_from(Map::SockHash(data)));
+            map.map(Mutex::new)
+                .map_err(|error| KernelError::map(name, error))
+        };
         let pods: HashMap<MapData, u64, Pod> = table!("PODS");
         let quotas = Quotas::open(table!("QUOTAS"), pods.iter().flatten());
         Ok(Self {
@@ -132,6 +144,8 @@ impl Tables {
             sockets: Mutex::new(table!("SOCKETS")),
             services: Arc::new(ServiceTables::open(take("SERVICES")?, take("SLOTS")?)?),
             losses: Mutex::default(),
+            lost_alarms: Mutex::default(),
+            isolated: [isolated("ISOLATED_CLIENTS")?, isolated("ISOLATED_SERVERS")?],
             counters: table!("COUNTERS"),
         })
     }
@@ -343,6 +357,20 @@ impl Tables {
             return Ok(Vec::new());
         }
         all("LOST", &lock(&self.lost), sys::BatchReads::Takes)
+    }
+
+    /// The isolated sockets, and whether each is the client's end, where the alarm of one may have been lost.
+    pub fn isolated(&self) -> Vec<(Isolated, bool)> {
+        if !self.is_owner() || !lock(&self.lost_alarms).may_be_more(self.counter(Reason::AlarmLost))
+        {
+            return Vec::new();
+        }
+        let ends = self.isolated.iter().zip([true, false]);
+        ends.flat_map(|(sockets, client_end)| {
+            let keys: Vec<_> = lock(sockets).keys().flatten().take(MOST_ISOLATED).collect();
+            keys.into_iter().map(move |key| (key, client_end))
+        })
+        .collect()
     }
 
     /// Makes `socket` the listener that `inbound` gives connections of `kind` to.

@@ -15,6 +15,8 @@ pub struct Knobs {
     pub keep_fast_open: bool,
     /// Open flows and old verdicts stay when policy changes.
     pub skip_sweep: bool,
+    /// Verdicts that have to make room stay in the table.
+    pub keep_old_verdicts: bool,
     /// A pod keeps addresses that the mesh gives to others.
     pub keep_foreign_addresses: bool,
     /// What the kernel part knows of services does not follow the mesh.
@@ -50,6 +52,8 @@ impl Knobs {
                 "skip-slot-check" => knobs.kernel |= knob::SKIP_SLOT_CHECK,
                 "skip-changing" => knobs.kernel |= knob::SKIP_CHANGING,
                 "skip-source-check" => knobs.kernel |= knob::SKIP_SOURCE_CHECK,
+                "skip-claim-source" => knobs.kernel |= knob::SKIP_CLAIM_SOURCE,
+                "keep-old-verdicts" => knobs.keep_old_verdicts = true,
                 "skip-sweep" => knobs.skip_sweep = true,
                 "skip-service-sync" => knobs.skip_service_sync = true,
                 "keep-foreign-addresses" => knobs.keep_foreign_addresses = true,

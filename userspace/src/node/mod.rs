@@ -148,6 +148,7 @@ pub async fn run(
             skip_sweep: knobs.skip_sweep,
             skip_service_sync: knobs.skip_service_sync,
             keep_foreign_addresses: knobs.keep_foreign_addresses,
+            keep_old_verdicts: knobs.keep_old_verdicts,
         },
     )?);
     let open = Arc::new(OpenConnections::default());

@@ -116,7 +116,9 @@ pub(super) async fn add_rules(
         let mut request = handle.rule().add();
         *request.message_mut() = rule(family, mark, mask);
         let added = request.execute().await;
-        added.map_err(|error| format!("add {family:?} rule for mark {mark:#x}/{mask:#x}: {error}"))?;
+        added.map_err(|error| {
+            format!("add {family:?} rule for mark {mark:#x}/{mask:#x}: {error}")
+        })?;
     }
     Ok(())
 }

@@ -20,8 +20,8 @@ use tokio_util::sync::CancellationToken;
 use super::{enforcer::Enforcer, pods::Pods};
 use crate::{
     kernel::{
-        EventStream, FlowEnd as KernelEnd, FlowEvent as KernelEvent, FlowEventKind, FlowName,
-        KernelError, Tables, sys,
+        EventSocket, EventStream, FlowEnd as KernelEnd, FlowEvent as KernelEvent, FlowEventKind,
+        FlowName, KernelError, NetnsCookie, Tables, socket_address, sys,
     },
     proxy::Context,
     telemetry::{FlowEnd, FlowPath, FlowRecord, ResponseFlags, Telemetry},
@@ -187,6 +187,17 @@ impl DirectFlows {
     }
 
     fn apply(&mut self, scan: Scan) {
+        for (isolated, client_end) in &scan.isolated {
+            let socket = EventSocket {
+                netns: NetnsCookie(isolated.socket_netns),
+                cookie: isolated.socket_cookie,
+                client_end: *client_end,
+            };
+            let ends = isolated.key;
+            let client = socket_address(ends.client, ends.client_port);
+            let server = socket_address(ends.server, ends.server_port);
+            self.enforcer.destroy_isolated((client, server), socket);
+        }
         let mut reports = followed::Reports::new(&self.telemetry, scan.measured);
         let mut open = HashSet::with_capacity(scan.flows.len());
         let mut unknown = false;
@@ -277,7 +288,8 @@ impl DirectFlows {
             }
             FlowEventKind::Refused => self.refused(&event),
             FlowEventKind::Isolated => {
-                self.enforcer.destroy_isolated(&event);
+                let ends = (event.client, event.server);
+                self.enforcer.destroy_isolated(ends, event.socket);
                 if self.may_warn() {
                     let reason = event.reason.map_or("unknown", culvert_abi::Reason::name);
                     tracing::warn!(

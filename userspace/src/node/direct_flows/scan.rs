@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use culvert_abi::{Lost, LostKey};
+use culvert_abi::{Isolated, Lost, LostKey};
 
 use super::Pods;
 use crate::kernel::{KernelError, NetnsCookie, OpenFlow, SocketMeasures, Tables, sys};
@@ -23,6 +23,8 @@ pub struct Scan {
     /// Taken before the flows were read: a flow whose end is in here is not among them.
     pub lost: Vec<(LostKey, Lost)>,
     pub flows: Vec<(OpenFlow, Option<SocketMeasures>)>,
+    /// Whose alarm may have been lost, and whether it is the client's end.
+    pub isolated: Vec<(Isolated, bool)>,
     /// Sockets were asked.
     pub measured: bool,
     pub took: Duration,
@@ -49,6 +51,7 @@ impl Scanner {
         Ok(Scan {
             lost,
             flows,
+            isolated: self.tables.isolated(),
             measured,
             took: began.elapsed(),
         })

@@ -23,7 +23,7 @@ use culvert_abi::{Endpoint, action};
 
 use crate::{
     enrol::{LocalPod, PodSpec, belongs_to_another},
-    kernel::{FlowEvent, FlowName, KernelError, NetnsCookie, SocketName, Tables, sys},
+    kernel::{EventSocket, FlowName, KernelError, NetnsCookie, SocketName, Tables, sys},
     mesh::{Mesh, ServiceName},
     policy::{Applicable, Connection, Evaluation, PolicyName},
     proxy::Judge,
@@ -46,6 +46,8 @@ pub struct EnforcerSettings {
     pub direct: bool,
     /// A test has switched off what follows a change of policy.
     pub skip_sweep: bool,
+    /// A test has switched off that a pod's verdicts are bounded in number.
+    pub keep_old_verdicts: bool,
     /// A test has switched off that what the kernel part knows of services follows the mesh, once it knows any.
     pub skip_service_sync: bool,
     /// A test has switched off that an address which the mesh gives to another is not a pod's.
@@ -323,9 +325,12 @@ impl Enforcer {
     }
 
     /// Has a connection destroyed that was established without a valid claim. Waits for nothing.
-    pub fn destroy_isolated(&self, event: &FlowEvent) {
-        let (client, server) = (event.client, event.server);
-        let (local, remote) = if event.socket.client_end {
+    pub fn destroy_isolated(
+        &self,
+        (client, server): (SocketAddr, SocketAddr),
+        socket: EventSocket,
+    ) {
+        let (local, remote) = if socket.client_end {
             (client, server)
         } else {
             (server, client)
@@ -333,7 +338,7 @@ impl Enforcer {
         let pod = self
             .state()
             .pods
-            .get(&event.socket.netns)
+            .get(&socket.netns)
             .map(|enrolled| Arc::clone(&enrolled.pod));
         let Some(pod) = pod else {
             return;
@@ -341,7 +346,7 @@ impl Enforcer {
         let isolated = SocketName {
             local,
             remote,
-            cookie: event.socket.cookie,
+            cookie: socket.cookie,
         };
         pod.diag.destroy_soon(isolated);
     }
@@ -368,8 +373,10 @@ impl Enforcer {
         let Decided { key, pair, verdict } = decided;
         self.tables.put_verdict(key, verdict)?;
         match state.pairs.remember(asker, key, pair) {
-            Some(evicted) => self.tables.remove_verdict(&evicted),
-            None => Ok(()),
+            Some(evicted) if !self.settings.keep_old_verdicts => {
+                self.tables.remove_verdict(&evicted)
+            }
+            _ => Ok(()),
         }
     }
 

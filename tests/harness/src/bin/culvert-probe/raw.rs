@@ -1,18 +1,18 @@
-//! Crafted TCP: what somebody with CAP_NET_RAW in a pod can send. IPv4 only.
+//! Crafted TCP: what somebody with CAP_NET_RAW in a pod can send.
 //!
 //! The handshake goes through a packet socket, beside the kernel's TCP. That would reset the connection when the answer
 //! comes, if it has the source address: a routing rule for just these two addresses and ports forbids it to send. If it
-//! does not have the address, it stays silent, and this program answers ARP for it.
+//! does not have the address, it stays silent, and this program answers who asks for it on the link.
 
 use std::io::{self, Write};
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use culvert_harness::neighbour::{Neighbour, answer, neighbour, question};
 use culvert_harness::packet::{
-    Arp, BROADCAST, LARGEST_FRAME, Mac, PacketSocket, TcpFields, arp, arp_frame, flag, ipv4_frame,
-    segment, tcp_packet,
+    BROADCAST, LARGEST_FRAME, Mac, PacketSocket, TcpFields, flag, ip_frame, segment, tcp_packet,
 };
 use nix::ifaddrs::getifaddrs;
 use serde_json::json;
@@ -20,13 +20,13 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::report;
 
-const ARP_TIMEOUT: Duration = Duration::from_secs(1);
+const NEIGHBOUR_TIMEOUT: Duration = Duration::from_secs(1);
 /// Before the rules of the agent and of the main table, after the local table.
 const RULE_PRIORITY: &str = "1";
 
 #[derive(clap::Args)]
 pub struct Syn {
-    /// Source address and port, any
+    /// Source address and port, any; IPv4
     #[arg(long)]
     src: SocketAddrV4,
     /// Destination address and port
@@ -64,7 +64,7 @@ fn send_syns(arguments: &Syn) -> io::Result<u32> {
         acknowledgment: 0,
         flags: flag::SYN,
     };
-    let packet = tcp_packet(pair(arguments.src), pair(arguments.dst), fields, &[]);
+    let packet = tcp_packet(arguments.src.into(), arguments.dst.into(), fields, &[]);
     for _ in 0..arguments.count {
         socket.send_to(&packet, &arguments.dst.into())?;
     }
@@ -75,10 +75,10 @@ fn send_syns(arguments: &Syn) -> io::Result<u32> {
 pub struct Handshake {
     /// Source address and port; the address need not be this pod's
     #[arg(long)]
-    src: SocketAddrV4,
+    src: SocketAddr,
     /// Destination address and port, on the same link
     #[arg(long)]
-    dst: SocketAddrV4,
+    dst: SocketAddr,
     /// Initial sequence number
     #[arg(long)]
     seq: u32,
@@ -130,7 +130,7 @@ pub fn handshake(arguments: &Handshake) -> anyhow::Result<()> {
         peer: BROADCAST,
         src: arguments.src,
         dst: arguments.dst,
-        answers_arp: !own.addresses.contains(arguments.src.ip()),
+        answers: !own.addresses.contains(&arguments.src.ip()),
     };
     let mut seen = Seen::default();
     let error = converse(&mut wire, arguments, &mut seen)
@@ -224,30 +224,24 @@ struct Wire {
     buffer: Vec<u8>,
     own: Mac,
     peer: Mac,
-    src: SocketAddrV4,
-    dst: SocketAddrV4,
-    answers_arp: bool,
+    src: SocketAddr,
+    dst: SocketAddr,
+    answers: bool,
 }
 
 impl Wire {
     /// Asks for the destination's hardware address, in the name of the source: the answer comes here, and so does what
     /// the destination sends to the source from now on.
     fn find_peer(&mut self) -> anyhow::Result<()> {
-        let ask = Arp {
-            request: true,
-            sender: (self.own, *self.src.ip()),
-            target: ([0; 6], *self.dst.ip()),
-        };
-        self.socket
-            .send(&arp_frame(BROADCAST, ask))
-            .context("sending an ARP request")?;
-        let deadline = Instant::now() + ARP_TIMEOUT;
+        let ask = question((self.own, self.src.ip()), self.dst.ip());
+        self.socket.send(&ask).context("asking on the link")?;
+        let deadline = Instant::now() + NEIGHBOUR_TIMEOUT;
         while self.socket.wait(deadline)? {
             while let Some(frame) = self.socket.receive(&mut self.buffer)? {
-                if let Some(answer) =
-                    arp(frame).filter(|arp| !arp.request && arp.sender.1 == *self.dst.ip())
+                if let Some(Neighbour::Has(mac, ip)) = neighbour(frame)
+                    && ip == self.dst.ip()
                 {
-                    self.peer = answer.sender.0;
+                    self.peer = mac;
                     return Ok(());
                 }
             }
@@ -267,8 +261,8 @@ impl Wire {
         payload: &[u8],
     ) -> anyhow::Result<()> {
         let packet = tcp_packet(
-            pair(self.src),
-            pair(self.dst),
+            self.src,
+            self.dst,
             TcpFields {
                 sequence,
                 acknowledgment,
@@ -277,12 +271,12 @@ impl Wire {
             payload,
         );
         self.socket
-            .send(&ipv4_frame(self.own, self.peer, &packet))
+            .send(&ip_frame(self.own, self.peer, &packet))
             .context("sending a frame")
     }
 
     /// Shows `look` each segment of this connection from the far end, until it returns true (then so does this) or the
-    /// deadline. Answers ARP meanwhile.
+    /// deadline. Answers who asks for the source meanwhile.
     fn each(
         &mut self,
         deadline: Instant,
@@ -290,18 +284,12 @@ impl Wire {
     ) -> anyhow::Result<bool> {
         while self.socket.wait(deadline)? {
             while let Some(frame) = self.socket.receive(&mut self.buffer)? {
-                if let Some(question) =
-                    arp(frame).filter(|arp| arp.request && arp.target.1 == *self.src.ip())
+                if let Some(Neighbour::Asks { asker, wanted }) = neighbour(frame)
+                    && wanted == self.src.ip()
                 {
-                    if self.answers_arp {
-                        let answer = Arp {
-                            request: false,
-                            sender: (self.own, *self.src.ip()),
-                            target: question.sender,
-                        };
-                        self.socket
-                            .send(&arp_frame(question.sender.0, answer))
-                            .context("answering ARP")?;
+                    if self.answers {
+                        let answer = answer((self.own, wanted), asker);
+                        self.socket.send(&answer).context("answering on the link")?;
                     }
                     continue;
                 }
@@ -311,8 +299,8 @@ impl Wire {
                 let ends = (segment.source, segment.destination);
                 let ours = ends
                     == (
-                        (self.dst.ip().to_owned().into(), self.dst.port()),
-                        (self.src.ip().to_owned().into(), self.src.port()),
+                        (self.dst.ip(), self.dst.port()),
+                        (self.src.ip(), self.src.port()),
                     );
                 if let (true, Some(fields)) = (ours, segment.tcp)
                     && look(fields, segment.payload)
@@ -331,7 +319,7 @@ impl Wire {
 /// What an interface is and has.
 struct Interface {
     mac: Mac,
-    addresses: Vec<Ipv4Addr>,
+    addresses: Vec<IpAddr>,
 }
 
 fn interface(name: &str) -> anyhow::Result<Interface> {
@@ -345,7 +333,9 @@ fn interface(name: &str) -> anyhow::Result<Interface> {
             continue;
         };
         mac = mac.or_else(|| address.as_link_addr().and_then(|link| link.addr()));
-        addresses.extend(address.as_sockaddr_in().map(|address| address.ip()));
+        let v4 = address.as_sockaddr_in().map(|address| address.ip());
+        let v6 = address.as_sockaddr_in6().map(|address| address.ip());
+        addresses.extend(v4.map(IpAddr::from).or(v6.map(IpAddr::from)));
     }
     Ok(Interface {
         mac: mac.with_context(|| format!("no interface {name} with a hardware address"))?,
@@ -355,11 +345,12 @@ fn interface(name: &str) -> anyhow::Result<Interface> {
 
 /// While it lives, the kernel sends nothing of its own for this connection.
 struct Silence {
+    family: &'static str,
     rule: Vec<String>,
 }
 
 impl Silence {
-    fn begin(src: SocketAddrV4, dst: SocketAddrV4) -> anyhow::Result<Self> {
+    fn begin(src: SocketAddr, dst: SocketAddr) -> anyhow::Result<Self> {
         let text = format!(
             "priority {RULE_PRIORITY} from {} to {} ipproto tcp sport {} dport {} prohibit",
             src.ip(),
@@ -368,6 +359,7 @@ impl Silence {
             dst.port()
         );
         let silence = Self {
+            family: if src.is_ipv4() { "-4" } else { "-6" },
             rule: text.split(' ').map(str::to_owned).collect(),
         };
         ensure!(silence.change("add")?, "`ip rule add {text}` failed");
@@ -376,7 +368,7 @@ impl Silence {
 
     fn change(&self, action: &str) -> io::Result<bool> {
         let output = Command::new("ip")
-            .args(["rule", action])
+            .args([self.family, "rule", action])
             .args(&self.rule)
             .stdin(Stdio::null())
             .output()?;
@@ -389,13 +381,10 @@ impl Drop for Silence {
     fn drop(&mut self) {
         if !matches!(self.change("del"), Ok(true)) {
             eprintln!(
-                "a routing rule was left behind: ip rule del {}",
+                "a routing rule was left behind: ip {} rule del {}",
+                self.family,
                 self.rule.join(" ")
             );
         }
     }
-}
-
-fn pair(address: SocketAddrV4) -> (Ipv4Addr, u16) {
-    (*address.ip(), address.port())
 }
