@@ -50,6 +50,9 @@ pub struct Extra {
     pub telemetry_rr_1k: Option<Switch>,
     pub telemetry_conn_close: Option<Switch>,
     pub access_log_conn_close: Switch,
+    /// What the kernel takes before anything is decided.
+    pub routing_rule_conn_close: Switch,
+    pub idle_hooks_conn_close: Switch,
     /// Rows like those above, as a check on them.
     pub beside: Vec<Row>,
     pub hooks: Hooks,
@@ -86,7 +89,7 @@ pub fn measure(plan: &Plan, loads: &[Load]) -> Result<Report> {
     let hooks = hooks::measure(&stage, plan)?;
     let mut paths = Vec::new();
     for station in stage.stations() {
-        if station.way.is_meshed() {
+        if station.way.is_decided() {
             let seen = station.proof()?;
             paths.push(Path {
                 way: station.way.name(),
@@ -109,6 +112,8 @@ pub fn measure(plan: &Plan, loads: &[Load]) -> Result<Report> {
             telemetry_rr_1k: telemetry(Case::Rr1kPerSecond),
             telemetry_conn_close: telemetry(Case::ConnBare),
             access_log_conn_close: switch(Case::ConnBare, Way::Logged, Way::Direct),
+            routing_rule_conn_close: switch(Case::ConnClose, Way::Ruled, Way::Plain),
+            idle_hooks_conn_close: switch(Case::ConnClose, Way::Idle, Way::Plain),
             beside: Case::BESIDE.into_iter().map(row).collect(),
             hooks,
             paths,
@@ -260,7 +265,17 @@ impl Report {
             .into_iter()
             .filter_map(|(name, switch)| Some((name, switch.as_ref()?)))
             .collect();
-        switches.push(("access log, connections", &extra.access_log_conn_close));
+        switches.extend([
+            ("access log, connections", &extra.access_log_conn_close),
+            (
+                "pods without the mesh: the routing rule alone, HTTP connections",
+                &extra.routing_rule_conn_close,
+            ),
+            (
+                "pods without the mesh: rule and hooks that decide nothing, HTTP connections",
+                &extra.idle_hooks_conn_close,
+            ),
+        ]);
         switches
     }
 }

@@ -41,6 +41,9 @@ fn ways(load: Load, plan: &Plan, round: usize) -> Vec<Way> {
         if matches!(load, Load::Connections) {
             ways.push(Way::Logged);
         }
+        if matches!(load, Load::Pages) {
+            ways.extend([Way::Ruled, Way::Idle]);
+        }
     }
     // Its cost is so small that it needs every round.
     if load.name() == Load::RR_1K.name() || matches!(load, Load::Connections) {

@@ -23,6 +23,7 @@ const CLIENT: &str = "cluster.local/ns/bench/sa/client";
 /// What the agent's own path is asked for: it resolves services itself.
 const SERVICE: &str = "10.96.0.1";
 const SOON: Duration = Duration::from_secs(10);
+const KNOBS: &str = "CULVERT_TEST_KNOBS";
 const TELEMETRY: &str = "CULVERT_FLOW_TELEMETRY";
 /// Sends what could be direct through the agent.
 const DIRECT: &str = "culvert.dev/direct";
@@ -98,8 +99,15 @@ impl Station {
         };
         if way.is_meshed() {
             station.enrol(plan, switches)?;
+        }
+        if way.is_decided() {
             station.learn()?;
             station.learnt = station.decisions()?;
+        }
+        if way == Way::Ruled {
+            for pod in [&station.client, &station.server] {
+                add_rule(pod)?;
+            }
         }
         Ok(station)
     }
@@ -130,6 +138,9 @@ impl Station {
         }
         if self.way == Way::Untold {
             set(TELEMETRY, "false");
+        }
+        if self.way == Way::Idle {
+            set(KNOBS, "leave-alone");
         }
         options
     }
@@ -230,6 +241,19 @@ impl Station {
         );
         Ok(seen)
     }
+}
+
+/// The rule that an agent makes. The kernel looks routes up more slowly from the first rule of a namespace on, also after it is gone.
+fn add_rule(pod: &Pod) -> Result<()> {
+    let rule = "rule add priority 15001 fwmark 0x539/0xffd lookup 15001";
+    let status = pod.in_netns(|| {
+        std::process::Command::new("ip")
+            .args(rule.split(' '))
+            .status()
+    })?;
+    let status = status.context("running `ip rule`")?;
+    ensure!(status.success(), "`ip {rule}` failed: {status}");
+    Ok(())
 }
 
 /// Workloads of other nodes, and policies that do not allow the client.

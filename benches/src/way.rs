@@ -15,16 +15,22 @@ pub enum Way {
     Logged,
     /// Direct, in a mesh of 10,000 workloads.
     Big,
+    /// No agent, but a routing rule as an agent makes one.
+    Ruled,
+    /// Every hook is there and leaves every connection alone.
+    Idle,
 }
 
 impl Way {
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 8] = [
         Self::Plain,
         Self::Direct,
         Self::Proxy,
         Self::Untold,
         Self::Logged,
         Self::Big,
+        Self::Ruled,
+        Self::Idle,
     ];
 
     pub fn name(self) -> &'static str {
@@ -35,11 +41,18 @@ impl Way {
             Self::Untold => "telemetry off",
             Self::Logged => "access log on",
             Self::Big => "big mesh",
+            Self::Ruled => "routing rule",
+            Self::Idle => "idle hooks",
         }
     }
 
     /// Whether an agent serves its node.
     pub fn is_meshed(self) -> bool {
-        self != Self::Plain
+        !matches!(self, Self::Plain | Self::Ruled)
+    }
+
+    /// Whether the agent, or the kernel part, decides its connections.
+    pub fn is_decided(self) -> bool {
+        self.is_meshed() && self != Self::Idle
     }
 }

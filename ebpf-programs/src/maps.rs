@@ -12,8 +12,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use culvert_abi::{
-    Address, Claim, Config, Endpoint, Event, Flow, FlowKey, Isolated, Listener, Lost, LostKey, Pod, Quota,
-    REASON_COUNT, Reason, Service, ServiceKey, Slot, SlotKey, SocketState, Verdict, VerdictKey,
+    Address, Claim, Config, Endpoint, Event, Flow, FlowKey, Isolated, Listener, Lost, LostKey, Pod,
+    Quota, REASON_COUNT, Reason, Service, ServiceKey, Slot, SlotKey, SocketState, Verdict,
+    VerdictKey,
 };
 
 const DEMAND: usize = BPF_F_NO_PREALLOC as usize;

@@ -21,12 +21,13 @@ const THREADS: &str = "RUST_TEST_THREADS";
 
 /// Tests that make much load: under emulation they take minutes each, so that only `cargo xtask vm` and `cargo xtask test
 /// --long` run them there.
-const LOAD: [&str; 9] = [
+const LOAD: [&str; 10] = [
     "changes::",
     "crowd::",
     "full_tables::",
     "greed::",
     "life::",
+    "many_flows::",
     "services::shares",
     "come_and_go",
     "telemetry::",

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::kernel_tables::{decisions, flows, wait_for_no_claims};
 
-const MARKER: &str = "for-the-server-only";
+pub const MARKER: &str = "for-the-server-only";
 /// Where the impostor listens and no real server does.
 const OTHER: u16 = 7001;
 

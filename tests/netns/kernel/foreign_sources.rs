@@ -1,8 +1,11 @@
-//! A socket bound to an address that is not known as its pod's: the agent speaks for it, and says whose it is.
+//! Connections from an address that is not known as their pod's. Where the socket is bound to it, the agent speaks for it, and
+//! says whose it is; where the kernel chose it, after the decision, nobody is claimed to be anybody.
 
 use anyhow::Result;
-use culvert_harness::{Match, Pod, Policy};
-use culvert_tests::scene::{NAMESPACE, Scene, Setting, answered, connect, only, serve, text};
+use culvert_harness::{Match, Pod, Policy, Proc};
+use culvert_tests::scene::{
+    NAMESPACE, SOON, Scene, Setting, answered, connect, echo, only, serve, text,
+};
 use serde_json::Value;
 
 use crate::kernel_tables::{claims, decisions};
@@ -57,9 +60,7 @@ fn an_allowed_pod_speaks_through_the_agent_from_an_address_that_nobody_named() -
     }
     assert_eq!(decisions(&scene.agent1, "steered_foreign_source")?, 3);
     let fields = [("src.workload", "client"), ("path", "hbone")];
-    scene
-        .agent1
-        .wait_for_access(mark, &fields, culvert_tests::scene::SOON)?;
+    scene.agent1.wait_for_access(mark, &fields, SOON)?;
     Ok(())
 }
 
@@ -82,5 +83,40 @@ fn twin_without_the_source_check_such_an_address_is_nobody_s() -> Result<()> {
         let unclaimed = decisions(&scene.agent1, "claim_foreign_source")?;
         assert_eq!(unclaimed == 0, named, "{knobs}: {unclaimed}");
     }
+    Ok(())
+}
+
+/// The kernel chooses an address that nobody has named, for a socket that is bound to none and may connect directly.
+fn from_a_route(scene: &Scene) -> Result<(Value, Proc)> {
+    let server = serve(&scene.server_a, "echo")?;
+    scene.warm(&scene.client, &scene.server_a)?;
+    scene.client.add_address(UNNAMED.parse()?)?;
+    let to = format!("{}/32", scene.server_a.address());
+    let route = ["route", "add", &to, "dev", "eth0", "src", UNNAMED];
+    let ip = scene.client.command("ip").args(route);
+    ip.run(SOON)?.success()?;
+    Ok((echo(&scene.client, &scene.server_a)?, server))
+}
+
+#[test]
+fn who_speaks_from_an_unnamed_address_of_the_kernel_s_choice_is_not_taken_for_the_pod() -> Result<()>
+{
+    let scene = Scene::new()?;
+    let (report, server) = from_a_route(&scene)?;
+    assert!(!answered(&report), "{report}");
+    assert!(decisions(&scene.agent1, "claim_foreign_source")? >= 1);
+    assert_eq!(decisions(&scene.agent1, "admitted_direct")?, 0);
+    assert_eq!(server.events("accepted").len(), 1, "only the one before");
+    assert!(claims(&scene.node1)?.is_empty());
+    Ok(())
+}
+
+#[test]
+fn twin_with_a_claim_for_any_source_such_an_address_is_taken_for_the_pod() -> Result<()> {
+    let scene = Scene::without("skip-claim-source")?;
+    let (report, _server) = from_a_route(&scene)?;
+    assert!(answered(&report), "{report}");
+    assert!(text(&report, "local").starts_with(UNNAMED), "{report}");
+    assert_eq!(decisions(&scene.agent1, "admitted_direct")?, 1);
     Ok(())
 }

@@ -2,7 +2,9 @@
 
 use anyhow::Result;
 use culvert_harness::{Pod, Proc, wait_until};
-use culvert_tests::scene::{PORT, SOON, Scene, answered, connect, connect_to, echo, serve, text, unplug};
+use culvert_tests::scene::{
+    PORT, SOON, Scene, answered, connect, connect_to, echo, serve, text, unplug,
+};
 use serde_json::Value;
 
 use crate::{

@@ -32,7 +32,7 @@ fn nobodys(number: u64) -> u64 {
     u64::MAX - number
 }
 
-fn nobodys_address(number: u64) -> Address {
+pub fn nobodys_address(number: u64) -> Address {
     let mut address = [0xfd; 16];
     address[8..].copy_from_slice(&number.to_be_bytes());
     address

@@ -136,11 +136,9 @@ fn claims_that_are_given_back_can_be_taken_again() -> Result<()> {
 /// What the agent remembers on behalf of one pod.
 const VERDICTS_PER_POD: usize = 1024;
 
-#[test]
-fn a_pod_that_asks_for_every_port_pushes_out_only_its_own_verdicts() -> Result<()> {
-    let (scene, glutton) = with_a_glutton("")?;
-    let _server = serve(&scene.server_a, "echo")?;
-    for pod in [&scene.client, &glutton] {
+/// The glutton asks for more ports than there may be verdicts for; waits until those that are left are as many as `wanted` says.
+fn ask_for_every_port(scene: &Scene, glutton: &Pod, wanted: impl Fn(usize) -> bool) -> Result<()> {
+    for pod in [&scene.client, glutton] {
         scene.warm(pod, &scene.server_a)?;
     }
     let (ports, wait) = ((VERDICTS_PER_POD + 200).to_string(), "10000");
@@ -153,15 +151,31 @@ fn a_pod_that_asks_for_every_port_pushes_out_only_its_own_verdicts() -> Result<(
     let identity = pods.get(&glutton.netns().cookie()?, 0)?.identity;
     let asked = decisions(&scene.agent1, "steered_unknown_verdict")?;
     assert!(asked >= (VERDICTS_PER_POD + 200) as u64, "{asked}");
-    // Most of it is decided by now; what is not can only push out more of its own.
     wait_until(SOON, "the verdicts to be as many as they may be", || {
         let verdicts = table::<VerdictKey, Verdict>(&scene.node1, "VERDICTS")?;
         let own = verdicts.keys().flatten();
         let own = own.filter(|key| key.source == identity).count();
+        Ok(wanted(own).then_some(()))
+    })
+}
+
+#[test]
+fn a_pod_that_asks_for_every_port_pushes_out_only_its_own_verdicts() -> Result<()> {
+    let (scene, glutton) = with_a_glutton("")?;
+    let _server = serve(&scene.server_a, "echo")?;
+    // Most of it is decided by now; what is not can only push out more of its own.
+    ask_for_every_port(&scene, &glutton, |own| {
         assert!(own <= VERDICTS_PER_POD, "{own}");
-        Ok((own == VERDICTS_PER_POD).then_some(()))
+        own == VERDICTS_PER_POD
     })?;
     is_unharmed(&scene)
+}
+
+#[test]
+fn twin_with_old_verdicts_kept_a_pod_has_one_for_every_port() -> Result<()> {
+    let (scene, glutton) = with_a_glutton("keep-old-verdicts")?;
+    let _server = serve(&scene.server_a, "echo")?;
+    ask_for_every_port(&scene, &glutton, |own| own >= VERDICTS_PER_POD + 200)
 }
 
 /// The glutton has one flow fewer than it may have, and opens three.

@@ -4,7 +4,11 @@
 use anyhow::Result;
 use culvert_tests::scene::Scene;
 
-use crate::{admission::Impostor, forgery::race_without_the_agent, full_tables::fill_isolated};
+use crate::{
+    admission::{Impostor, MARKER},
+    forgery::race_without_the_agent,
+    full_tables::fill_isolated,
+};
 
 const CLIENTS: &str = "ISOLATED_CLIENTS";
 const SERVERS: &str = "ISOLATED_SERVERS";
@@ -42,11 +46,6 @@ fn twin_without_room_for_clients_ends_an_impostor_reads_everything() -> Result<(
     let scene = Scene::new()?;
     let _filled = fill_isolated(&scene, CLIENTS)?;
     let impostor = Impostor::meets_the_client(&scene, false)?;
-    assert_eq!(
-        impostor.read()?,
-        crate::admission::MARKER.len() as u64,
-        "{}",
-        impostor.report
-    );
+    assert_eq!(impostor.read()?, MARKER.len() as u64, "{}", impostor.report);
     Ok(())
 }

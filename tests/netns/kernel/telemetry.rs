@@ -182,7 +182,7 @@ fn a_long_flow_is_reported_while_it_is_open_and_never_twice() -> Result<()> {
 }
 
 /// `culvert flows --json` of the first node's agent.
-fn flows(scene: &Scene) -> Result<Proc> {
+pub fn flows(scene: &Scene) -> Result<Proc> {
     let socket = scene.agent1.admin_socket().to_string_lossy().into_owned();
     scene
         .node1

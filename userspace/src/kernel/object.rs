@@ -42,6 +42,8 @@ pub struct KernelSettings {
     pub host: Option<HostProcesses>,
     /// Flows are reported.
     pub telemetry: bool,
+    /// The hooks decide nothing: for measuring what they cost.
+    pub leave_alone: bool,
     /// Bits of `culvert_abi::knob`; 0 outside tests.
     pub knobs: u32,
 }

@@ -168,6 +168,9 @@ impl Tables {
                 if !settings.telemetry {
                     config.flags |= config_flag::NO_TELEMETRY;
                 }
+                if settings.leave_alone {
+                    config.flags |= config_flag::LEAVING;
+                }
             })
             .map(drop)
     }

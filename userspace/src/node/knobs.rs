@@ -21,6 +21,8 @@ pub struct Knobs {
     pub keep_foreign_addresses: bool,
     /// What the kernel part knows of services does not follow the mesh.
     pub skip_service_sync: bool,
+    /// The kernel part leaves every connection alone: what it costs to be there.
+    pub leave_alone: bool,
 }
 
 impl Knobs {
@@ -55,6 +57,7 @@ impl Knobs {
                 "skip-claim-source" => knobs.kernel |= knob::SKIP_CLAIM_SOURCE,
                 "keep-old-verdicts" => knobs.keep_old_verdicts = true,
                 "skip-sweep" => knobs.skip_sweep = true,
+                "leave-alone" => knobs.leave_alone = true,
                 "skip-service-sync" => knobs.skip_service_sync = true,
                 "keep-foreign-addresses" => knobs.keep_foreign_addresses = true,
                 "skip-policy" => knobs.proxy.skip_policy = true,

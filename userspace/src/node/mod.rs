@@ -72,6 +72,7 @@ pub async fn run(
         pin_dir: config.pin_dir.clone(),
         verdict_max_age: config.verdict_max_age,
         telemetry: config.flow_telemetry,
+        leave_alone: knobs.leave_alone,
         knobs: knobs.kernel,
     };
     // Before anything of another agent's is taken over: this one may not be allowed to start.

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use mio::{Events, Interest, Poll, Token, unix::SourceFd};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::json;
 
 use crate::report;
@@ -78,8 +79,20 @@ fn listen_to_stdin(asked: &AtomicBool) {
     std::process::exit(0);
 }
 
+/// As many descriptors as the kernel lets this process have, and enough for the largest crowd where it may say so itself.
+fn room_for_a_crowd() {
+    const CROWD: u64 = 20_000;
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let most = hard.max(CROWD);
+        let raised = setrlimit(Resource::RLIMIT_NOFILE, most, most);
+        // Without the privilege, what there is: the first connection too many is an error that says so.
+        let _ = raised.or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    }
+}
+
 pub fn client(arguments: &Client) -> anyhow::Result<()> {
     static ASKED: AtomicBool = AtomicBool::new(false);
+    room_for_a_crowd();
     let mut crowd = Crowd::new()?;
     for _ in 0..arguments.count {
         crowd.add(TcpStream::connect_timeout(&arguments.to, STEP)?)?;
@@ -111,6 +124,7 @@ pub fn client(arguments: &Client) -> anyhow::Result<()> {
 
 pub fn server(arguments: &Server) -> anyhow::Result<()> {
     static ASKED: AtomicBool = AtomicBool::new(false);
+    room_for_a_crowd();
     let listener = TcpListener::bind((arguments.bind, arguments.port))?;
     // The standard library's backlog is too short for a crowd.
     socket2::SockRef::from(&listener).listen(4096)?;
