@@ -69,7 +69,7 @@ fn bench_gives_every_row_with_every_figure_there_is() {
 
     let hooks = report["extra"]["hooks"]["programs"].as_array().unwrap();
     assert!(
-        hooks.iter().any(|hook| hook["load"] == "conn_close"),
+        hooks.iter().any(|hook| hook["load"] == "conn_bare"),
         "nothing of the kernel part ran at connect: {hooks:?}"
     );
     for cost in report["extra"]["hooks"]["connect"].as_array().unwrap() {

@@ -10,7 +10,7 @@ use culvert_abi::{
     Address, Claim, Endpoint, Flow, FlowKey, Isolated, Listener, Pod as PodEntry, Quota,
     ServiceKey, Slot, SlotKey,
 };
-use culvert_harness::{Foreign, Hook, Proc, Service, wait_until};
+use culvert_harness::{Foreign, Hook, Proc, Service, TcpState, wait_until};
 use culvert_tests::scene::{
     NAMESPACE, PORT, SOON, Scene, answered, connect, connect_to, echo, serve, unplug,
 };
@@ -448,8 +448,10 @@ fn isolated_sockets_stay_mute_where_an_alarm_finds_no_room() -> Result<()> {
         "those whose alarm was lost to be destroyed too",
         || {
             let sockets = scene.client.sockets()?;
-            let mut peers = sockets.iter().map(|socket| socket.peer.to_string());
-            Ok((!peers.any(|peer| peer == to)).then_some(()))
+            let mut open = sockets.iter().filter(|socket| {
+                socket.state == TcpState::Established && socket.peer.to_string() == to
+            });
+            Ok(open.next().is_none().then_some(()))
         },
     )?;
     drop(burst);

@@ -369,11 +369,17 @@ impl Tables {
             return Vec::new();
         }
         let ends = self.isolated.iter().zip([true, false]);
-        ends.flat_map(|(sockets, client_end)| {
-            let keys: Vec<_> = lock(sockets).keys().flatten().take(MOST_ISOLATED).collect();
-            keys.into_iter().map(move |key| (key, client_end))
-        })
-        .collect()
+        let found: Vec<_> = ends
+            .flat_map(|(sockets, client_end)| {
+                let keys: Vec<_> = lock(sockets).keys().flatten().take(MOST_ISOLATED).collect();
+                keys.into_iter().map(move |key| (key, client_end))
+            })
+            .collect();
+        // Whoever is told to destroy them may have too much to do.
+        if !found.is_empty() {
+            lock(&self.lost_alarms).again = true;
+        }
+        found
     }
 
     /// Makes `socket` the listener that `inbound` gives connections of `kind` to.
