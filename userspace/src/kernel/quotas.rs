@@ -47,6 +47,7 @@ impl Quotas {
         }
         let own = self.former.iter().find(|(_, former)| **former == cookie);
         if let Some((&index, _)) = own {
+            self.forgive_claims(index)?;
             self.take(index, cookie);
             return Ok(index);
         }
@@ -79,6 +80,18 @@ impl Quotas {
         self.table
             .get(&Quota::NODE, 0)
             .map_or(0, |node| u64::try_from(node.flows).unwrap_or(0))
+    }
+
+    /// The claims of a pod that left were deleted by the agent, which counts nothing here.
+    fn forgive_claims(&mut self, index: u32) -> Result<(), KernelError> {
+        let quota = self.table.get(&index, 0).unwrap_or(UNUSED);
+        if quota.claims == 0 {
+            return Ok(());
+        }
+        let forgiven = Quota { claims: 0, ..quota };
+        self.table
+            .set(index, forgiven, 0)
+            .map_err(|error| KernelError::map("QUOTAS", error))
     }
 
     fn is_at_zero(&self, index: u32) -> bool {
