@@ -104,7 +104,7 @@ fn takes_over(scene: &Scene) -> Result<Agent> {
 #[test]
 fn a_second_agent_with_the_same_directory_takes_over_and_the_first_one_ends() -> Result<()> {
     let scene = Scene::with(Setting {
-        env: vec![("TERMINATION_GRACE_PERIOD_SECONDS", "6s".into())],
+        env: vec![("TERMINATION_GRACE_PERIOD_SECONDS", "60s".into())],
         ..Setting::default()
     })?;
     let _server = serve(&scene.server_a, "echo")?;

@@ -5,8 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     os::fd::AsFd,
     sync::Arc,
-    thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use culvert_abi::{HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT, listener_kind};
@@ -16,9 +15,6 @@ use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 use super::{KernelError, Netns, Steered, Tables};
 
 const BACKLOG: i32 = 4096;
-/// How long a port may be another's: an agent that has just ended, or an enrolment that has, closes its own in a moment.
-const PORT_WAIT: Duration = Duration::from_millis(500);
-const PORT_PAUSE: Duration = Duration::from_millis(20);
 /// How long sent bytes may stay unacknowledged.
 const UNACKNOWLEDGED: Duration = Duration::from_secs(60);
 /// Idle time before the peer is probed, as in ztunnel.
@@ -101,7 +97,7 @@ impl PodSockets {
                 } else {
                     IpAddr::V4(Ipv4Addr::UNSPECIFIED)
                 };
-                bind(&socket, SocketAddr::new(any, port))?;
+                socket.bind(&SocketAddr::new(any, port).into())?;
                 Ok(socket)
             })
             .and_then(|socket| socket)
@@ -194,17 +190,4 @@ fn keepalive() -> TcpKeepalive {
         .with_time(IDLE)
         .with_interval(IDLE / 10)
         .with_retries(9)
-}
-
-/// Binds to a port that somebody else may be giving up at this moment. Blocking.
-fn bind(socket: &Socket, address: SocketAddr) -> io::Result<()> {
-    let until = Instant::now() + PORT_WAIT;
-    loop {
-        match socket.bind(&address.into()) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < until => {
-                thread::sleep(PORT_PAUSE);
-            }
-            result => return result,
-        }
-    }
 }
