@@ -1,9 +1,11 @@
 //! A pod that a new agent cannot serve yet waits: refused, never in plaintext, and named until it can be served.
 
 use anyhow::Result;
+use culvert_abi::OUTBOUND_PORT;
 use culvert_harness::{Agent, Pod, Proc, mesh::replace_file, wait_until};
 use culvert_tests::scene::{
-    NAMESPACE, PORT, SOON, Scene, Setting, answered, connect_to, echo, hold, only, serve, text,
+    NAMESPACE, PORT, SOON, Scene, Setting, answered, connect_to, echo, hold, only, serve, serve_on,
+    text,
 };
 use serde_json::Value;
 
@@ -212,4 +214,53 @@ fn twin_without_the_sweep_a_flow_to_a_waiting_pod_goes_on() -> Result<()> {
     let scene = &stage.scene;
     assert!(!answered(&echo(&scene.intruder, &scene.server_a)?));
     goes_on(&stage.held, "after")
+}
+
+/// An open flow whose client alone waits: somebody has taken a port of the agent's in its pod.
+fn its_client_waits(scene: &Scene) -> Result<(Agent, Proc, Proc)> {
+    let held = hold(&scene.client, &scene.server_a)?;
+    goes_on(&held, "before")?;
+    scene.agent1.kill()?;
+    let taker = serve_on(&scene.client, "echo", OUTBOUND_PORT)?;
+    let agent = start(&scene.node1, "")?;
+    let uid = scene.workload(&scene.client)?.uid.clone();
+    wait_until(SOON, "all other pods to be back", || {
+        let pods = listed(&agent).unwrap_or_default();
+        let back = pods.iter().filter(|pod| pod["state"] == "active").count();
+        Ok((back == 2).then_some(()))
+    })?;
+    assert_eq!(entry(&agent, &uid)?["state"], "pending");
+    Ok((agent, held, taker))
+}
+
+#[test]
+fn a_flow_whose_client_waits_goes_on() -> Result<()> {
+    let scene = Scene::new()?;
+    let _server = serve(&scene.server_a, "echo")?;
+    scene.warm(&scene.client, &scene.server_a)?;
+    let (agent, held, taker) = its_client_waits(&scene)?;
+    agent
+        .process()
+        .wait_for_line("the agent is running", SOON)?;
+    goes_on(&held, "while it waits")?;
+    drop(taker);
+    wait_until_active(&agent, &scene.workload(&scene.client)?.uid)?;
+    goes_on(&held, "after")
+}
+
+#[test]
+fn a_flow_whose_client_waits_is_cut_when_policy_forbids_it() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let _server = serve(&scene.server_a, "echo")?;
+    scene.warm(&scene.client, &scene.server_a)?;
+    let (agent, held, _taker) = its_client_waits(&scene)?;
+    agent
+        .process()
+        .wait_for_line("the agent is running", SOON)?;
+    goes_on(&held, "while it waits")?;
+    scene.mesh.policies = vec![only("intruder")];
+    scene.mesh.write(&scene.mesh_file())?;
+    let end = held.wait_for_event("end", SOON)?;
+    assert_eq!(text(&end, "how"), "ECONNRESET", "{end}");
+    Ok(())
 }

@@ -145,6 +145,7 @@ pub async fn run(
         Arc::clone(&tables),
         EnforcerSettings {
             network: config.network.as_str().into(),
+            trust_domain: config.trust_domain.as_str().into(),
             direct: config.direct,
             skip_sweep: knobs.skip_sweep,
             skip_service_sync: knobs.skip_service_sync,

@@ -138,6 +138,9 @@ impl Pods {
             )
             .collect();
         self.memory.store(&pods);
+        let waiting = running.waiting.values();
+        self.enforcer
+            .set_waiting(waiting.map(|waiting| waiting.known.clone()).collect());
         self.context
             .telemetry
             .metrics

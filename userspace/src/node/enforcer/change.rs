@@ -114,7 +114,8 @@ impl Enforcer {
             state.dirty = true;
             return Ok(None);
         }
-        let again = std::mem::take(&mut state.dirty);
+        // What a change means for pods that are not back is seen in their flows only.
+        let again = std::mem::take(&mut state.dirty) || !state.waiting.is_empty();
         let mut pods = std::mem::take(&mut state.pods);
         let mut changed = Vec::new();
         for (cookie, enrolled) in &mut pods {
@@ -143,7 +144,7 @@ impl Enforcer {
         }
         self.sync_services(&mut state);
         if !self.settings.skip_sweep {
-            change.view = state.view();
+            change.view = state.view(&self.settings);
         }
         Ok(Some(change))
     }

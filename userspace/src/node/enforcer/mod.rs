@@ -22,7 +22,7 @@ use std::{
 use culvert_abi::{Endpoint, action};
 
 use crate::{
-    enrol::{LocalPod, PodSpec, belongs_to_another},
+    enrol::{KnownPod, LocalPod, PodSpec, belongs_to_another},
     kernel::{EventSocket, FlowName, KernelError, NetnsCookie, SocketName, Tables, sys},
     mesh::{Mesh, ServiceName},
     policy::{Applicable, Connection, Evaluation, PolicyName},
@@ -42,6 +42,8 @@ pub use sweep::View;
 pub struct EnforcerSettings {
     /// This node's network.
     pub network: Arc<str>,
+    /// Of identities that do not name theirs.
+    pub trust_domain: Arc<str>,
     /// Pods may talk to each other directly.
     pub direct: bool,
     /// A test has switched off what follows a change of policy.
@@ -88,6 +90,7 @@ impl Enforcer {
             services,
             pairs: Pairs::default(),
             dropped: Vec::new(),
+            waiting: Vec::new(),
             next_generation: now.max(inherited.highest_generation()) + 1,
             next_pod: first,
             inherited,
@@ -103,6 +106,17 @@ impl Enforcer {
             owed: AtomicBool::new(false),
             said: AtomicUsize::new(0),
         })
+    }
+
+    /// Pods of an earlier agent that cannot be served yet: their open flows are judged as theirs. Those of one that waits no more
+    /// are judged again.
+    pub fn set_waiting(&self, pods: Vec<KnownPod>) {
+        let mut state = self.state();
+        let is_gone = |old: &KnownPod| pods.iter().all(|pod| pod.cookie != old.cookie);
+        if state.waiting.iter().any(is_gone) {
+            self.owed.store(true, Ordering::Release);
+        }
+        state.waiting = pods;
     }
 
     /// Of a pod's addresses, those that the mesh gives to another workload, and those that are its own.
@@ -235,7 +249,7 @@ impl Enforcer {
         let generations = state.generations();
         self.tables
             .sweep_verdicts(|key, _| !generations.contains_key(&key.workload))?;
-        Ok(state.view())
+        Ok(state.view(&self.settings))
     }
 
     /// Tries again what failed before, and judges the flows of pods that have come since, if there is any of that.
@@ -254,7 +268,7 @@ impl Enforcer {
         if !self.owed.swap(false, Ordering::AcqRel) {
             return 0;
         }
-        let view = self.state().view();
+        let view = self.state().view(&self.settings);
         match view {
             Some(view) => self.sweep(&view),
             None => {

@@ -17,7 +17,7 @@ use super::{
     sweep::View,
 };
 use crate::{
-    enrol::{LocalPod, belongs_to_another},
+    enrol::{KnownPod, LocalPod, belongs_to_another},
     kernel::{NetnsCookie, ServiceTables},
     mesh::{Destination, Mesh, TunnelProtocol, Workload},
     policy::{Applicable, Connection, Decision, Identity, PolicyName},
@@ -36,6 +36,8 @@ pub struct State {
     pub pairs: Pairs,
     /// Addresses that turned out not to be their pods', still in the tables.
     pub dropped: Vec<IpAddr>,
+    /// Pods of an earlier agent that cannot be served yet.
+    pub waiting: Vec<KnownPod>,
     /// Until [`Enforcer::start`].
     pub inherited: Inherited,
     pub next_generation: u64,
@@ -304,9 +306,10 @@ impl State {
 
     /// What open flows are judged by; `None` before [`Enforcer::start`], while pods of an earlier agent may still be missing,
     /// and before there is a mesh to judge by: what an earlier agent admitted goes on until then.
-    pub fn view(&self) -> Option<View> {
+    pub fn view(&self, settings: &EnforcerSettings) -> Option<View> {
         (self.started && self.known).then(|| View {
             mesh: Arc::clone(&self.mesh),
+            waiting: self.waiting(settings),
             pods: self
                 .pods
                 .iter()
@@ -318,6 +321,22 @@ impl State {
                 })
                 .collect(),
         })
+    }
+
+    /// Who waits. One whose identity the mesh does not tell is nobody.
+    fn waiting(
+        &self,
+        settings: &EnforcerSettings,
+    ) -> HashMap<NetnsCookie, (Identity, Vec<IpAddr>)> {
+        let known = self.waiting.iter().filter_map(|pod| {
+            let identity = pod.spec.identity(&self.mesh, &settings.trust_domain).ok()?;
+            let workload = pod.spec.workload(&self.mesh).map(AsRef::as_ref);
+            let is_own =
+                |ip: &IpAddr| !belongs_to_another(workload, &self.mesh, &settings.network, *ip);
+            let own = pod.ips.iter().copied().filter(is_own).collect();
+            Some((pod.cookie, (identity, own)))
+        });
+        known.collect()
     }
 
     /// By the number of the workload.

@@ -14,7 +14,7 @@ use crate::{
     enrol::LocalPod,
     kernel::{Asked, Fate, FlowName, NetnsCookie, OpenFlow, Outcome, SocketName},
     mesh::{Mesh, Workload},
-    policy::Connection,
+    policy::{Connection, Identity},
 };
 
 /// Revoked flows remembered until their end was reported; older ones lose their reason, nothing else.
@@ -66,6 +66,8 @@ impl Revoked {
 pub struct View {
     pub mesh: Arc<Mesh>,
     pub pods: HashMap<NetnsCookie, (Arc<LocalPod>, Option<Arc<Workload>>)>,
+    /// Pods that cannot be served yet: who they are, and which addresses are theirs.
+    pub waiting: HashMap<NetnsCookie, (Identity, Vec<IpAddr>)>,
 }
 
 /// What a decision depends on: flows of one pair are decided once.
@@ -93,13 +95,18 @@ impl View {
         let Some(workload) = workload else {
             return false;
         };
-        let source = self.pods.get(&NetnsCookie(flow.flow.client_netns));
-        // Nobody keeps what he has reached from another's address.
-        if source.is_some_and(|(pod, _)| pod.is_foreign(flow.client().ip())) {
-            return false;
-        }
-        let source = source.map(|(pod, _)| pod.identity.clone());
-        let connection = Connection::new(source, flow.client().ip(), flow.server());
+        let client = NetnsCookie(flow.flow.client_netns);
+        let address = flow.client().ip();
+        let source = match self.pods.get(&client) {
+            // Nobody keeps what he has reached from another's address.
+            Some((pod, _)) if pod.is_foreign(address) => return false,
+            Some((pod, _)) => Some(pod.identity.clone()),
+            None => match self.waiting.get(&client) {
+                Some((_, own)) if !own.contains(&address) => return false,
+                waiting => waiting.map(|(identity, _)| identity.clone()),
+            },
+        };
+        let connection = Connection::new(source, address, flow.server());
         self.mesh.authorize(workload, &connection).is_allowed()
     }
 
