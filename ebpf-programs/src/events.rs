@@ -125,8 +125,8 @@ pub fn alarm(event: &Event) {
     }
 }
 
-/// A connection of the pod with this quota that `connect` refused. A pod that tries again and again is not reported each time: the others' events
-/// need the room.
+/// A connection of the pod with this quota that `connect` refused. A pod that tries again and again is not reported each time:
+/// the others' events need the room.
 #[inline(always)]
 pub fn refused(event: &mut Event, quota: u32) {
     if let Some(quota) = QUOTAS.get_ptr_mut(quota) {

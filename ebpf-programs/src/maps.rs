@@ -34,7 +34,8 @@ pub static CLAIMS: HashMap<FlowKey, Claim, 262144, DEMAND> = HashMap::new();
 pub static SERVICES: HashMap<ServiceKey, Service, 65536, DEMAND> = HashMap::new();
 #[btf_map]
 pub static SLOTS: HashMap<SlotKey, Slot, 262144, DEMAND> = HashMap::new();
-/// Claims in flight and flows per pod: counted by the kernel part only. An array: it costs no look-up.
+/// Claims in flight and flows per pod. Counted by the kernel part; the agent sets an entry back when it gives it to a pod. An
+/// array: it costs no look-up.
 #[btf_map]
 pub static QUOTAS: Array<Quota, { Quota::COUNT as usize }> = Array::new();
 #[btf_map]

@@ -79,8 +79,8 @@ impl Pod {
     pub const DEVICES: usize = 4;
 }
 
-/// What a pod has used up, at the index that its [`Pod`] entry names. Index [`Quota::NODE`] counts for the whole node, and for
-/// processes of the node itself.
+/// What a pod has used up, at the index that its [`Pod`] entry names. Index [`Quota::NODE`] counts the flows of the whole node,
+/// and the claims of the agent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Quota {

@@ -11,6 +11,8 @@ use crate::kernel_tables::flows;
 
 const FORBIDDEN: usize = 1000;
 const ALLOWED: usize = 200;
+/// Between two bytes on one connection: the flows are alive, and the processors are free for what is measured.
+const EVERY_MS: &str = "1000";
 const A_WHILE: Duration = Duration::from_secs(60);
 
 fn both() -> Vec<Policy> {
@@ -26,6 +28,7 @@ fn many(from: &Pod, to: &Pod, count: usize) -> Result<Proc> {
     let crowd = from
         .probe()?
         .args(["many", "--to", &to.at(PORT), "--count", &count])
+        .args(["--every-ms", EVERY_MS])
         .stdin()
         .spawn()?;
     crowd.wait_for_event("open", A_WHILE)?;

@@ -26,7 +26,7 @@ pub struct Client {
     /// Connections
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=16_000))]
     count: u16,
-    /// Milliseconds between two bytes on one connection
+    /// Milliseconds between two bytes on one connection; those of all are spread over this time
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=10_000))]
     every_ms: u64,
 }
@@ -103,12 +103,15 @@ pub fn client(arguments: &Client) -> anyhow::Result<()> {
     };
     tally.report("open", crowd.open);
     std::thread::spawn(|| listen_to_stdin(&ASKED));
-    let every = Duration::from_millis(arguments.every_ms);
+    let rounds = (u128::from(arguments.every_ms) / LOOK.as_millis()).max(1) as usize;
+    let mut turns = (0..rounds).cycle();
     let mut next = Instant::now();
     while crowd.open > 0 {
         if Instant::now() >= next {
-            next += every;
-            crowd.each(&mut tally, |stream| stream.write(b"x").map(|_| 1));
+            next += LOOK;
+            let turn = turns.next().unwrap_or_default();
+            let write = |stream: &mut TcpStream| stream.write(b"x").map(|_| 1);
+            crowd.each((turn, rounds), &mut tally, write);
         }
         let wait = next.saturating_duration_since(Instant::now()).min(LOOK);
         crowd.serve(None, wait, |stream, buffer| stream.read(buffer), &mut tally)?;
@@ -187,13 +190,14 @@ impl Crowd {
         )
     }
 
-    /// Does something on each connection that is open.
+    /// Does something on each connection whose turn it is: in so many turns on every one that is open.
     fn each(
         &mut self,
+        (turn, turns): (usize, usize),
         tally: &mut Tally,
         mut exchange: impl FnMut(&mut TcpStream) -> io::Result<usize>,
     ) {
-        for place in &mut self.streams {
+        for place in self.streams.iter_mut().skip(turn).step_by(turns) {
             if let Some(stream) = place
                 && !keeps(exchange(stream), tally)
             {
