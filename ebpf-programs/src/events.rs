@@ -15,6 +15,15 @@ use crate::maps::{ALARMS, CONFIG, EVENTS, LOST, QUOTAS, count};
 
 const SECOND: u64 = 1_000_000_000;
 
+/// Not on the stack: `keep` and its callers share 512 bytes of it.
+static NOTHING: Lost = Lost {
+    closed: 0,
+    failed: 0,
+    bytes_sent: 0,
+    bytes_received: 0,
+    retransmits: 0,
+};
+
 /// An event with nothing but its kind and connection set.
 #[inline(always)]
 pub fn blank(kind: u32, key: &FlowKey) -> Event {
@@ -88,7 +97,7 @@ fn keep(event: &Event) {
     };
     let Some(lost) = LOST.get_ptr_mut(&key).or_else(|| {
         // Another CPU may have entered it meanwhile; a full map is like a full ring, and the event is counted as lost.
-        let _ = LOST.insert(&key, &Lost::default(), u64::from(BPF_NOEXIST));
+        let _ = LOST.insert(&key, &NOTHING, u64::from(BPF_NOEXIST));
         LOST.get_ptr_mut(&key)
     }) else {
         return;

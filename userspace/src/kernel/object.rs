@@ -365,22 +365,27 @@ pub(super) fn refused(program: &'static str, error: ProgramError) -> KernelError
         ProgramError::LoadError {
             io_error,
             verifier_log,
-        } => match io_error.kind() {
-            io::ErrorKind::PermissionDenied => format!(
-                "{io_error}; run the agent as root, with the capabilities BPF, NET_ADMIN, PERFMON and SYS_ADMIN"
-            ),
-            _ => format!(
-                "{io_error}; the verifier of this kernel said last: {}",
-                excerpt(&verifier_log.to_string())
-            ),
-        },
+        } => {
+            let said = excerpt(&verifier_log.to_string());
+            // The verifier, too, says EACCES; without its log it was not asked.
+            if io_error.kind() == io::ErrorKind::PermissionDenied && said.is_none() {
+                format!(
+                    "{io_error}; run the agent as root, with the capabilities BPF, NET_ADMIN, PERFMON and SYS_ADMIN"
+                )
+            } else {
+                format!(
+                    "{io_error}; the verifier of this kernel said last: {}",
+                    said.as_deref().unwrap_or("nothing")
+                )
+            }
+        }
         _ => chain(&error),
     };
     KernelError::Program { program, detail }
 }
 
-/// The end of the verifier's log, where the reason is, without its statistics.
-fn excerpt(log: &str) -> String {
+/// The end of the verifier's log, where the reason is, without its statistics; `None` if there is none.
+fn excerpt(log: &str) -> Option<String> {
     const LINES: usize = 8;
     const BYTES: usize = 200;
     let said: Vec<String> = log
@@ -390,8 +395,8 @@ fn excerpt(log: &str) -> String {
         .map(|line| line.chars().take(BYTES).collect())
         .collect();
     match said.get(said.len().saturating_sub(LINES)..) {
-        Some([]) | None => "nothing".to_owned(),
-        Some(last) => last.join(" | "),
+        Some([]) | None => None,
+        Some(last) => Some(last.join(" | ")),
     }
 }
 
@@ -450,9 +455,10 @@ mod tests {
     #[test]
     fn the_excerpt_of_a_verifier_log_is_its_end_without_statistics() {
         let log = "0: R1=ctx()\n1: (b7) r0 = 0\nR2 !read_ok\n\nprocessed 3 insns (limit 1000000)\nstack depth 8\n";
-        assert_eq!(excerpt(log), "0: R1=ctx() | 1: (b7) r0 = 0 | R2 !read_ok");
-        assert_eq!(excerpt(""), "nothing");
+        let said = "0: R1=ctx() | 1: (b7) r0 = 0 | R2 !read_ok";
+        assert_eq!(excerpt(log).as_deref(), Some(said));
+        assert_eq!(excerpt(""), None);
         let long = "x".repeat(100_000) + "\n";
-        assert!(excerpt(&long.repeat(50)).len() < 2000);
+        assert!(excerpt(&long.repeat(50)).is_some_and(|said| said.len() < 2000));
     }
 }
