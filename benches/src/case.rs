@@ -151,6 +151,11 @@ impl Load {
         }
     }
 
+    /// Whether the programs at both ends use sockets that do not block: no others are short-circuited.
+    pub fn is_non_blocking(self) -> bool {
+        matches!(self, Self::Pages | Self::Redis | Self::Nginx)
+    }
+
     pub fn by_name(name: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|load| load.name() == name);
         found.ok_or_else(|| {

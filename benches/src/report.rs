@@ -22,7 +22,7 @@ pub struct Row {
     pub metric: &'static str,
     pub plain: Option<f64>,
     pub direct: Option<f64>,
-    /// Not there yet.
+    /// Of the loads whose programs can be short-circuited.
     pub short_circuit: Option<f64>,
     pub proxy: Option<f64>,
     pub ratio_direct: Option<f64>,
@@ -129,10 +129,10 @@ impl Row {
             metric: case.metric(),
             plain: figures.median(case, Way::Plain),
             direct: figures.median(case, Way::Direct),
-            short_circuit: None,
+            short_circuit: figures.median(case, Way::Short),
             proxy: figures.median(case, Way::Proxy),
             ratio_direct: ratios.median(),
-            ratio_short_circuit: None,
+            ratio_short_circuit: figures.ratios(case, Way::Short, Way::Plain).median(),
             spread: ratios.quartiles(),
         }
     }
@@ -204,7 +204,7 @@ impl Report {
             };
             let _ = writeln!(
                 out,
-                "{:<22}{:<8}{:>11}{:>11}{:>11}{:>9}  {:<18}{:<8}{verdict}",
+                "{:<22}{:<8}{:>11}{:>11}{:>11}{:>9}  {:<18}{:<8}{verdict} short-circuited {}",
                 row.case.name(),
                 row.metric,
                 number(row.plain),
@@ -213,6 +213,7 @@ impl Report {
                 number(row.ratio_direct),
                 spread(row.spread),
                 row.goal(),
+                number(row.ratio_short_circuit),
             );
         }
         for (name, switch) in self.switches() {

@@ -36,6 +36,9 @@ pub fn measure(stage: &Stage, plan: &Plan, loads: &[Load], figures: &mut Figures
 /// Which ways a load is measured on in this round. The pair whose ratio matters is measured in all of them.
 fn ways(load: Load, plan: &Plan, round: usize) -> Vec<Way> {
     let mut ways = vec![Way::Plain, Way::Direct];
+    if load.is_non_blocking() {
+        ways.push(Way::Short);
+    }
     if round.is_multiple_of(plan.aside_every) {
         ways.push(Way::Proxy);
         if matches!(load, Load::Connections) {

@@ -27,6 +27,7 @@ const KNOBS: &str = "CULVERT_TEST_KNOBS";
 const TELEMETRY: &str = "CULVERT_FLOW_TELEMETRY";
 /// Sends what could be direct through the agent.
 const DIRECT: &str = "culvert.dev/direct";
+const SHORT_CIRCUIT: &str = "culvert.dev/short-circuit";
 
 /// A node with its two pods.
 pub struct Station {
@@ -150,7 +151,13 @@ impl Station {
         for port in servers::ports() {
             service = service.port(port, port);
         }
-        let workload = |pod: &Pod| Workload::of_pod(pod, NAMESPACE, pod.name());
+        let workload = |pod: &Pod| {
+            let workload = Workload::of_pod(pod, NAMESPACE, pod.name());
+            match self.way {
+                Way::Short => workload.annotated(SHORT_CIRCUIT, "on"),
+                _ => workload,
+            }
+        };
         let mut server = workload(&self.server);
         for port in servers::ports() {
             server = server.serves(&service, port, port);

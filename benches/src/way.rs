@@ -7,6 +7,8 @@ pub enum Way {
     Plain,
     /// Direct: the kernel part admits, nothing else is between the applications.
     Direct,
+    /// Direct, and short-circuited where both programs' sockets do not block.
+    Short,
     /// Through the agent: HBONE from the client's pod to the server's.
     Proxy,
     /// Direct, without flow telemetry.
@@ -22,9 +24,10 @@ pub enum Way {
 }
 
 impl Way {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Plain,
         Self::Direct,
+        Self::Short,
         Self::Proxy,
         Self::Untold,
         Self::Logged,
@@ -37,6 +40,7 @@ impl Way {
         match self {
             Self::Plain => "plain",
             Self::Direct => "direct",
+            Self::Short => "short-circuit",
             Self::Proxy => "proxy",
             Self::Untold => "telemetry off",
             Self::Logged => "access log on",

@@ -197,6 +197,9 @@ fn decide(ctx: &SockAddrContext, family: Family, target: Address) -> i32 {
             state.server_netns = choice.endpoint.netns_cookie;
             state.generation = choice.endpoint.generation;
             state.workload = choice.endpoint.workload;
+            let both = pod.flags & Pod::SHORT_CIRCUIT != 0
+                && choice.endpoint.flags & Endpoint::SHORT_CIRCUIT != 0;
+            state.exchanges = u32::from(both);
             if state.service != 0 {
                 state.service_address = target;
                 state.service_port = port;

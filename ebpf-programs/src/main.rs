@@ -16,11 +16,13 @@ mod events;
 mod flows;
 mod inbound;
 mod isolation;
+mod kernel;
 mod maps;
 mod node;
 mod peer_name;
 mod quotas;
 mod services;
+mod short_circuit;
 mod sockops;
 mod verdicts;
 

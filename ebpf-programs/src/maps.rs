@@ -12,9 +12,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use culvert_abi::{
-    Address, Claim, Config, Endpoint, Event, Flow, FlowKey, Isolated, Listener, Lost, LostKey, Pod,
-    Quota, REASON_COUNT, Reason, Service, ServiceKey, Slot, SlotKey, SocketState, Verdict,
-    VerdictKey,
+    Address, Candidate, Claim, Config, Endpoint, Event, Flow, FlowKey, Isolated, Listener, Lost,
+    LostKey, Pod, Quota, REASON_COUNT, Reason, Service, ServiceKey, ShortEnd, ShortFlow, Slot,
+    SlotKey, SocketState, Verdict, VerdictKey,
 };
 
 const DEMAND: usize = BPF_F_NO_PREALLOC as usize;
@@ -60,6 +60,16 @@ pub static LOST: HashMap<LostKey, Lost, 4096, DEMAND> = HashMap::new();
 pub static COUNTERS: PerCpuArray<u64, { REASON_COUNT as usize }> = PerCpuArray::new();
 #[btf_map]
 pub static SOCKETS: SocketStorage<SocketState> = SocketStorage::new();
+
+/// The sockets of short-circuited flows, by their cookies. An entry leaves with its socket.
+#[btf_map]
+pub static SHORT_SOCKETS: SockHash<u64, 131072> = SockHash::new();
+#[btf_map]
+pub static SHORT_ENDS: SocketStorage<ShortEnd> = SocketStorage::new();
+#[btf_map]
+pub static SHORT_FLOWS: HashMap<FlowKey, ShortFlow, 65536, DEMAND> = HashMap::new();
+#[btf_map]
+pub static CANDIDATES: RingBuf<Candidate, { 1 << 18 }> = RingBuf::new();
 
 /// Socket storage that an accepted socket inherits from its listener: so the agent marks a listener once.
 #[repr(C)]

@@ -5,11 +5,10 @@ use core::{ffi::c_void, ptr};
 use aya_ebpf::{
     bindings::{
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
-        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
+        BPF_SOCK_OPS_RTT_CB, BPF_SOCK_OPS_RTT_CB_FLAG, BPF_SOCK_OPS_STATE_CB,
+        BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB,
     },
-    helpers::generated::{
-        bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_skc_to_tcp_sock,
-    },
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns},
     macros::sock_ops,
     programs::SockOpsContext,
 };
@@ -22,17 +21,10 @@ use crate::{
     address::{Ends, is_loopback},
     claims, events, flows,
     isolation::isolate,
+    kernel::{sock_error, write_seq},
     maps::{CLAIMS, ENDPOINTS, PODS, SOCKETS, count, flag, is_pod, knob},
-    verdicts,
+    short_circuit, verdicts,
 };
-
-/// Offset of `write_seq` in the kernel's `struct tcp_sock`, set by the loader from the kernel's BTF.
-#[unsafe(no_mangle)]
-static TCP_WRITE_SEQ_OFFSET: u64 = 0;
-
-/// Offset of `sk_err` in it.
-#[unsafe(no_mangle)]
-static SOCK_ERROR_OFFSET: u64 = 0;
 
 const TCP_ESTABLISHED: u32 = 1;
 const TCP_FIN_WAIT1: u32 = 4;
@@ -57,6 +49,7 @@ pub fn socket_ops(ctx: SockOpsContext) -> u32 {
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => connected(&ctx),
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(&ctx),
         BPF_SOCK_OPS_STATE_CB => state_changed(&ctx),
+        BPF_SOCK_OPS_RTT_CB => exchanged(&ctx),
         _ => {}
     }
     1
@@ -194,6 +187,24 @@ fn connected(ctx: &SockOpsContext) {
     state.acked_at_start = acked;
     state.established = 1;
     state.connect_latency_us = (now.saturating_sub(state.opened_ns) / 1000) as u32;
+    if state.exchanges != 0 {
+        // Without it the flow stays plain TCP.
+        let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_RTT_CB_FLAG) as i32);
+    }
+}
+
+/// A round trip of a flow that may be short-circuited. Few flows live long enough for it to be worth it.
+#[inline(always)]
+fn exchanged(ctx: &SockOpsContext) {
+    const ENOUGH: u32 = 16;
+    let Some(state) = SOCKETS.find(socket(ctx)) else {
+        return;
+    };
+    state.exchanges += 1;
+    if state.exchanges > ENOUGH {
+        let _ = ctx.set_cb_flags((ctx.cb_flags() & !BPF_SOCK_OPS_RTT_CB_FLAG) as i32);
+        short_circuit::propose(&state.key, state.sequence);
+    }
 }
 
 /// The server's end of a connection is established, and the application has not seen it yet.
@@ -344,6 +355,11 @@ fn state_changed(ctx: &SockOpsContext) {
         .saturating_sub(state.acked_at_start)
         .saturating_sub(fin_acked);
     event.bytes_received = received.saturating_sub(fin_received);
+    if state.exchanges != 0 {
+        let (sent, received) = short_circuit::take(&state.key);
+        event.bytes_sent += sent;
+        event.bytes_received += received;
+    }
     event.srtt_us = srtt >> 3;
     event.retransmits = retransmits;
     event.end = ending(old, error);
@@ -387,37 +403,4 @@ fn socket(ctx: &SockOpsContext) -> *mut c_void {
 fn netns_cookie(ctx: &SockOpsContext) -> u64 {
     // SAFETY: helper call with this program's context.
     unsafe { bpf_get_netns_cookie(ctx.ops.cast()) }
-}
-
-/// The number that the SYN carries (its octet is counted when the SYN is sent, which is after this callback).
-#[inline(always)]
-fn write_seq(sk: *mut c_void) -> Option<u32> {
-    // SAFETY: a volatile read keeps the compiler from assuming the value here, which the loader sets.
-    let offset = unsafe { ptr::read_volatile(&raw const TCP_WRITE_SEQ_OFFSET) };
-    tcp_field(sk, offset)
-}
-
-/// The error that the application will be told, 0 for none.
-#[inline(always)]
-fn sock_error(sk: *mut c_void) -> u32 {
-    // SAFETY: as in `write_seq`.
-    let offset = unsafe { ptr::read_volatile(&raw const SOCK_ERROR_OFFSET) };
-    tcp_field(sk, offset).unwrap_or(0)
-}
-
-/// A field of the kernel's `struct tcp_sock`.
-#[inline(always)]
-fn tcp_field(sk: *mut c_void, offset: u64) -> Option<u32> {
-    if sk.is_null() {
-        return None;
-    }
-    // SAFETY: the helper returns null or a `struct tcp_sock` of the kernel; the verifier checks the offset, a constant
-    // by then, against the kernel's types.
-    unsafe {
-        let tcp = bpf_skc_to_tcp_sock(sk).cast::<u8>();
-        if tcp.is_null() {
-            return None;
-        }
-        Some(ptr::read_volatile(tcp.add(offset as usize).cast::<u32>()))
-    }
 }

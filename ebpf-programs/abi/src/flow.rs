@@ -112,7 +112,8 @@ pub struct SocketState {
     pub identity: u32,
     pub pod: u32,
     pub quota: u32,
-    pub padding: u32,
+    /// Round trips of a flow that may be short-circuited, until it is a [`crate::Candidate`]; one more, so that 0 is for all others.
+    pub exchanges: u32,
 }
 
 /// What a socket is to us. Only user space of the agent can make a `PROXY`.

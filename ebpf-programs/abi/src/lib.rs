@@ -9,6 +9,7 @@ mod flow;
 mod pod;
 mod reason;
 mod service;
+mod short_circuit;
 mod verdict;
 
 pub use flow::{
@@ -18,10 +19,11 @@ pub use flow::{
 pub use pod::{Config, Endpoint, Pod, Quota, REFUSALS_PER_SECOND, config_flag, knob};
 pub use reason::{REASON_COUNT, Reason};
 pub use service::{Service, ServiceKey, Slot, SlotKey};
+pub use short_circuit::{Candidate, ShortEnd, ShortFlow, ShortRequest, ShortSide, fit, kept, step};
 pub use verdict::{Verdict, VerdictKey, action, scope};
 
 /// Part of the pin path; an agent adopts only maps of its own version.
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 4;
 
 /// An IP address as 16 bytes in network order; IPv4 is held IPv4-mapped (`::ffff:a.b.c.d`).
 pub type Address = [u8; 16];
@@ -95,4 +97,9 @@ layout! {
     Service: 16,
     SlotKey: 16,
     Slot: 32,
+    ShortEnd: 88,
+    ShortSide: 96,
+    ShortFlow: 192,
+    Candidate: 56,
+    ShortRequest: 112,
 }

@@ -75,6 +75,8 @@ pub struct Pod {
 impl Pod {
     /// The pod's traffic always goes through the agent.
     pub const NO_DIRECT: u32 = 1 << 0;
+    /// Its flows may be short-circuited, where the other end's may as well.
+    pub const SHORT_CIRCUIT: u32 = 1 << 1;
 
     pub const DEVICES: usize = 4;
 }
@@ -123,4 +125,6 @@ impl Endpoint {
     pub const STEER: u32 = 1 << 0;
     /// Verdicts are per source pod instead of per source identity.
     pub const BY_POD: u32 = 1 << 1;
+    /// Its flows may be short-circuited, where the other end's may as well.
+    pub const SHORT_CIRCUIT: u32 = 1 << 2;
 }

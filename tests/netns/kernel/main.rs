@@ -41,6 +41,7 @@ mod restart;
 mod revocation;
 mod services;
 mod several_addresses;
+mod short_circuit;
 mod stalled;
 mod startup;
 mod steering;

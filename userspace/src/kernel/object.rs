@@ -12,14 +12,16 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
     maps::{Map, SockHash},
-    programs::{Program, ProgramError, SkLookup, SkMsg, SkSkb, links::FdLink},
+    programs::{Program, ProgramError, SchedClassifier, SkLookup, SkMsg, SkSkb, links::FdLink},
 };
 use culvert_abi::Isolated;
 
 use super::{
-    DiagThreads, EventStream, HostProcesses, KernelError, Netns, NetnsCookie, SocketDiag, Tables,
+    Candidates, DiagThreads, EventStream, HostProcesses, KernelError, Netns, NetnsCookie,
+    ShortCircuit, SocketDiag, Tables,
     attempt::Attempt,
-    btf, hooks, neighbours,
+    hooks, neighbours,
+    offsets::Offsets,
     owner::{self, Held},
     pins::{self, MAPS, Pins},
     sys,
@@ -53,25 +55,9 @@ pub struct Kernel {
     pins: Pins,
     tables: Arc<Tables>,
     offsets: Offsets,
+    short_circuit: Result<Arc<ShortCircuit>, String>,
     diag: Arc<DiagThreads>,
     _life: Held,
-}
-
-/// Where the programs find what they read from the kernel's own structures.
-#[derive(Clone, Copy, Debug)]
-struct Offsets {
-    write_seq: u64,
-    sock_error: u64,
-}
-
-impl Offsets {
-    fn of_this_kernel() -> Result<Self, KernelError> {
-        Ok(Self {
-            write_seq: btf::member_offset("tcp_sock", "write_seq")?,
-            // A `tcp_sock` begins with a `sock`.
-            sock_error: btf::member_offset("sock", "sk_err")?,
-        })
-    }
 }
 
 /// `inbound` in one pod: detached when the pod leaves, kept when the agent ends.
@@ -98,7 +84,9 @@ impl Attachment {
 
 impl Kernel {
     /// Loads and attaches everything that is not per pod, adopting what an earlier agent left.
-    pub fn attach(settings: &KernelSettings) -> Result<(Self, EventStream), KernelError> {
+    pub fn attach(
+        settings: &KernelSettings,
+    ) -> Result<(Self, EventStream, Candidates), KernelError> {
         check_own_cgroup(settings)?;
         let offsets = Offsets::of_this_kernel()?;
         let pins = Pins::of(&settings.pin_dir);
@@ -108,11 +96,13 @@ impl Kernel {
         neighbours::refuse_overlap(settings, &pins)?;
         check_pinned_maps(&pins)?;
         let life = owner::live(&pins)?;
-        let mut object = load(&pins, offsets, NetnsCookie(0))?;
+        let mut object = load(&pins, &offsets, NetnsCookie(0))?;
         hooks::load(&mut object)?;
         load_inbound(&mut object)?;
         // The programs refer to the maps by descriptor until they are loaded: only now may one be taken out.
         attach_isolation(&mut object)?;
+        let short_circuit = attach_short_circuit(&mut object, &offsets);
+        let candidates = Candidates::open(take(&mut object, "CANDIDATES")?)?;
         let events = EventStream::open(take(&mut object, "EVENTS")?, take(&mut object, "ALARMS")?)?;
         SocketDiag::probe()?;
         let tables = Arc::new(Tables::open(&pins, |name| take(&mut object, name))?);
@@ -126,10 +116,12 @@ impl Kernel {
                 pins,
                 tables,
                 offsets,
+                short_circuit,
                 diag: DiagThreads::new(),
                 _life: life,
             },
             events,
+            candidates,
         ))
     }
 
@@ -143,6 +135,11 @@ impl Kernel {
 
     pub fn tables(&self) -> &Arc<Tables> {
         &self.tables
+    }
+
+    /// What short-circuits flows, or why nothing on this kernel does.
+    pub fn short_circuit(&self) -> Result<Arc<ShortCircuit>, String> {
+        self.short_circuit.clone()
     }
 
     /// The threads that look at sockets and destroy them.
@@ -176,7 +173,7 @@ impl Kernel {
 
     /// Attaches `inbound` to a pod.
     pub fn attach_pod(&self, netns: &Netns) -> Result<Attachment, KernelError> {
-        let mut object = load(&self.pins, self.offsets, netns.cookie())?;
+        let mut object = load(&self.pins, &self.offsets, netns.cookie())?;
         load_inbound(&mut object)?;
         let program: &mut SkLookup = program(&mut object, INBOUND)?;
         let path = self.pins.pod(netns.cookie());
@@ -277,7 +274,7 @@ fn aya_obj_maps() -> Result<Vec<MapShape>, KernelError> {
             kind: map.map_type(),
             key_size: map.key_size(),
             // A ring buffer has no values of a size.
-            value_size: if matches!(name.as_str(), "EVENTS" | "ALARMS") {
+            value_size: if matches!(name.as_str(), "EVENTS" | "ALARMS" | "CANDIDATES") {
                 0
             } else {
                 map.value_size()
@@ -286,20 +283,19 @@ fn aya_obj_maps() -> Result<Vec<MapShape>, KernelError> {
         .collect())
 }
 
-fn load(pins: &Pins, offsets: Offsets, pod: NetnsCookie) -> Result<Ebpf, KernelError> {
+fn load(pins: &Pins, offsets: &Offsets, pod: NetnsCookie) -> Result<Ebpf, KernelError> {
+    let globals = offsets.globals(pod);
     let mut loader = EbpfLoader::new();
     for name in MAPS {
         loader.map_pin_path(name, pins.map(name));
     }
-    loader
-        .override_global("TCP_WRITE_SEQ_OFFSET", &offsets.write_seq, true)
-        .override_global("SOCK_ERROR_OFFSET", &offsets.sock_error, true)
-        .override_global("POD_COOKIE", &pod.0, true)
-        .load(OBJECT)
-        .map_err(|error| KernelError::Program {
-            program: "object",
-            detail: chain(&error),
-        })
+    for (name, value) in &globals {
+        loader.override_global(name, value, true);
+    }
+    loader.load(OBJECT).map_err(|error| KernelError::Program {
+        program: "object",
+        detail: chain(&error),
+    })
 }
 
 /// Everything that reaches an isolated socket is dropped: see `ebpf-programs/src/isolation.rs`.
@@ -330,6 +326,38 @@ fn attach_isolation(object: &mut Ebpf) -> Result<(), KernelError> {
         std::mem::forget(link);
     }
     Ok(())
+}
+
+/// Direct flows go on without it: what this kernel refuses is said, not fatal.
+fn attach_short_circuit(object: &mut Ebpf, offsets: &Offsets) -> Result<Arc<ShortCircuit>, String> {
+    const SEND: &str = "short_circuit";
+    const REQUEST: &str = "short_request";
+    if let Some(reason) = &offsets.no_short_circuit {
+        return Err(reason.clone());
+    }
+    let attach = |object: &mut Ebpf| {
+        let send: &mut SkMsg = program(object, SEND)?;
+        send.load().map_err(|error| refused(SEND, error))?;
+        let request: &mut SchedClassifier = program(object, REQUEST)?;
+        request.load().map_err(|error| refused(REQUEST, error))?;
+        let request = request.fd().map_err(|error| refused(REQUEST, error))?;
+        let request = request
+            .try_clone()
+            .map_err(|error| refused(REQUEST, ProgramError::IOError(error)))?;
+        let map = SockHash::<_, u64>::try_from(take(object, "SHORT_SOCKETS")?)
+            .map_err(|error| KernelError::map("SHORT_SOCKETS", error))?;
+        let send: &mut SkMsg = program(object, SEND)?;
+        let link = send
+            .attach(map.fd())
+            .and_then(|id| send.take_link(id))
+            .map_err(|error| not_attached(SEND, "map SHORT_SOCKETS", &error))?;
+        // As with the isolated sockets.
+        std::mem::forget(link);
+        ShortCircuit::open(request, take(object, "SHORT_FLOWS")?)
+    };
+    attach(object)
+        .map(Arc::new)
+        .map_err(|error: KernelError| error.to_string())
 }
 
 pub(super) fn program<'a, P>(

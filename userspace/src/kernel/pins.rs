@@ -16,7 +16,7 @@ use super::{
 const BPFFS_MAGIC: i64 = 0xcafe_4a11;
 
 /// Every map of the kernel part, by its name in the object.
-pub const MAPS: [&str; 17] = [
+pub const MAPS: [&str; 21] = [
     "CONFIG",
     "PODS",
     "ENDPOINTS",
@@ -34,6 +34,10 @@ pub const MAPS: [&str; 17] = [
     "ALARMS",
     "COUNTERS",
     "SOCKETS",
+    "SHORT_SOCKETS",
+    "SHORT_ENDS",
+    "SHORT_FLOWS",
+    "CANDIDATES",
 ];
 
 /// What a layout's directory has, hooks before the maps they need.

@@ -17,6 +17,7 @@ use aya::maps::{IterableMap, MapData, RingBuf};
 use tokio::io::unix::AsyncFd;
 
 const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_PROG_TEST_RUN: libc::c_long = 10;
 const BPF_PROG_GET_FD_BY_ID: libc::c_long = 13;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_PROG_QUERY: libc::c_long = 16;
@@ -166,6 +167,51 @@ fn by_id(command: libc::c_long, id: u32) -> io::Result<OwnedFd> {
     let fd = bpf(command, &[id, 0, 0])?;
     // SAFETY: the kernel returned a descriptor that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Runs a classifier once with `packet`, which it may change; returns what the program returned.
+pub fn program_run<T: aya::Pod>(program: impl AsFd, packet: &mut T) -> io::Result<u32> {
+    #[repr(C)]
+    struct Attributes {
+        program: u32,
+        returned: u32,
+        size_in: u32,
+        size_out: u32,
+        data_in: u64,
+        data_out: u64,
+        repeat: u32,
+        duration: u32,
+        context_size_in: u32,
+        context_size_out: u32,
+        context_in: u64,
+        context_out: u64,
+        flags: u32,
+        cpu: u32,
+        batch: u32,
+        padding: u32,
+    }
+    let place = std::ptr::from_mut(packet) as u64;
+    let size = size_of::<T>() as u32;
+    let mut attributes = Attributes {
+        program: program.as_fd().as_raw_fd() as u32,
+        returned: 0,
+        size_in: size,
+        size_out: size,
+        data_in: place,
+        data_out: place,
+        repeat: 1,
+        duration: 0,
+        context_size_in: 0,
+        context_size_out: 0,
+        context_in: 0,
+        context_out: 0,
+        flags: 0,
+        cpu: 0,
+        batch: 0,
+        padding: 0,
+    };
+    bpf_answering(BPF_PROG_TEST_RUN, &mut attributes)?;
+    Ok(attributes.returned)
 }
 
 /// The programs that are attached to a cgroup itself at one hook, and how: flags of `BPF_PROG_ATTACH`.

@@ -349,6 +349,12 @@ impl Tables {
             .collect())
     }
 
+    /// A flow, if it is open.
+    pub fn flow(&self, key: &FlowKey, sequence: u32) -> Option<OpenFlow> {
+        let flow = lock(&self.flows).get(key, 0).ok()?;
+        (flow.sequence == sequence).then_some(OpenFlow { key: *key, flow })
+    }
+
     /// How many direct flows are open.
     pub fn open_flows(&self) -> u64 {
         lock(&self.quotas).flows_of_node()
@@ -448,7 +454,7 @@ impl Tables {
             identity: 0,
             pod: 0,
             quota: Quota::NODE,
-            padding: 0,
+            exchanges: 0,
         };
         lock(&self.sockets)
             .insert(&std::os::fd::AsRawFd::as_raw_fd(&socket.as_fd()), state, 0)

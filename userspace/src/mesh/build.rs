@@ -151,10 +151,16 @@ impl Workload {
                 source,
             })?;
         let direct = spec.annotations.direct.or(namespace.direct).unwrap_or(true);
+        let short_circuit = spec
+            .annotations
+            .short_circuit
+            .or(namespace.short_circuit)
+            .unwrap_or_default();
         Ok(Self {
             spec,
             identity,
             direct,
+            short_circuit,
         })
     }
 }

@@ -30,5 +30,5 @@ pub use snapshot::{Destination, Mesh};
 pub use store::{Revision, Store};
 pub use workload::{
     Annotations, GatewayAddress, GatewayDestination, Health, Locality, Namespace, PortMap,
-    TunnelProtocol, Workload, WorkloadSpec,
+    ShortCircuitMode, TunnelProtocol, Workload, WorkloadSpec,
 };

@@ -615,7 +615,10 @@ mod annotations {
     fn asking(uid: &str, namespace: &str, direct: Option<bool>) -> WorkloadSpec {
         WorkloadSpec {
             namespace: namespace.into(),
-            annotations: Annotations { direct },
+            annotations: Annotations {
+                direct,
+                ..Annotations::default()
+            },
             ..workload(uid, &[])
         }
     }
@@ -623,7 +626,10 @@ mod annotations {
     fn namespace(name: &str, direct: Option<bool>) -> Namespace {
         Namespace {
             name: name.into(),
-            annotations: Annotations { direct },
+            annotations: Annotations {
+                direct,
+                ..Annotations::default()
+            },
         }
     }
 

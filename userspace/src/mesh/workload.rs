@@ -17,6 +17,8 @@ pub struct Workload {
     pub(super) identity: Identity,
     /// Whether its connections within the node may be direct, as it or its namespace says.
     pub direct: bool,
+    /// How its direct connections may be short-circuited, as it or its namespace says.
+    pub short_circuit: ShortCircuitMode,
 }
 
 /// What a source says about a workload.
@@ -74,6 +76,20 @@ pub struct Annotations {
     /// `culvert.dev/direct`: whether connections within the node may be direct. The pod's word counts before its namespace's,
     /// and without one they may.
     pub direct: Option<bool>,
+    /// `culvert.dev/short-circuit`, likewise; without one it is [`ShortCircuitMode::Auto`].
+    pub short_circuit: Option<ShortCircuitMode>,
+}
+
+/// Whether what is sent over a direct connection goes straight into the other end's receive queue. It does where both ends agree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum ShortCircuitMode {
+    /// Never.
+    Off,
+    /// Where no program can tell, which no kernel is known to be good for: never, for now.
+    #[default]
+    Auto,
+    /// The operator knows the programs.
+    On,
 }
 
 /// What is known of a namespace.

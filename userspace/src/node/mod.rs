@@ -10,6 +10,7 @@ mod knobs;
 mod limits;
 mod pods;
 mod readiness;
+mod short_circuit;
 mod unload;
 
 use std::{
@@ -99,7 +100,8 @@ pub async fn run(
     let store = Arc::new(Store::new());
     let source = mesh_source(&config, &store, &control, &mut tasks)?;
 
-    let (kernel, events) = Kernel::attach(&kernel)?;
+    let (kernel, events, candidates) = Kernel::attach(&kernel)?;
+    let short = kernel.short_circuit();
     let tables = Arc::clone(kernel.tables());
     {
         let (tables, diag) = (Arc::clone(&tables), Arc::clone(kernel.diag()));
@@ -199,10 +201,11 @@ pub async fn run(
     );
     {
         let feeder = direct_flows::DirectFlows::new(direct_flows::Sources {
-            tables,
+            tables: Arc::clone(&tables),
             enforcer: Arc::clone(&enforcer),
             pods: Arc::clone(&pods),
             context: Arc::clone(&context),
+            short: short.as_ref().ok().cloned(),
             report_interval: config.flow_report_interval,
             telemetry: config.flow_telemetry,
         });
@@ -211,6 +214,26 @@ pub async fn run(
             feeder.run(events, control).await;
             "kernel events"
         });
+    }
+
+    match short {
+        Ok(short) => {
+            let entries = short_circuit::Entries::new(
+                short,
+                Arc::clone(&tables),
+                Arc::clone(&pods),
+                Arc::clone(&store),
+                Arc::clone(&telemetry),
+            );
+            let control = control.clone();
+            tasks.spawn(async move {
+                entries.run(candidates, control).await;
+                "short-circuit"
+            });
+        }
+        Err(reason) => {
+            tracing::info!(%reason, "direct flows cannot be short-circuited on this kernel");
+        }
     }
 
     let handler = Arc::new(Handler::new(HandlerParts {

@@ -21,7 +21,7 @@ use super::{enforcer::Enforcer, pods::Pods};
 use crate::{
     kernel::{
         EventSocket, EventStream, FlowEnd as KernelEnd, FlowEvent as KernelEvent, FlowEventKind,
-        FlowName, KernelError, NetnsCookie, Tables, socket_address, sys,
+        FlowName, KernelError, NetnsCookie, ShortCircuit, Tables, socket_address, sys,
     },
     proxy::Context,
     telemetry::{FlowEnd, FlowPath, FlowRecord, ResponseFlags, Telemetry},
@@ -51,6 +51,8 @@ pub struct Sources {
     pub enforcer: Arc<Enforcer>,
     pub pods: Arc<Pods>,
     pub context: Arc<Context>,
+    /// None where no flow is short-circuited.
+    pub short: Option<Arc<ShortCircuit>>,
     pub report_interval: Duration,
     /// The kernel part tells of flows.
     pub telemetry: bool,
@@ -100,7 +102,7 @@ impl DirectFlows {
             ),
             earlier: sources.tables.earlier_agent(),
             early_scans: EARLY_SCANS,
-            scanner: Scanner::new(sources.tables, sources.pods),
+            scanner: Scanner::new(sources.tables, sources.pods, sources.short),
             enforcer: sources.enforcer,
             report_interval: sources.report_interval,
             is_told: sources.telemetry,

@@ -10,12 +10,15 @@ use std::{
 use culvert_abi::{Isolated, Lost, LostKey};
 
 use super::Pods;
-use crate::kernel::{KernelError, NetnsCookie, OpenFlow, SocketMeasures, Tables, sys};
+use crate::kernel::{
+    KernelError, NetnsCookie, OpenFlow, ShortCircuit, SocketMeasures, Tables, sys,
+};
 
 #[derive(Clone)]
 pub struct Scanner {
     tables: Arc<Tables>,
     pods: Arc<Pods>,
+    short: Option<Arc<ShortCircuit>>,
 }
 
 /// What was found.
@@ -31,8 +34,12 @@ pub struct Scan {
 }
 
 impl Scanner {
-    pub fn new(tables: Arc<Tables>, pods: Arc<Pods>) -> Self {
-        Self { tables, pods }
+    pub fn new(tables: Arc<Tables>, pods: Arc<Pods>, short: Option<Arc<ShortCircuit>>) -> Self {
+        Self {
+            tables,
+            pods,
+            short,
+        }
     }
 
     /// Looks at the flows that are at least this old, and at their clients' sockets if `measured`.
@@ -57,6 +64,17 @@ impl Scanner {
         })
     }
 
+    /// TCP does not know of what was redirected.
+    fn with_redirected(&self, flow: &OpenFlow, mut measures: SocketMeasures) -> SocketMeasures {
+        let short = self.short.as_deref();
+        if let Some(counted) = short.and_then(|short| short.counted(&flow.key)) {
+            let [client, server] = counted.sides;
+            measures.bytes_acked += client.redirected;
+            measures.bytes_received += server.redirected;
+        }
+        measures
+    }
+
     fn measure(&self, flows: &mut [(OpenFlow, Option<SocketMeasures>)]) {
         let mut by_netns = HashMap::<u64, (Vec<usize>, Vec<_>)>::new();
         for (place, (flow, _)) in flows.iter().enumerate() {
@@ -75,8 +93,8 @@ impl Scanner {
         for (places, asked) in asked {
             for (index, measures) in asked.wait().unwrap_or_default() {
                 let place = places.get(index).and_then(|place| flows.get_mut(*place));
-                if let Some((_, found)) = place {
-                    *found = Some(measures);
+                if let Some((flow, found)) = place {
+                    *found = Some(self.with_redirected(flow, measures));
                 }
             }
         }

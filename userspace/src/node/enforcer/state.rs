@@ -19,7 +19,7 @@ use super::{
 use crate::{
     enrol::{KnownPod, LocalPod, belongs_to_another},
     kernel::{NetnsCookie, ServiceTables},
-    mesh::{Destination, Mesh, TunnelProtocol, Workload},
+    mesh::{Destination, Mesh, ShortCircuitMode, TunnelProtocol, Workload},
     policy::{Applicable, Connection, Decision, Identity, PolicyName},
 };
 
@@ -64,6 +64,11 @@ pub struct Decided {
     pub key: VerdictKey,
     pub pair: Pair,
     pub verdict: Verdict,
+}
+
+/// Whether a workload's direct flows may be short-circuited.
+fn may_be_short(workload: Option<&Workload>) -> bool {
+    workload.is_some_and(|workload| workload.short_circuit == ShortCircuitMode::On)
 }
 
 impl State {
@@ -162,12 +167,18 @@ impl State {
                     && workload.as_ref().is_some_and(|workload| {
                         self.may_be_direct(workload, &enrolled.pod, *ip, &settings.network)
                     });
-                match reachable {
+                if !reachable {
                     // Not in the mesh (yet), or not as a tunnel's end: the agent knows what to do with each connection.
-                    false => Endpoint::STEER,
-                    true if applicable.looks_at_addresses() => Endpoint::BY_POD,
-                    true => 0,
+                    return Endpoint::STEER;
                 }
+                let mut flags = 0;
+                if applicable.looks_at_addresses() {
+                    flags |= Endpoint::BY_POD;
+                }
+                if may_be_short(workload.as_deref()) {
+                    flags |= Endpoint::SHORT_CIRCUIT;
+                }
+                flags
             })
             .collect();
         let same = enrolled
@@ -288,6 +299,8 @@ impl State {
             pod: enrolled.number,
             flags: if outside || asked_not_to {
                 Pod::NO_DIRECT
+            } else if may_be_short(enrolled.workload.as_deref()) {
+                Pod::SHORT_CIRCUIT
             } else {
                 0
             },

@@ -114,6 +114,7 @@ struct State {
     ended: [PathCounts; FlowEnd::ALL.len()],
     connect: Histogram,
     rtt: Histogram,
+    short_circuit: Tally,
     mesh_updates: Tally,
     xds_messages: Tally,
     xds_terminations: Tally,
@@ -191,6 +192,11 @@ impl Metrics {
         if count > 0 {
             self.state.retransmits.add(path, count);
         }
+    }
+
+    /// A direct flow was worth a short-circuit: what became of it.
+    pub fn short_circuited(&self, outcome: &'static str) {
+        self.state.short_circuit.add(outcome, 1);
     }
 
     /// The last pod of a workload is gone: its series go, once its connections have ended.
@@ -305,6 +311,7 @@ impl Collector for Exposition {
         put(&reference::ENDED, ended)?;
         put(&reference::RETRANSMITS, state.retransmits.rows())?;
         put(&reference::REVOKED, state.revoked.rows())?;
+        put(&reference::SHORT_CIRCUIT, state.short_circuit.rows())?;
         put(&reference::STUCK_PODS, single(kernel.stuck_pods))?;
         let decisions = decisions.map(|(reason, count)| (vec![(*reason).to_owned()], *count));
         put(&reference::DECISIONS, decisions.collect())?;

@@ -95,6 +95,7 @@ metrics! {
     CONNECT = Histogram "culvert_flow_connect_seconds" &[], "Direct connections by the time from SYN to establishment, as the kernel measured it, counted when they end.";
     RTT = Histogram "culvert_flow_rtt_seconds" &[], "Direct connections by their smoothed round-trip time when they ended.";
     REVOKED = Counter "culvert_revoked_flows" &["path"], "Open connections cut because policy came to forbid them.";
+    SHORT_CIRCUIT = Counter "culvert_short_circuited_flows" &["outcome"], "Direct flows that were worth a short-circuit: `entered`, or why it was not to be.";
     STUCK_PODS = Gauge "culvert_stuck_pods" &[], "Pods one of whose sockets is kept busy by a process, so that the kernel can neither look at their sockets nor destroy them; connections that policy forbids are cut at their other end meanwhile.";
     DECISIONS = Counter "culvert_kernel_decisions" &["reason"], "What the hooks of the kernel part decided, by reason; the reasons are below.";
     LOST_EVENTS = Counter "culvert_flow_events_lost" &[], "Flow events that the kernel could not hand over; their connections are missing from the log; their bytes and numbers are in the metrics all the same.";

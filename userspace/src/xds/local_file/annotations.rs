@@ -7,12 +7,14 @@ use std::fmt;
 use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use crate::mesh;
+use crate::mesh::{self, ShortCircuitMode};
 
 /// What ours begin with.
 const PREFIX: &str = "culvert.dev/";
 /// Whether connections within the node may be direct.
 const DIRECT: &str = "culvert.dev/direct";
+/// Whether those may be short-circuited.
+const SHORT_CIRCUIT: &str = "culvert.dev/short-circuit";
 
 /// Annotations as they are written.
 #[derive(Debug, Default)]
@@ -34,6 +36,8 @@ impl<'de> Deserialize<'de> for Annotations {
                 while let Some(key) = map.next_key::<String>()? {
                     if key == DIRECT {
                         read.direct = Some(map.next_value_seed(Switch(&key))?);
+                    } else if key == SHORT_CIRCUIT {
+                        read.short_circuit = Some(map.next_value_seed(Mode(&key))?);
                     } else if key.starts_with(PREFIX) {
                         map.next_value_seed(Unknown(&key))?;
                     } else {
@@ -50,6 +54,40 @@ impl<'de> Deserialize<'de> for Annotations {
 
 /// A value that is `on` or `off`, read as text: YAML's own truth values are written otherwise.
 struct Switch<'a>(&'a str);
+
+/// A value that is `on`, `off` or `auto`.
+struct Mode<'a>(&'a str);
+
+impl<'de> DeserializeSeed<'de> for Mode<'_> {
+    type Value = ShortCircuitMode;
+
+    fn deserialize<D: Deserializer<'de>>(
+        self,
+        deserializer: D,
+    ) -> Result<ShortCircuitMode, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for Mode<'_> {
+    type Value = ShortCircuitMode;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: on, off or auto", self.0)
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<ShortCircuitMode, E> {
+        match text {
+            "on" => Ok(ShortCircuitMode::On),
+            "off" => Ok(ShortCircuitMode::Off),
+            "auto" => Ok(ShortCircuitMode::Auto),
+            _ => Err(E::custom(format!(
+                "{}: {text:?} is none of on, off and auto",
+                self.0
+            ))),
+        }
+    }
+}
 
 /// The value of an annotation of ours that does not exist.
 struct Unknown<'a>(&'a str);
@@ -99,7 +137,7 @@ impl Visitor<'_> for Unknown<'_> {
     fn visit_str<E: Error>(self, text: &str) -> Result<(), E> {
         let key = self.0;
         Err(E::custom(format!(
-            "there is no annotation {key} (here {text:?}); of {PREFIX} there is {DIRECT}"
+            "there is no annotation {key} (here {text:?}); of {PREFIX} there are {DIRECT} and {SHORT_CIRCUIT}"
         )))
     }
 }

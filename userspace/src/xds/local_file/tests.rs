@@ -149,6 +149,7 @@ fn every_documented_key_is_read() {
         workload_name: "front".into(),
         annotations: Annotations {
             direct: Some(false),
+            ..Annotations::default()
         },
     };
     assert_eq!(*workload, expected);

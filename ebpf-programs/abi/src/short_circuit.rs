@@ -1,0 +1,127 @@
+//! Short-circuited flows: what one end sends goes straight into the other end's receive queue.
+
+use crate::FlowKey;
+
+/// Storage of a socket that is in `SHORT_SOCKETS`, where its key is the socket's cookie. It lives and dies with the socket, so
+/// that what is decided by is never another connection's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct ShortEnd {
+    /// Where the flow is counted.
+    pub flow: FlowKey,
+    /// Address of the peer's socket in the kernel. It may be somebody else's memory by now: what is read there counts only with the
+    /// peer's cookie.
+    pub peer: u64,
+    pub peer_cookie: u64,
+    /// An index of [`ShortFlow::sides`].
+    pub side: u32,
+    /// Non-zero once messages may be redirected.
+    pub live: u32,
+    /// With [`ShortEnd::SETTLED`] set, below it the `write_seq` up to which the peer was seen to have read everything, with nobody
+    /// in the middle of reading.
+    pub settled: u64,
+    /// Where the kernel says that TCP is short of memory.
+    pub pressure: u64,
+}
+
+impl ShortEnd {
+    pub const SETTLED: u64 = 1 << 32;
+}
+
+/// Why a message went by TCP: an index of [`ShortSide::by_tcp`].
+pub mod kept {
+    /// Redirecting has not begun, or was ended.
+    pub const NOT_LIVE: u32 = 0;
+    /// One of the two sockets is not plain TCP any more.
+    pub const CHANGED: u32 = 1;
+    /// The peer is gone, or one direction is closed.
+    pub const NOT_ESTABLISHED: u32 = 2;
+    /// The peer has not read all that came by TCP.
+    pub const UNREAD: u32 = 3;
+    /// As much as the peer may have unread is unread.
+    pub const FULL: u32 = 4;
+    /// The node is short of memory for TCP.
+    pub const PRESSURE: u32 = 5;
+    /// The peer reads in a way that does not see redirected bytes: blocking, or with a low-water mark.
+    pub const READER: u32 = 6;
+    /// The peer has left the map.
+    pub const LEFT: u32 = 7;
+    pub const COUNT: usize = 8;
+}
+
+/// What one end has sent since the flow was entered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct ShortSide {
+    /// Bytes, and in how many messages.
+    pub redirected: u64,
+    pub messages: u64,
+    /// Messages by TCP, for each reason.
+    pub by_tcp: [u64; kept::COUNT],
+    /// Bytes of those.
+    pub tcp_bytes: u64,
+    /// When the last message was redirected, `CLOCK_MONOTONIC` ns.
+    pub last_ns: u64,
+}
+
+/// A flow whose sockets are in `SHORT_SOCKETS`: the client's side, then the server's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct ShortFlow {
+    pub sides: [ShortSide; 2],
+}
+
+/// A flow that has carried enough to be worth it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Candidate {
+    pub flow: FlowKey,
+    pub sequence: u32,
+    pub padding: u32,
+}
+
+/// What the agent asks `short_request` to do with one end of a flow, in the namespace that this is in; the answer takes its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct ShortRequest {
+    pub end: ShortEnd,
+    /// Of the socket that is meant.
+    pub cookie: u64,
+    /// One of [`step`].
+    pub step: u32,
+    pub padding: u32,
+    /// Answer: the socket's address in the kernel.
+    pub socket: u64,
+}
+
+pub mod step {
+    /// Is the socket fit?
+    pub const EXAMINE: u32 = 0;
+    /// Put it into the map; nothing is redirected yet.
+    pub const ENTER: u32 = 1;
+    /// Let it redirect: nobody reads from the peer who began before that was in the map.
+    pub const START: u32 = 2;
+    /// It redirects no more.
+    pub const STOP: u32 = 3;
+}
+
+/// What `short_request` returns.
+pub mod fit {
+    pub const YES: u32 = 0;
+    /// There is no such socket any more.
+    pub const GONE: u32 = 1;
+    pub const NOT_ESTABLISHED: u32 = 2;
+    /// TLS in the kernel, or another protocol on top of TCP.
+    pub const UPPER_LAYER: u32 = 3;
+    pub const MULTIPATH: u32 = 4;
+    /// Not O_NONBLOCK.
+    pub const BLOCKING: u32 = 5;
+    /// SO_RCVLOWAT is set.
+    pub const LOW_WATER: u32 = 6;
+    /// The kernel does not take it.
+    pub const REFUSED: u32 = 7;
+    /// Somebody is using the peer at this moment: to be asked again.
+    pub const BUSY: u32 = 8;
+    /// The request was not understood.
+    pub const MALFORMED: u32 = 9;
+}

@@ -1,0 +1,98 @@
+//! What is read from the kernel's own structures. Where it lies there the loader finds out from the kernel's BTF.
+
+use core::{ffi::c_void, ptr};
+
+use aya_ebpf::helpers::generated::{bpf_probe_read_kernel, bpf_skc_to_tcp_sock};
+
+macro_rules! offsets {
+    ($($(#[doc = $doc:literal])+ $name:ident;)*) => {
+        $($(#[doc = $doc])+ #[unsafe(no_mangle)] pub static $name: u64 = 0;)*
+    };
+}
+
+offsets! {
+    /// `write_seq` in `struct tcp_sock`.
+    TCP_WRITE_SEQ_OFFSET;
+    /// `copied_seq` in it.
+    TCP_COPIED_SEQ_OFFSET;
+    /// `icsk_ulp_ops` in it.
+    TCP_UPPER_LAYER_OFFSET;
+    /// `is_mptcp` in it.
+    TCP_MULTIPATH_OFFSET;
+    /// `sk_err` in `struct sock`.
+    SOCK_ERROR_OFFSET;
+    /// `__sk_common.skc_cookie` in it.
+    SOCK_COOKIE_OFFSET;
+    /// `__sk_common.skc_state` in it.
+    SOCK_STATE_OFFSET;
+    /// `sk_backlog.rmem_alloc` in it.
+    SOCK_UNREAD_OFFSET;
+    /// `sk_lock.owned` in it.
+    SOCK_OWNED_OFFSET;
+    /// `sk_rcvlowat` in it.
+    SOCK_LOW_WATER_OFFSET;
+    /// `sk_socket` in it.
+    SOCK_SOCKET_OFFSET;
+    /// `file` in `struct socket`.
+    SOCKET_FILE_OFFSET;
+    /// `f_flags` in `struct file`.
+    FILE_FLAGS_OFFSET;
+    /// `__sk_common.skc_prot` in `struct sock`.
+    SOCK_PROTOCOL_OFFSET;
+    /// `memory_pressure` in `struct proto`: a pointer.
+    PROTOCOL_PRESSURE_OFFSET;
+    /// Bytes that a socket may have unread before its peer sends by TCP.
+    SHORT_LIMIT;
+}
+
+/// The value that the loader gave.
+#[inline(always)]
+pub fn given(global: &'static u64) -> u64 {
+    // SAFETY: a volatile read keeps the compiler from assuming the value here.
+    unsafe { ptr::read_volatile(global) }
+}
+
+/// The number that the SYN carries (its octet is counted when the SYN is sent, which is after this callback), and later that of
+/// the next octet to be written.
+#[inline(always)]
+pub fn write_seq(sk: *mut c_void) -> Option<u32> {
+    tcp_field(sk, given(&TCP_WRITE_SEQ_OFFSET))
+}
+
+/// The error that the application will be told, 0 for none.
+#[inline(always)]
+pub fn sock_error(sk: *mut c_void) -> u32 {
+    tcp_field(sk, given(&SOCK_ERROR_OFFSET)).unwrap_or(0)
+}
+
+/// A field of the kernel's `struct tcp_sock`.
+#[inline(always)]
+pub fn tcp_field<T: Copy>(sk: *mut c_void, offset: u64) -> Option<T> {
+    if sk.is_null() {
+        return None;
+    }
+    // SAFETY: the helper returns null or a `struct tcp_sock` of the kernel; the verifier checks the offset, a constant
+    // by then, against the kernel's types.
+    unsafe {
+        let tcp = bpf_skc_to_tcp_sock(sk).cast::<u8>();
+        if tcp.is_null() {
+            return None;
+        }
+        Some(ptr::read_volatile(tcp.add(offset as usize).cast::<T>()))
+    }
+}
+
+/// What is at an address that may mean nothing any more.
+#[inline(always)]
+pub fn peek<T: Copy + Default>(address: u64) -> Option<T> {
+    let mut value = T::default();
+    // SAFETY: the helper writes `size_of::<T>()` bytes into `value`, or none; any address will do.
+    let status = unsafe {
+        bpf_probe_read_kernel(
+            (&raw mut value).cast(),
+            size_of::<T>() as u32,
+            address as *const c_void,
+        )
+    };
+    (status == 0).then_some(value)
+}

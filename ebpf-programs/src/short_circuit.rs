@@ -1,0 +1,347 @@
+//! The short-circuit: what one end of a direct flow sends goes straight into the other end's receive queue.
+//!
+//! `short_circuit` decides for each message; whenever in doubt it goes by TCP, and the next may be redirected again. A message is
+//! redirected only when the peer has read every byte that this socket ever sent by TCP, for redirected bytes are read first.
+//! `short_request` is run by the agent in a pod's namespace: it looks at a socket, and puts it into the map.
+
+use core::{ffi::c_void, ptr};
+
+use aya_ebpf::{
+    bindings::{
+        BPF_ANY, BPF_F_CURRENT_NETNS, BPF_F_INGRESS, bpf_sock_tuple, sk_action::SK_PASS, sk_msg_md,
+    },
+    helpers::generated::{
+        bpf_ktime_get_coarse_ns, bpf_map_update_elem, bpf_msg_redirect_hash, bpf_sk_lookup_tcp,
+        bpf_sk_release, bpf_skc_to_tcp_sock,
+    },
+    macros::{classifier, sk_msg},
+    programs::{SkMsgContext, TcContext},
+};
+use culvert_abi::{Candidate, FlowKey, ShortEnd, ShortRequest, config_flag, fit, kept, step};
+
+use crate::{
+    address::{is_mapped, words},
+    kernel::{
+        FILE_FLAGS_OFFSET, PROTOCOL_PRESSURE_OFFSET, SHORT_LIMIT, SOCK_COOKIE_OFFSET,
+        SOCK_LOW_WATER_OFFSET, SOCK_OWNED_OFFSET, SOCK_PROTOCOL_OFFSET, SOCK_SOCKET_OFFSET,
+        SOCK_STATE_OFFSET, SOCK_UNREAD_OFFSET, SOCKET_FILE_OFFSET, TCP_COPIED_SEQ_OFFSET,
+        TCP_MULTIPATH_OFFSET, TCP_UPPER_LAYER_OFFSET, given, peek, tcp_field, write_seq,
+    },
+    maps::{CANDIDATES, SHORT_ENDS, SHORT_FLOWS, SHORT_SOCKETS, flag},
+};
+
+const TCP_ESTABLISHED: u8 = 1;
+const O_NONBLOCK: u32 = 0o4000;
+
+/// Tells the agent of a flow that has carried enough to be worth it. What finds no room stays plain TCP.
+#[inline(always)]
+pub fn propose(flow: &FlowKey, sequence: u32) {
+    let candidate = Candidate {
+        flow: *flow,
+        sequence,
+        padding: 0,
+    };
+    let _ = CANDIDATES.output(&candidate, 0);
+}
+
+/// The bytes that a flow's ends have redirected, the client's first. It is forgotten with its end.
+#[inline(always)]
+pub fn take(flow: &FlowKey) -> (u64, u64) {
+    // SAFETY: single fields of a live map value.
+    let Some(found) = (unsafe { SHORT_FLOWS.get(flow) }) else {
+        return (0, 0);
+    };
+    let [client, server] = &found.sides;
+    let bytes = (client.redirected, server.redirected);
+    let _ = SHORT_FLOWS.remove(flow);
+    bytes
+}
+
+#[sk_msg]
+pub fn short_circuit(ctx: SkMsgContext) -> u32 {
+    send(ctx.msg);
+    SK_PASS
+}
+
+#[inline(always)]
+fn send(msg: *mut sk_msg_md) {
+    // SAFETY: reads of context fields, one of which the verifier types as a socket.
+    let (sk, size) = unsafe {
+        (
+            (*msg).__bindgen_anon_3.sk.cast::<c_void>(),
+            ptr::read_volatile(&raw const (*msg).size),
+        )
+    };
+    let Some(end) = SHORT_ENDS.find(sk) else {
+        return;
+    };
+    let sent = judge(sk, end).and_then(|()| redirect(msg, end.peer_cookie));
+    let Some(flow) = SHORT_FLOWS.get_ptr_mut(&end.flow) else {
+        return;
+    };
+    // SAFETY: a live map value; the kernel holds the socket's lock, so nobody else counts for this side.
+    let side = unsafe {
+        let flow = &mut *flow;
+        let [client, server] = &mut flow.sides;
+        if end.side == 0 { client } else { server }
+    };
+    match sent {
+        Ok(()) => {
+            side.redirected += u64::from(size);
+            side.messages += 1;
+            // SAFETY: helper call without arguments.
+            side.last_ns = unsafe { bpf_ktime_get_coarse_ns() };
+        }
+        Err(reason) => {
+            side.tcp_bytes += u64::from(size);
+            if let Some(count) = side.by_tcp.get_mut(reason as usize) {
+                *count += 1;
+            }
+        }
+    }
+}
+
+/// Whether the peer may be given a message directly: it must be the one of this connection, and have read everything else.
+#[inline(always)]
+fn judge(sk: *mut c_void, end: &mut ShortEnd) -> Result<(), u32> {
+    let peer = end.peer;
+    let is_peer = || peek::<u64>(peer + given(&SOCK_COOKIE_OFFSET)) == Some(end.peer_cookie);
+    // With the maps goes what is in the queues.
+    if end.live == 0 || flag(config_flag::LEAVING) {
+        return Err(kept::NOT_LIVE);
+    }
+    if !is_peer() || peek::<u8>(peer + given(&SOCK_STATE_OFFSET)) != Some(TCP_ESTABLISHED) {
+        return Err(kept::NOT_ESTABLISHED);
+    }
+    if tcp_field::<u64>(sk, given(&TCP_UPPER_LAYER_OFFSET)) != Some(0)
+        || peek::<u64>(peer + given(&TCP_UPPER_LAYER_OFFSET)) != Some(0)
+    {
+        return Err(kept::CHANGED);
+    }
+    let Some(written) = write_seq(sk) else {
+        return Err(kept::CHANGED);
+    };
+    let settled = ShortEnd::SETTLED | u64::from(written);
+    if end.settled != settled {
+        // Whoever is in the middle of reading TCP would read on what comes that way, past what is redirected now.
+        if peek::<u32>(peer + given(&TCP_COPIED_SEQ_OFFSET)) != Some(written)
+            || peek::<u32>(peer + given(&SOCK_OWNED_OFFSET)) != Some(0)
+        {
+            return Err(kept::UNREAD);
+        }
+    }
+    let unread = peek::<u32>(peer + given(&SOCK_UNREAD_OFFSET));
+    if unread.is_none_or(|unread| u64::from(unread) > given(&SHORT_LIMIT)) {
+        return Err(kept::FULL);
+    }
+    if peek::<u64>(end.pressure) != Some(0) {
+        return Err(kept::PRESSURE);
+    }
+    if !reads_at_once(peer) {
+        return Err(kept::READER);
+    }
+    // What was read since may have been another's.
+    if !is_peer() {
+        return Err(kept::NOT_ESTABLISHED);
+    }
+    end.settled = settled;
+    Ok(())
+}
+
+/// Whether a socket's reads neither block nor wait for more than a byte.
+#[inline(always)]
+fn reads_at_once(sock: u64) -> bool {
+    if peek::<u32>(sock + given(&SOCK_LOW_WATER_OFFSET)) != Some(1) {
+        return false;
+    }
+    flags(sock).is_some_and(|flags| flags & O_NONBLOCK != 0)
+}
+
+/// The flags of the open file that a socket belongs to.
+#[inline(always)]
+fn flags(sock: u64) -> Option<u32> {
+    let socket = peek::<u64>(sock + given(&SOCK_SOCKET_OFFSET))?;
+    let file = peek::<u64>(socket + given(&SOCKET_FILE_OFFSET))?;
+    peek::<u32>(file + given(&FILE_FLAGS_OFFSET))
+}
+
+#[inline(always)]
+fn redirect(msg: *mut sk_msg_md, peer_cookie: u64) -> Result<(), u32> {
+    let mut key = peer_cookie;
+    // SAFETY: helper call with this program's context and a key of the map's size.
+    let verdict = unsafe {
+        bpf_msg_redirect_hash(
+            msg,
+            (&raw const SHORT_SOCKETS).cast_mut().cast(),
+            (&raw mut key).cast(),
+            u64::from(BPF_F_INGRESS),
+        )
+    };
+    if verdict == i64::from(SK_PASS) {
+        Ok(())
+    } else {
+        Err(kept::LEFT)
+    }
+}
+
+/// Run by the agent with a [`ShortRequest`] as the packet; returns one of [`fit`].
+#[classifier]
+pub fn short_request(ctx: TcContext) -> i32 {
+    let (start, end) = (ctx.data(), ctx.data_end());
+    if start + size_of::<ShortRequest>() > end {
+        return fit::MALFORMED as i32;
+    }
+    let packet = start as *mut ShortRequest;
+    // SAFETY: the verifier has seen that the packet is long enough.
+    let request = unsafe { ptr::read_volatile(packet) };
+    let (answer, socket) = find(&ctx, &request);
+    // SAFETY: as above.
+    unsafe { ptr::write_volatile(&raw mut (*packet).socket, socket) };
+    answer as i32
+}
+
+/// Looks the socket up and does what is asked; returns the answer, and the socket's address.
+#[inline(always)]
+fn find(ctx: &TcContext, request: &ShortRequest) -> (u32, u64) {
+    let flow = &request.end.flow;
+    let (local, local_port, remote, remote_port) = if request.end.side == 0 {
+        (
+            &flow.client,
+            flow.client_port,
+            &flow.server,
+            flow.server_port,
+        )
+    } else {
+        (
+            &flow.server,
+            flow.server_port,
+            &flow.client,
+            flow.client_port,
+        )
+    };
+    // As in a packet that arrives.
+    // SAFETY: zero is a valid value of every field.
+    let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
+    let size = if is_mapped(local) {
+        let ([.., from], [.., to]) = (words(remote), words(local));
+        let ipv4 = unsafe { &mut tuple.__bindgen_anon_1.ipv4 };
+        ipv4.saddr = from;
+        ipv4.daddr = to;
+        ipv4.sport = remote_port.to_be();
+        ipv4.dport = local_port.to_be();
+        size_of_val(ipv4)
+    } else {
+        let ipv6 = unsafe { &mut tuple.__bindgen_anon_1.ipv6 };
+        ipv6.saddr = words(remote);
+        ipv6.daddr = words(local);
+        ipv6.sport = remote_port.to_be();
+        ipv6.dport = local_port.to_be();
+        size_of_val(ipv6)
+    };
+    // SAFETY: helper calls with this program's context; what is found is given back.
+    unsafe {
+        let sk = bpf_sk_lookup_tcp(
+            ctx.skb.skb.cast(),
+            &raw mut tuple,
+            size as u32,
+            BPF_F_CURRENT_NETNS as i64 as u64,
+            0,
+        );
+        if sk.is_null() {
+            return (fit::GONE, 0);
+        }
+        let sk = sk.cast::<c_void>();
+        let tcp = bpf_skc_to_tcp_sock(sk) as u64;
+        let answer = if tcp == 0 {
+            fit::GONE
+        } else {
+            serve(sk, tcp, request)
+        };
+        bpf_sk_release(sk);
+        (answer, tcp)
+    }
+}
+
+#[inline(always)]
+fn serve(sk: *mut c_void, tcp: u64, request: &ShortRequest) -> u32 {
+    if peek::<u64>(tcp + given(&SOCK_COOKIE_OFFSET)) != Some(request.cookie) {
+        return fit::GONE;
+    }
+    match request.step {
+        step::EXAMINE => examine(tcp),
+        step::ENTER => match examine(tcp) {
+            fit::YES => enter(sk, tcp, request),
+            unfit => unfit,
+        },
+        step::START => start(sk, request),
+        step::STOP => {
+            if let Some(end) = SHORT_ENDS.find(sk) {
+                end.live = 0;
+            }
+            fit::YES
+        }
+        _ => fit::MALFORMED,
+    }
+}
+
+/// Whether a socket is one that can be short-circuited.
+#[inline(always)]
+fn examine(tcp: u64) -> u32 {
+    if peek::<u8>(tcp + given(&SOCK_STATE_OFFSET)) != Some(TCP_ESTABLISHED) {
+        return fit::NOT_ESTABLISHED;
+    }
+    if peek::<u64>(tcp + given(&TCP_UPPER_LAYER_OFFSET)) != Some(0) {
+        return fit::UPPER_LAYER;
+    }
+    if peek::<u8>(tcp + given(&TCP_MULTIPATH_OFFSET)) != Some(0) {
+        return fit::MULTIPATH;
+    }
+    if peek::<u32>(tcp + given(&SOCK_LOW_WATER_OFFSET)) != Some(1) {
+        return fit::LOW_WATER;
+    }
+    match flags(tcp) {
+        None => fit::GONE,
+        Some(flags) if flags & O_NONBLOCK == 0 => fit::BLOCKING,
+        Some(_) => fit::YES,
+    }
+}
+
+#[inline(always)]
+fn enter(sk: *mut c_void, tcp: u64, request: &ShortRequest) -> u32 {
+    let protocol = peek::<u64>(tcp + given(&SOCK_PROTOCOL_OFFSET));
+    let pressure = protocol.and_then(|at| peek::<u64>(at + given(&PROTOCOL_PRESSURE_OFFSET)));
+    let Some(pressure) = pressure else {
+        return fit::REFUSED;
+    };
+    let Some(end) = SHORT_ENDS.find_or_create(sk) else {
+        return fit::REFUSED;
+    };
+    *end = request.end;
+    end.live = 0;
+    end.settled = 0;
+    end.pressure = pressure;
+    let key = request.cookie;
+    // SAFETY: a key of the map's size, and a socket with a reference; the kernel takes its own.
+    let status = unsafe {
+        bpf_map_update_elem(
+            (&raw const SHORT_SOCKETS).cast_mut().cast(),
+            (&raw const key).cast(),
+            sk.cast_const(),
+            u64::from(BPF_ANY),
+        )
+    };
+    if status == 0 { fit::YES } else { fit::REFUSED }
+}
+
+#[inline(always)]
+fn start(sk: *mut c_void, request: &ShortRequest) -> u32 {
+    let Some(end) = SHORT_ENDS.find(sk) else {
+        return fit::GONE;
+    };
+    // A read that began before the peer was in the map knows of nothing that is redirected.
+    if peek::<u32>(request.end.peer + given(&SOCK_OWNED_OFFSET)) != Some(0) {
+        return fit::BUSY;
+    }
+    end.live = 1;
+    fit::YES
+}

@@ -1,0 +1,142 @@
+//! The short-circuit, where both pods have it on: what is sent goes straight into the other end's receive queue, in order and counted.
+
+use anyhow::Result;
+use culvert_abi::{FlowKey, ShortFlow};
+use culvert_harness::{Namespace, Proc, wait_until};
+use culvert_tests::scene::{NAMESPACE, PORT, SOON, Scene, answered, echo, hold, principal, serve};
+
+use crate::{
+    agent_gone::goes_on,
+    kernel_tables::{flows, table},
+};
+
+const COUNT: usize = 20;
+
+/// A scene in whose namespace the annotation says so, or nothing does.
+fn scene(mode: Option<&str>) -> Result<Scene> {
+    let mut scene = Scene::new()?;
+    if let Some(mode) = mode {
+        let namespace = Namespace::annotated(NAMESPACE, "culvert.dev/short-circuit", mode);
+        scene.change_mesh(|mesh| mesh.namespaces = vec![namespace])?;
+    }
+    Ok(scene)
+}
+
+/// Programs with non-blocking sockets, each of whose connections has a byte there and back all the time.
+fn busy_pair(scene: &Scene) -> Result<(Proc, Proc)> {
+    let target = &scene.server_a;
+    let server = target
+        .probe()?
+        .args(["serve-many", "--port", &PORT.to_string()])
+        .stdin()
+        .spawn()?;
+    server.wait_for_event("listening", SOON)?;
+    scene.warm(&scene.client, target)?;
+    let client = scene
+        .client
+        .probe()?
+        .args(["many", "--to", &target.at(PORT), "--every-ms", "20"])
+        .args(["--count", &COUNT.to_string()])
+        .stdin()
+        .spawn()?;
+    client.wait_for_event("open", SOON)?;
+    Ok((client, server))
+}
+
+fn short_flows(scene: &Scene) -> Result<Vec<(FlowKey, ShortFlow)>> {
+    Ok(table(&scene.node1, "SHORT_FLOWS")?
+        .iter()
+        .flatten()
+        .collect())
+}
+
+fn entered(scene: &Scene) -> Result<f64> {
+    let name = "culvert_short_circuited_flows_total";
+    scene.agent1.metric(name, &["outcome=\"entered\""])
+}
+
+/// How many bytes were sent and received so far.
+fn bytes(client: &Proc) -> Result<u64> {
+    let mark = client.log().mark();
+    client.send_line("")?;
+    let tally = client.wait_for_event_after(mark, "tally", SOON)?;
+    Ok(tally["bytes"].as_u64().unwrap_or_default())
+}
+
+#[test]
+fn busy_flows_are_short_circuited_where_both_pods_have_it_on() -> Result<()> {
+    let scene = scene(Some("on"))?;
+    let (client, _server) = busy_pair(&scene)?;
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    println!("{}", scene.agent1.log().tail());
+    println!("{}", scene.agent1.metrics()?);
+    wait_until(SOON, "all flows to be entered", || {
+        Ok((entered(&scene)? == COUNT as f64).then_some(()))
+    })?;
+    wait_until(SOON, "both sides of each flow to redirect", || {
+        let all = short_flows(&scene)?;
+        let each = all.iter().flat_map(|(_, flow)| flow.sides);
+        let redirecting = each.filter(|side| side.messages > 10).count();
+        Ok((redirecting == 2 * COUNT).then_some(()))
+    })?;
+    let before = bytes(&client)?;
+    wait_until(SOON, "the flows to go on", || {
+        Ok((bytes(&client)? > before + COUNT as u64).then_some(()))
+    })?;
+    Ok(())
+}
+
+#[test]
+fn no_flow_is_short_circuited_where_nobody_asked_or_one_pod_must_not() -> Result<()> {
+    for mode in [None, Some("auto"), Some("off")] {
+        let scene = scene(mode)?;
+        let (client, _server) = busy_pair(&scene)?;
+        wait_until(SOON, "the flows to carry something", || {
+            Ok((bytes(&client)? > 100 * COUNT as u64).then_some(()))
+        })?;
+        assert_eq!(entered(&scene)?, 0.0, "{mode:?}");
+        assert_eq!(short_flows(&scene)?, [], "{mode:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn blocking_programs_are_not_short_circuited() -> Result<()> {
+    let scene = scene(Some("on"))?;
+    let _server = serve(&scene.server_a, "echo")?;
+    scene.warm(&scene.client, &scene.server_a)?;
+    let held = hold(&scene.client, &scene.server_a)?;
+    for _ in 0..20 {
+        goes_on(&held, "again")?;
+    }
+    wait_until(SOON, "the flow to be refused", || {
+        let name = "culvert_short_circuited_flows_total";
+        let refused = scene.agent1.metric(name, &["outcome=\"blocking\""])?;
+        Ok((refused == 1.0).then_some(()))
+    })?;
+    assert_eq!(short_flows(&scene)?, []);
+    assert_eq!(flows(&scene.node1)?.len(), 1);
+    assert!(answered(&echo(&scene.client, &scene.server_a)?));
+    Ok(())
+}
+
+/// What TCP does not see is in the telemetry all the same.
+#[test]
+fn redirected_bytes_are_counted_with_the_others() -> Result<()> {
+    let scene = scene(Some("on"))?;
+    let (client, server) = busy_pair(&scene)?;
+    wait_until(SOON, "much to be redirected", || {
+        Ok((bytes(&client)? > 200 * COUNT as u64).then_some(()))
+    })?;
+    drop(client);
+    drop(server);
+    let name = "istio_tcp_received_bytes_total";
+    let from = format!("source_principal=\"spiffe://{}\"", principal("client"));
+    let labels = ["reporter=\"source\"", &from];
+    wait_until(SOON, "the flows to be reported", || {
+        let counted = scene.agent1.metric(name, &labels)?;
+        Ok((counted > 99.0 * COUNT as f64).then_some(()))
+    })?;
+    assert_eq!(short_flows(&scene)?, []);
+    Ok(())
+}
