@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::{Context as _, Result};
 use culvert::kernel::{Place, attached, loaded};
-use culvert_harness::{Node, Pod, culvert_binary};
+use culvert_harness::{Node, Pod, culvert_binary, wait_until};
 use culvert_tests::scene::{NAMESPACE, SOON, Scene, answered, echo, hold, serve, text};
 use serde_json::Value;
 

@@ -16,6 +16,8 @@ mount -t bpf bpf /sys/fs/bpf || fail "this kernel has no bpffs"
 while read -r module; do
     modprobe "$module" || fail "cannot load the module $module"
 done </culvert/modules
+# As many descriptors as a login gives root on most machines, not the kernel's 1,024.
+ulimit -n 20000 || fail "descriptors stay few"
 ip link set lo up || fail "the loopback device does not come up"
 
 # One argument a line: they hold what a user typed.
