@@ -66,6 +66,11 @@ impl Configuration {
             .is_ok_and(|config| Owner::of(&config) == Some(self.own))
     }
 
+    /// The heartbeat that a later agent would find.
+    pub fn heartbeat_ns(&self) -> u64 {
+        self.value.heartbeat_ns
+    }
+
     /// Changes what the hooks are told; `false` when this process is not the owner (any more).
     pub fn change(&mut self, change: impl FnOnce(&mut Config)) -> Result<bool, KernelError> {
         change(&mut self.value);

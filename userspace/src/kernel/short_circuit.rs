@@ -114,23 +114,23 @@ impl ShortCircuit {
     /// Puts both sockets into the map.
     fn place(&self, entrant: &Entrant) -> Result<[ShortRequest; 2], Unfit> {
         let flow = &entrant.flow;
-        let cookies = [flow.flow.client_socket, flow.flow.server_socket];
-        let request = |side: usize| ShortRequest {
+        let request = |side, cookie, peer_cookie| ShortRequest {
             end: ShortEnd {
                 flow: flow.key,
                 peer: 0,
-                peer_cookie: cookies[1 - side],
-                side: side as u32,
+                peer_cookie,
+                side,
                 live: 0,
                 settled: 0,
                 pressure: 0,
             },
-            cookie: cookies[side],
+            cookie,
             step: step::EXAMINE,
             padding: 0,
             socket: 0,
         };
-        let (mut client, mut server) = (request(0), request(1));
+        let (client, server) = (flow.flow.client_socket, flow.flow.server_socket);
+        let (mut client, mut server) = (request(0, client, server), request(1, server, client));
         self.ask(&entrant.client, &mut client)?;
         self.ask(&entrant.server, &mut server)?;
         (client.end.peer, server.end.peer) = (server.socket, client.socket);

@@ -200,6 +200,11 @@ impl Tables {
         })
     }
 
+    /// When a later agent will take this one to have been last alive, were it to end now.
+    pub fn last_beat(&self) -> Duration {
+        Duration::from_nanos(lock(&self.config).heartbeat_ns())
+    }
+
     /// When an earlier agent was last alive, by the clock of [`sys::monotonic_now`]: what happened before was told by that one.
     pub fn earlier_agent(&self) -> Duration {
         Duration::from_nanos(self.earlier_ns.load(Ordering::Acquire))

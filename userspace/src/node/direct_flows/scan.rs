@@ -10,9 +10,7 @@ use std::{
 use culvert_abi::{Isolated, Lost, LostKey};
 
 use super::Pods;
-use crate::kernel::{
-    KernelError, NetnsCookie, OpenFlow, ShortCircuit, SocketMeasures, Tables, sys,
-};
+use crate::kernel::{KernelError, NetnsCookie, OpenFlow, ShortCircuit, SocketMeasures, Tables};
 
 #[derive(Clone)]
 pub struct Scanner {
@@ -46,9 +44,10 @@ impl Scanner {
     pub fn look(&self, at_least: Duration, measured: bool) -> Result<Scan, KernelError> {
         let began = Instant::now();
         let lost = self.tables.take_lost()?;
-        let now = sys::monotonic_now();
+        // Not the time now: a later agent takes the younger ones for untold.
+        let beat = self.tables.last_beat();
         let is_old = |flow: &OpenFlow| {
-            now.saturating_sub(Duration::from_nanos(flow.flow.opened_ns)) >= at_least
+            beat.saturating_sub(Duration::from_nanos(flow.flow.opened_ns)) >= at_least
         };
         let flows = self.tables.flows()?.into_iter().filter(is_old);
         let mut flows: Vec<_> = flows.map(|flow| (flow, None)).collect();
