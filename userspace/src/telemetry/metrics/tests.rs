@@ -218,6 +218,7 @@ fn what_is_exposed_is_what_is_listed() {
     });
     metrics.ended(FlowPath::Direct, FlowEnd::Fin, 1);
     metrics.retransmits(FlowPath::Direct, 1);
+    metrics.short_circuited("entered");
     let text = metrics.render();
     let exposed: BTreeSet<String> = text
         .lines()
