@@ -153,7 +153,7 @@ impl Load {
 
     /// Whether the programs at both ends use sockets that do not block: no others are short-circuited.
     pub fn is_non_blocking(self) -> bool {
-        matches!(self, Self::Pages | Self::Redis | Self::Nginx)
+        !matches!(self, Self::Connections)
     }
 
     pub fn by_name(name: &str) -> Result<Self, String> {

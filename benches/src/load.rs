@@ -16,7 +16,9 @@ use crate::stage::Station;
 
 /// Far longer than any slice.
 const STEP: Duration = Duration::from_secs(60);
-const WARMUP: &str = "20";
+const WARMUP: &str = "500";
+/// As most servers have them, and flows that are short-circuited.
+const NON_BLOCKING: &str = "--non-blocking";
 const CONNECTING_THREADS: &str = "4";
 const REDIS_CLIENTS: &str = "8";
 const NGINX_CONNECTIONS: &str = "16";
@@ -50,7 +52,7 @@ pub fn run(
 
 fn requests(station: &Station, size: u32, case: Case, length: Duration) -> Result<Slice> {
     let size = size.to_string();
-    let options = ["--size", &size, "--warmup", WARMUP];
+    let options = ["--size", &size, "--warmup", WARMUP, NON_BLOCKING];
     let before = Used::now(&station.node)?;
     let report = probe(station, "rr", ECHO, length, &options)?;
     let spent = Used::now(&station.node)?.since(before);
@@ -79,7 +81,7 @@ fn stream(station: &Station, size: u32, case: Case, length: Duration) -> Result<
         "stream",
         SINK,
         length,
-        &["--size", &size.to_string()],
+        &["--size", &size.to_string(), NON_BLOCKING],
     )?;
     let spent = Used::now(&station.node)?.since(before);
     ensure!(

@@ -17,7 +17,7 @@ use aya_ebpf::{
     macros::{classifier, sk_msg},
     programs::{SkMsgContext, TcContext},
 };
-use culvert_abi::{Candidate, FlowKey, ShortEnd, ShortRequest, config_flag, fit, kept, step};
+use culvert_abi::{Candidate, FlowKey, ShortEnd, ShortRequest, config_flag, fit, kept, knob, step};
 
 use crate::{
     address::{is_mapped, words},
@@ -27,7 +27,7 @@ use crate::{
         SOCK_STATE_OFFSET, SOCK_UNREAD_OFFSET, SOCKET_FILE_OFFSET, TCP_COPIED_SEQ_OFFSET,
         TCP_MULTIPATH_OFFSET, TCP_UPPER_LAYER_OFFSET, given, peek, tcp_field, write_seq,
     },
-    maps::{CANDIDATES, SHORT_ENDS, SHORT_FLOWS, SHORT_SOCKETS, flag},
+    maps::{CANDIDATES, SHORT_ENDS, SHORT_FLOWS, SHORT_SOCKETS, flag, knob},
 };
 
 const TCP_ESTABLISHED: u8 = 1;
@@ -122,7 +122,7 @@ fn judge(sk: *mut c_void, end: &mut ShortEnd) -> Result<(), u32> {
         return Err(kept::CHANGED);
     };
     let settled = ShortEnd::SETTLED | u64::from(written);
-    if end.settled != settled {
+    if end.settled != settled && !knob(knob::SKIP_UNREAD) {
         // Whoever is in the middle of reading TCP would read on what comes that way, past what is redirected now.
         if peek::<u32>(peer + given(&TCP_COPIED_SEQ_OFFSET)) != Some(written)
             || peek::<u32>(peer + given(&SOCK_OWNED_OFFSET)) != Some(0)

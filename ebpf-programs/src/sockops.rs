@@ -201,7 +201,7 @@ fn exchanged(ctx: &SockOpsContext) {
         return;
     };
     state.exchanges += 1;
-    if state.exchanges > ENOUGH {
+    if state.exchanges > ENOUGH || knob(knob::EAGER_SHORT_CIRCUIT) {
         let _ = ctx.set_cb_flags((ctx.cb_flags() & !BPF_SOCK_OPS_RTT_CB_FLAG) as i32);
         short_circuit::propose(&state.key, state.sequence);
     }

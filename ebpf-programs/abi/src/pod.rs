@@ -51,6 +51,9 @@ pub mod knob {
     pub const SKIP_CHANGING: u32 = 1 << 14;
     pub const SKIP_SOURCE_CHECK: u32 = 1 << 15;
     pub const SKIP_CLAIM_SOURCE: u32 = 1 << 16;
+    /// No protection: flows are short-circuited from their first round trip on, as early as can be.
+    pub const EAGER_SHORT_CIRCUIT: u32 = 1 << 17;
+    pub const SKIP_UNREAD: u32 = 1 << 18;
 }
 
 /// An enrolled pod; the key is its netns cookie. Its addresses are those of [`Endpoint`]s with that cookie.

@@ -44,6 +44,7 @@ pub use lacks::{MARK as LACKS_MARK, lacks};
 pub use mesh::{Match, Mesh, Namespace, Policy, Service, Workload};
 pub use netns::Netns;
 pub use node::Node;
+pub use patience::stretch;
 pub use pod::{Pod, PodOptions};
 pub use process::{Finished, Launch, Proc, culvert_binary, probe_binary};
 pub use processors::{End, pinned, pinned_probe};

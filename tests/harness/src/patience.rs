@@ -9,7 +9,7 @@ const VARIABLE: &str = "CULVERT_TEST_PATIENCE";
 const MOST: u32 = 100;
 
 /// The timeout as it is on this machine.
-pub(crate) fn stretch(timeout: Duration) -> Duration {
+pub fn stretch(timeout: Duration) -> Duration {
     static FACTOR: OnceLock<u32> = OnceLock::new();
     let factor = FACTOR.get_or_init(|| {
         let setting = std::env::var(VARIABLE).unwrap_or_default();

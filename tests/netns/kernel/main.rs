@@ -39,6 +39,7 @@ mod quotas;
 mod refusals;
 mod restart;
 mod revocation;
+mod sequences;
 mod services;
 mod several_addresses;
 mod short_circuit;

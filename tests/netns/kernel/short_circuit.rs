@@ -67,9 +67,6 @@ fn bytes(client: &Proc) -> Result<u64> {
 fn busy_flows_are_short_circuited_where_both_pods_have_it_on() -> Result<()> {
     let scene = scene(Some("on"))?;
     let (client, _server) = busy_pair(&scene)?;
-    std::thread::sleep(std::time::Duration::from_secs(3));
-    println!("{}", scene.agent1.log().tail());
-    println!("{}", scene.agent1.metrics()?);
     wait_until(SOON, "all flows to be entered", || {
         Ok((entered(&scene)? == COUNT as f64).then_some(()))
     })?;

@@ -14,7 +14,7 @@ use aya::{
     maps::{Map, SockHash},
     programs::{Program, ProgramError, SchedClassifier, SkLookup, SkMsg, SkSkb, links::FdLink},
 };
-use culvert_abi::Isolated;
+use culvert_abi::{Isolated, knob};
 
 use super::{
     Candidates, DiagThreads, EventStream, HostProcesses, KernelError, Netns, NetnsCookie,
@@ -101,7 +101,8 @@ impl Kernel {
         load_inbound(&mut object)?;
         // The programs refer to the maps by descriptor until they are loaded: only now may one be taken out.
         attach_isolation(&mut object)?;
-        let short_circuit = attach_short_circuit(&mut object, &offsets);
+        let eager = settings.knobs & knob::EAGER_SHORT_CIRCUIT != 0;
+        let short_circuit = attach_short_circuit(&mut object, &offsets, eager);
         let candidates = Candidates::open(take(&mut object, "CANDIDATES")?)?;
         let events = EventStream::open(take(&mut object, "EVENTS")?, take(&mut object, "ALARMS")?)?;
         SocketDiag::probe()?;
@@ -329,7 +330,11 @@ fn attach_isolation(object: &mut Ebpf) -> Result<(), KernelError> {
 }
 
 /// Direct flows go on without it: what this kernel refuses is said, not fatal.
-fn attach_short_circuit(object: &mut Ebpf, offsets: &Offsets) -> Result<Arc<ShortCircuit>, String> {
+fn attach_short_circuit(
+    object: &mut Ebpf,
+    offsets: &Offsets,
+    eager: bool,
+) -> Result<Arc<ShortCircuit>, String> {
     const SEND: &str = "short_circuit";
     const REQUEST: &str = "short_request";
     if let Some(reason) = &offsets.no_short_circuit {
@@ -353,7 +358,7 @@ fn attach_short_circuit(object: &mut Ebpf, offsets: &Offsets) -> Result<Arc<Shor
             .map_err(|error| not_attached(SEND, "map SHORT_SOCKETS", &error))?;
         // As with the isolated sockets.
         std::mem::forget(link);
-        ShortCircuit::open(request, take(object, "SHORT_FLOWS")?)
+        ShortCircuit::open(request, take(object, "SHORT_FLOWS")?, eager)
     };
     attach(object)
         .map(Arc::new)

@@ -78,15 +78,21 @@ pub struct Entrant {
 /// The part of the kernel part that short-circuits.
 pub struct ShortCircuit {
     request: aya::programs::ProgramFd,
+    settle: Duration,
     flows: Mutex<HashMap<MapData, FlowKey, ShortFlow>>,
 }
 
 impl ShortCircuit {
-    pub(super) fn open(request: aya::programs::ProgramFd, flows: Map) -> Result<Self, KernelError> {
+    pub(super) fn open(
+        request: aya::programs::ProgramFd,
+        flows: Map,
+        eager: bool,
+    ) -> Result<Self, KernelError> {
         let flows =
             HashMap::try_from(flows).map_err(|error| KernelError::map("SHORT_FLOWS", error))?;
         Ok(Self {
             request,
+            settle: if eager { Duration::ZERO } else { SETTLE },
             flows: Mutex::new(flows),
         })
     }
@@ -95,7 +101,7 @@ impl ShortCircuit {
     pub fn enter(&self, entrants: &[Entrant]) -> Vec<Result<(), Unfit>> {
         let entered: Vec<_> = entrants.iter().map(|entrant| self.place(entrant)).collect();
         if entered.iter().any(Result::is_ok) {
-            thread::sleep(SETTLE);
+            thread::sleep(self.settle);
         }
         let started = entrants.iter().zip(entered);
         started
@@ -139,8 +145,14 @@ impl ShortCircuit {
         if self.flows().insert(flow.key, empty, 0).is_err() {
             return Err(Unfit::Refused);
         }
-        self.ask(&entrant.client, &mut client)?;
-        self.ask(&entrant.server, &mut server)?;
+        let entered = self
+            .ask(&entrant.client, &mut client)
+            .and_then(|()| self.ask(&entrant.server, &mut server));
+        if let Err(unfit) = entered {
+            // Its end may have been before it was counted.
+            let _ = self.flows().remove(&flow.key);
+            return Err(unfit);
+        }
         Ok([client, server])
     }
 

@@ -55,6 +55,8 @@ impl Knobs {
                 "skip-changing" => knobs.kernel |= knob::SKIP_CHANGING,
                 "skip-source-check" => knobs.kernel |= knob::SKIP_SOURCE_CHECK,
                 "skip-claim-source" => knobs.kernel |= knob::SKIP_CLAIM_SOURCE,
+                "eager-short-circuit" => knobs.kernel |= knob::EAGER_SHORT_CIRCUIT,
+                "skip-unread" => knobs.kernel |= knob::SKIP_UNREAD,
                 "keep-old-verdicts" => knobs.keep_old_verdicts = true,
                 "skip-sweep" => knobs.skip_sweep = true,
                 "leave-alone" => knobs.leave_alone = true,

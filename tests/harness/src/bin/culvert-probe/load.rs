@@ -13,6 +13,7 @@ use socket2::{Domain, Socket, Type};
 
 use crate::pattern::Pattern;
 use crate::report;
+use crate::waiting::Waiting;
 
 /// No step of a probe waits longer than this.
 const STEP: Duration = Duration::from_secs(30);
@@ -48,6 +49,9 @@ pub struct RequestResponse {
     /// Requests before the measured ones, on each connection
     #[arg(long, default_value_t = 0)]
     warmup: u64,
+    /// Sockets that do not block
+    #[arg(long)]
+    non_blocking: bool,
 }
 
 /// What one thread measured.
@@ -77,7 +81,7 @@ pub fn request_response(arguments: &RequestResponse) -> anyhow::Result<()> {
     let size = usize::try_from(arguments.size)?;
     in_parallel(arguments.connections, |samples, start| {
         // Every thread meets the others, also one without a connection.
-        let connected = open(arguments.to).and_then(|mut stream| {
+        let connected = open(arguments.to, arguments.non_blocking).and_then(|mut stream| {
             let mut buffer = vec![b'r'; size];
             for _ in 0..arguments.warmup {
                 exchange(&mut stream, &mut buffer)?;
@@ -104,7 +108,7 @@ fn lasts(millis: Option<u64>) -> Duration {
     Duration::from_millis(millis.unwrap_or(MOST_MILLIS))
 }
 
-fn exchange(stream: &mut TcpStream, buffer: &mut [u8]) -> io::Result<()> {
+fn exchange(stream: &mut (impl Read + Write), buffer: &mut [u8]) -> io::Result<()> {
     stream.write_all(buffer)?;
     stream.read_exact(buffer)
 }
@@ -211,12 +215,12 @@ fn percentile(sorted: &[u32], percent: usize) -> Option<f64> {
     sorted.get(at).map(|nanos| f64::from(*nanos) / 1000.0)
 }
 
-fn open(to: SocketAddr) -> io::Result<TcpStream> {
+fn open(to: SocketAddr, non_blocking: bool) -> io::Result<Waiting> {
     let stream = TcpStream::connect_timeout(&to, STEP)?;
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(STEP))?;
     stream.set_write_timeout(Some(STEP))?;
-    Ok(stream)
+    Waiting::new(stream, non_blocking)
 }
 
 /// With as few system calls as possible: where connections are what is measured. The timeouts bound connect as well.
@@ -249,6 +253,9 @@ pub struct Stream {
     /// Another seed, another pattern
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Sockets that do not block
+    #[arg(long)]
+    non_blocking: bool,
 }
 
 pub fn stream(arguments: &Stream) -> anyhow::Result<()> {
@@ -283,7 +290,7 @@ pub fn stream(arguments: &Stream) -> anyhow::Result<()> {
 
 /// Sends everything, half-closes, and returns what the server says of it.
 fn push(arguments: &Stream, sent: &mut u64, hash: &mut Option<Sha256>) -> io::Result<Value> {
-    let mut stream = open(arguments.to)?;
+    let mut stream = open(arguments.to, arguments.non_blocking)?;
     let size = usize::try_from(arguments.size).unwrap_or(usize::MAX);
     let mut buffer = vec![0; size];
     let mut pattern = Pattern::new(arguments.seed);

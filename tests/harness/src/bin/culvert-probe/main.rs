@@ -12,8 +12,10 @@ mod pattern;
 mod raw;
 mod report;
 mod ring;
+mod sequences;
 mod serve;
 mod stall;
+mod waiting;
 
 use clap::{Parser, Subcommand};
 
@@ -52,6 +54,8 @@ enum Probe {
     Alternate(alternate::Alternate),
     /// Echo, by io_uring alone
     ServeRing(ring::Arguments),
+    /// Make random calls at both ends of connections, and tell what came of each
+    Sequences(sequences::Sequences),
     /// Make one connection and tell the outcome of every step
     Connect(connect::Arguments),
     /// Make one connection and keep the kernel busy with it until standard input ends
@@ -79,6 +83,7 @@ fn main() -> anyhow::Result<()> {
         Probe::Burst(arguments) => burst::burst(&arguments),
         Probe::Alternate(arguments) => alternate::alternate(&arguments),
         Probe::ServeRing(arguments) => ring::serve(&arguments),
+        Probe::Sequences(arguments) => sequences::sequences(&arguments),
         Probe::Connect(arguments) => connect::run(&arguments),
         Probe::Stall(arguments) => stall::stall(&arguments),
         Probe::Offer(arguments) => connect::offer(&arguments),

@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::report;
+use crate::waiting::Waiting;
 
 const BUFFER: usize = 256 << 10;
 const MOST_CONNECTIONS: usize = 4096;
@@ -44,6 +45,9 @@ pub struct Arguments {
     /// Threads that accept; what waits for its thread waits in the backlog
     #[arg(long, default_value_t = 2)]
     acceptors: u8,
+    /// Sockets that do not block
+    #[arg(long)]
+    non_blocking: bool,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -132,7 +136,7 @@ fn accept(listener: &TcpListener, arguments: &Arc<Arguments>) {
     }
 }
 
-fn connection(id: u64, mut stream: TcpStream, peer: SocketAddr, arguments: &Arguments) {
+fn connection(id: u64, stream: TcpStream, peer: SocketAddr, arguments: &Arguments) {
     // Not even put together where nobody wants it: it costs as much as a short connection.
     let event = |value: &dyn Fn() -> Value| {
         if !arguments.quiet {
@@ -147,7 +151,8 @@ fn connection(id: u64, mut stream: TcpStream, peer: SocketAddr, arguments: &Argu
     let mut tally = Tally::default();
     let result = stream
         .set_nodelay(true)
-        .and_then(|()| converse(&mut stream, arguments, &mut tally));
+        .and_then(|()| Waiting::new(stream, arguments.non_blocking))
+        .and_then(|mut stream| converse(&mut stream, arguments, &mut tally));
     event(&|| {
         let end = result
             .as_ref()
@@ -160,7 +165,7 @@ fn connection(id: u64, mut stream: TcpStream, peer: SocketAddr, arguments: &Argu
     });
 }
 
-fn converse(stream: &mut TcpStream, arguments: &Arguments, tally: &mut Tally) -> io::Result<()> {
+fn converse(stream: &mut Waiting, arguments: &Arguments, tally: &mut Tally) -> io::Result<()> {
     // Hashing costs more than moving the bytes: not where speed is measured.
     let measured =
         arguments.quiet || matches!(arguments.mode, Mode::Sink | Mode::Source | Mode::Once);
@@ -193,13 +198,13 @@ fn converse(stream: &mut TcpStream, arguments: &Arguments, tally: &mut Tally) ->
     }
 }
 
-fn write(stream: &mut TcpStream, bytes: &[u8], tally: &mut Tally) -> io::Result<()> {
+fn write(stream: &mut Waiting, bytes: &[u8], tally: &mut Tally) -> io::Result<()> {
     stream.write_all(bytes)?;
     tally.written += bytes.len() as u64;
     Ok(())
 }
 
-fn echo(stream: &mut TcpStream, tally: &mut Tally) -> io::Result<()> {
+fn echo(stream: &mut Waiting, tally: &mut Tally) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER];
     while let Some(bytes) = read(stream, &mut buffer, tally)? {
         write(stream, bytes, tally)?;
@@ -207,14 +212,14 @@ fn echo(stream: &mut TcpStream, tally: &mut Tally) -> io::Result<()> {
     Ok(())
 }
 
-fn drain(stream: &mut TcpStream, tally: &mut Tally) -> io::Result<()> {
+fn drain(stream: &mut Waiting, tally: &mut Tally) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER];
     while read(stream, &mut buffer, tally)?.is_some() {}
     Ok(())
 }
 
 fn read<'a>(
-    stream: &mut TcpStream,
+    stream: &mut Waiting,
     buffer: &'a mut [u8],
     tally: &mut Tally,
 ) -> io::Result<Option<&'a [u8]>> {
@@ -227,13 +232,13 @@ fn read<'a>(
     Ok(bytes)
 }
 
-fn answer(stream: &mut TcpStream, tally: &mut Tally) -> io::Result<()> {
+fn answer(stream: &mut Waiting, tally: &mut Tally) -> io::Result<()> {
     let hash = tally.hash.clone().map(|hash| report::hex(&hash.finalize()));
     let text = format!("{}\n", json!({"bytes": tally.read, "sha256": hash}));
     write(stream, text.as_bytes(), tally)
 }
 
-fn source(stream: &mut TcpStream, bytes: u64, tally: &mut Tally) -> io::Result<()> {
+fn source(stream: &mut Waiting, bytes: u64, tally: &mut Tally) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER];
     crate::pattern::Pattern::new(0).fill(&mut buffer);
     while bytes == 0 || tally.written < bytes {

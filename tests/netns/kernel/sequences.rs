@@ -1,0 +1,106 @@
+//! Random sequences of socket calls over short-circuited flows, compared call by call with the same over plain TCP.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use culvert_harness::{Fabric, Namespace, Pod, stretch};
+use culvert_tests::scene::{NAMESPACE, PORT, Scene, Setting};
+use serde_json::Value;
+
+const A_WHILE: Duration = Duration::from_secs(300);
+/// On this machine; under emulation a twentieth.
+const COUNT: u32 = 10_000;
+
+/// What came of each call of one sequence.
+type Said = Vec<String>;
+
+/// What each sequence said. An error where bytes were not what the other end had sent.
+fn run(client: &Pod, server: &Pod, count: u32) -> Result<Vec<Said>> {
+    let launch = client
+        .probe()?
+        .args(["sequences", "--to", &server.at(PORT), "--netns"])
+        .arg(server.netns().path())
+        .args(["--count", &count.to_string()]);
+    let text = launch.run(A_WHILE)?.success()?;
+    let said = text.lines().filter_map(|line| {
+        let line: Value = serde_json::from_str(line).ok()?;
+        let said = line.get("said")?.as_array()?.iter();
+        Some(said.filter_map(Value::as_str).map(str::to_owned).collect())
+    });
+    let said: Vec<_> = said.collect();
+    ensure!(said.len() == count as usize, "{} of {count}", said.len());
+    Ok(said)
+}
+
+fn plain(count: u32) -> Result<Vec<Said>> {
+    let fabric = Fabric::new()?;
+    let node = fabric.node()?;
+    run(&node.pod("client")?, &node.pod("server-a")?, count)
+}
+
+/// Two pods that have the short-circuit on, entered as early as can be.
+fn short(knobs: &'static str) -> Result<Scene> {
+    let mut scene = Scene::with(Setting {
+        knobs,
+        ..Setting::default()
+    })?;
+    let namespace = Namespace::annotated(NAMESPACE, "culvert.dev/short-circuit", "on");
+    scene.change_mesh(|mesh| mesh.namespaces = vec![namespace])?;
+    scene.warm(&scene.client, &scene.server_a)?;
+    Ok(scene)
+}
+
+fn count() -> u32 {
+    if stretch(Duration::from_secs(1)) > Duration::from_secs(1) {
+        COUNT / 20
+    } else {
+        COUNT
+    }
+}
+
+/// Whether an end was closed with something unread, or aborted: what the other end is told then is known to differ.
+fn is_cut_off(said: &[String]) -> bool {
+    let closes = |what: &String| what.contains(" closes with ") && !what.ends_with(" 0 unread");
+    said.iter()
+        .any(|what| closes(what) || what.contains(" aborts with "))
+}
+
+#[test]
+fn every_call_says_what_it_says_over_plain_tcp() -> Result<()> {
+    let count = count();
+    let plain = plain(count)?;
+    let scene = short("eager-short-circuit")?;
+    let short = run(&scene.client, &scene.server_a, count)?;
+    let name = "culvert_short_circuited_flows_total";
+    let entered = scene.agent1.metric(name, &["outcome=\"entered\""])?;
+    ensure!(entered > f64::from(count) / 20.0, "{entered} of {count}");
+    let mut known = 0;
+    for (number, (plain, short)) in plain.iter().zip(&short).enumerate() {
+        let both = plain.iter().zip(short);
+        let Some(at) = both.clone().position(|(plain, short)| plain != short) else {
+            ensure!(plain.len() == short.len(), "sequence {number}");
+            continue;
+        };
+        let (before, said) = (short.get(..at), short.get(at));
+        ensure!(
+            before.is_some_and(is_cut_off),
+            "sequence {number}: {:?} over plain TCP, {said:?} here, after {before:?}",
+            plain.get(at)
+        );
+        known += 1;
+    }
+    println!("{entered} of {count} sequences short-circuited; {known} told of an end otherwise");
+    Ok(())
+}
+
+#[test]
+fn twin_without_the_rule_of_unread_bytes_they_are_overtaken() -> Result<()> {
+    let scene = short("eager-short-circuit,skip-unread")?;
+    let said = run(&scene.client, &scene.server_a, count());
+    let error = said
+        .map(|_| ())
+        .expect_err("no byte was overtaken")
+        .to_string();
+    assert!(error.contains("is not what"), "{error}");
+    Ok(())
+}
