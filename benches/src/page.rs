@@ -43,8 +43,8 @@ fn results(report: &Report, flag: &str) -> String {
     let mut out = format!(
         "\n`cargo xtask bench same-node{flag} --plot`, {}: {} rounds on {} processors ({}), Linux {}, load average {}.\n\n\
          ![What connections between pods of one node cost]({PICTURE})\n\n\
-         | case | unit | plain | direct | through the agent | direct / plain | half of the rounds | goal |\n\
-         | --- | --- | ---: | ---: | ---: | ---: | --- | --- |\n",
+         | case | unit | plain | direct | through the agent | direct / plain | half of the rounds | goal | short-circuited | / plain |\n\
+         | --- | --- | ---: | ---: | ---: | ---: | --- | --- | ---: | ---: |\n",
         machine.date,
         extra.rounds,
         machine.processors,
@@ -61,7 +61,7 @@ fn results(report: &Report, flag: &str) -> String {
         };
         let _ = writeln!(
             out,
-            "| `{}` | `{}` | {} | {} | {} | {} | {} | {}{missed} |",
+            "| `{}` | `{}` | {} | {} | {} | {} | {} | {}{missed} | {} | {} |",
             row.case.name(),
             row.metric,
             number(row.plain),
@@ -70,6 +70,8 @@ fn results(report: &Report, flag: &str) -> String {
             number(row.ratio_direct),
             spread(row.spread),
             row.goal(),
+            number(row.short_circuit),
+            number(row.ratio_short_circuit),
         );
     }
     out += "\nSwitched on against off, on the direct way:\n\n| what | unit | on | off | on / off | half of the rounds |\n\

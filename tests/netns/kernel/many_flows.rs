@@ -83,7 +83,7 @@ fn twenty_thousand_open_flows_are_listed_and_counted_in_bounded_memory() -> Resu
         }
         // Whoever asks is told of open flows at once, and by each look at them.
         let listed = flows(&scene)?;
-        wait_until(SOON, "a report of an open flow", || {
+        wait_until(A_WHILE, "a report of an open flow", || {
             let lines = listed.events("report");
             let is_direct = |line: &serde_json::Value| line["flow"]["path"] == "direct";
             Ok(lines.iter().any(is_direct).then_some(()))
