@@ -85,8 +85,16 @@ fn busy_flows_are_short_circuited_where_both_pods_have_it_on() -> Result<()> {
 
 #[test]
 fn no_flow_is_short_circuited_where_nobody_asked_or_one_pod_must_not() -> Result<()> {
-    for mode in [None, Some("auto"), Some("off")] {
-        let scene = scene(mode)?;
+    for mode in [None, Some("auto"), Some("off"), Some("on")] {
+        let mut scene = scene(mode)?;
+        if mode == Some("on") {
+            scene.change_mesh(|mesh| {
+                if let Some(server) = mesh.workload("server-a") {
+                    let off = ("culvert.dev/short-circuit".to_owned(), "off".to_owned());
+                    server.annotations.extend([off]);
+                }
+            })?;
+        }
         let (client, _server) = busy_pair(&scene)?;
         wait_until(SOON, "the flows to carry something", || {
             Ok((bytes(&client)? > 100 * COUNT as u64).then_some(()))

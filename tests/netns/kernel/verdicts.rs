@@ -156,11 +156,11 @@ fn without_room_for_verdicts_every_connection_is_judged_by_the_agent() -> Result
 
 #[test]
 fn twin_without_room_for_verdicts_the_denied_pod_is_admitted_when_none_is_needed() -> Result<()> {
-    let scene = Scene::without("unknown-verdict-allows")?;
+    // Without the sweep too: it would cut what it finds open.
+    let scene = Scene::without("unknown-verdict-allows,skip-sweep")?;
     fill_verdicts(&scene)?;
     let (reports, server) = intrude(&scene)?;
-    // What is looked at again meanwhile may be cut.
-    assert!(reports.iter().any(answered), "{reports:?}");
+    assert!(reports.iter().all(answered), "{reports:?}");
     server.wait_for_event("accepted", SOON)?;
     Ok(())
 }
