@@ -68,8 +68,8 @@ impl Scanner {
         let short = self.short.as_deref();
         if let Some(counted) = short.and_then(|short| short.counted(&flow.key)) {
             let [client, server] = counted.sides;
-            measures.bytes_acked += client.redirected;
-            measures.bytes_received += server.redirected;
+            measures.bytes_acked = measures.bytes_acked.saturating_add(client.redirected);
+            measures.bytes_received = measures.bytes_received.saturating_add(server.redirected);
         }
         measures
     }

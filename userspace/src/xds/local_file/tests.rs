@@ -555,6 +555,21 @@ mod annotations {
     }
 
     #[test]
+    fn the_short_circuit_is_on_off_or_auto() {
+        use crate::mesh::ShortCircuitMode::{Auto, Off, On};
+        for (written, mode) in [
+            ("{culvert.dev/short-circuit: on}", Some(On)),
+            ("{culvert.dev/short-circuit: \"off\"}", Some(Off)),
+            ("{culvert.dev/short-circuit: auto}", Some(Auto)),
+            ("{culvert.dev/direct: on}", None),
+        ] {
+            let resources = load(of_workload(written)).unwrap();
+            let read = resources.workloads[1].annotations.short_circuit;
+            assert_eq!(read, mode, "{written}");
+        }
+    }
+
+    #[test]
     fn a_namespace_has_them_too() {
         let text = "namespaces:\n  - name: web\n    annotations: {culvert.dev/direct: off}\n  - {name: shop}\n";
         let resources = load(text).unwrap();
@@ -576,6 +591,10 @@ mod annotations {
             (
                 "{culvert.dev/direct: false}",
                 "culvert.dev/direct: \"false\" is neither on nor off",
+            ),
+            (
+                "{culvert.dev/short-circuit: maybe}",
+                "culvert.dev/short-circuit: \"maybe\" is none of on, off and auto",
             ),
             (
                 "{culvert.dev/dirct: off}",
