@@ -267,6 +267,7 @@ fn two_fabrics_do_not_collide() -> Result<()> {
         (own["connect"].as_str(), other["connect"].as_str()),
         (Some("ok"), Some("ECONNREFUSED"))
     );
+    server.wait_for_event("accepted", SOON)?;
     assert_eq!(server.events("accepted").len(), 1);
     Ok(())
 }
@@ -294,6 +295,7 @@ fn a_pod_that_takes_over_an_address_is_reached_at_once() -> Result<()> {
     )?;
     let server = serve(&new, "echo")?;
     assert_eq!(probe(&client, &["connect", "--to", &to])?["connect"], "ok");
+    server.wait_for_event("accepted", SOON)?;
     assert_eq!(server.events("accepted").len(), 1);
     Ok(())
 }

@@ -176,6 +176,10 @@ fn a_verdict_that_is_given_again_is_the_new_one() -> Result<()> {
         assert!(answered(&echo(&scene.intruder, &scene.server_a)?));
     }
     assert_eq!(steered(agent)?, asked);
+    wait_until(SOON, "the server to accept both", || {
+        let more = server.events("accepted").len() - accepted;
+        Ok((more >= 2).then_some(()))
+    })?;
     assert_eq!(server.events("accepted").len(), accepted + 2);
     let verdicts = table::<VerdictKey, Verdict>(&scene.node1, "VERDICTS")?;
     let allowed = verdicts.iter().flatten();
