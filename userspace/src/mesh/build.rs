@@ -9,7 +9,10 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::snapshot::{Indexes, Network};
-use super::{Annotations, Mesh, Namespace, Service, ServiceName, Workload, WorkloadSpec};
+use super::{
+    Annotations, Mesh, Namespace, Service, ServiceName, ShortCircuit, ShortCircuitMode, Workload,
+    WorkloadSpec,
+};
 use crate::policy::{Authorization, Identity, IdentityError, PolicyName, Scope, Strictness};
 
 /// What a source read.
@@ -34,6 +37,8 @@ pub struct MeshDefaults {
     pub network: Arc<str>,
     /// How policies that are missing are read.
     pub strictness: Strictness,
+    /// Which direct connections may be short-circuited where annotations leave it open.
+    pub short_circuit: ShortCircuitMode,
 }
 
 /// Why resources do not make a mesh.
@@ -89,6 +94,7 @@ impl Default for MeshDefaults {
             trust_domain: "cluster.local".into(),
             network: "".into(),
             strictness: Strictness::default(),
+            short_circuit: ShortCircuitMode::default(),
         }
     }
 }
@@ -108,9 +114,10 @@ impl Mesh {
             insert_new(&mut namespaces, name.clone(), annotations)
                 .map_err(|_| MeshError::DuplicateNamespace(name))?;
         }
+        let silent = Annotations::default();
         for spec in resources.workloads {
-            let namespace = namespaces.get(&spec.namespace).copied();
-            let workload = Workload::new(spec, namespace.unwrap_or_default(), defaults)?;
+            let namespace = namespaces.get(&spec.namespace).unwrap_or(&silent);
+            let workload = Workload::new(spec, namespace, defaults)?;
             indexes.add_workload(Arc::new(workload))?;
         }
         for policy in resources.policies {
@@ -123,7 +130,7 @@ impl Mesh {
 impl Workload {
     fn new(
         mut spec: WorkloadSpec,
-        namespace: Annotations,
+        namespace: &Annotations,
         defaults: &MeshDefaults,
     ) -> Result<Self, MeshError> {
         if spec.uid.is_empty() {
@@ -151,11 +158,12 @@ impl Workload {
                 source,
             })?;
         let direct = spec.annotations.direct.or(namespace.direct).unwrap_or(true);
-        let short_circuit = spec
-            .annotations
-            .short_circuit
-            .or(namespace.short_circuit)
-            .unwrap_or_default();
+        let mut short_circuit = ShortCircuit::from(defaults.short_circuit);
+        // The pod's word last, as it counts most.
+        let words = [&namespace.short_circuit, &spec.annotations.short_circuit];
+        for annotation in words.into_iter().flatten() {
+            short_circuit = short_circuit.overridden_by(annotation);
+        }
         Ok(Self {
             spec,
             identity,

@@ -8,6 +8,7 @@ mod balance;
 mod build;
 mod kernel_choice;
 mod service;
+mod short_circuit;
 mod slots;
 mod snapshot;
 mod store;
@@ -25,10 +26,13 @@ pub use kernel_choice::{ClientView, KernelChoice, MOST_ENDPOINTS};
 pub use service::{
     HealthPolicy, IpFamilies, LoadBalancer, LoadBalancerMode, LocalityScope, Service,
 };
+pub use short_circuit::{
+    ShortCircuit, ShortCircuitAnnotation, ShortCircuitError, ShortCircuitMode,
+};
 pub use slots::{AliasSlot, alias_table};
 pub use snapshot::{Destination, Mesh};
 pub use store::{Revision, Store};
 pub use workload::{
     Annotations, GatewayAddress, GatewayDestination, Health, Locality, Namespace, PortMap,
-    ShortCircuitMode, TunnelProtocol, Workload, WorkloadSpec,
+    TunnelProtocol, Workload, WorkloadSpec,
 };

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use std::ops::Deref;
 use std::sync::Arc;
 
-use super::{NetworkAddress, ServiceName};
+use super::{NetworkAddress, ServiceName, ShortCircuit, ShortCircuitAnnotation};
 use crate::policy::{Identity, PolicyName};
 
 /// A workload of a [`Mesh`](super::Mesh).
@@ -17,8 +17,8 @@ pub struct Workload {
     pub(super) identity: Identity,
     /// Whether its connections within the node may be direct, as it or its namespace says.
     pub direct: bool,
-    /// How its direct connections may be short-circuited, as it or its namespace says.
-    pub short_circuit: ShortCircuitMode,
+    /// Which of its direct connections may be short-circuited, as it, its namespace or the agent says.
+    pub short_circuit: ShortCircuit,
 }
 
 /// What a source says about a workload.
@@ -71,25 +71,13 @@ pub struct WorkloadSpec {
 }
 
 /// What the annotations `culvert.dev/...` of a pod or a namespace say.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Annotations {
     /// `culvert.dev/direct`: whether connections within the node may be direct. The pod's word counts before its namespace's,
     /// and without one they may.
     pub direct: Option<bool>,
-    /// `culvert.dev/short-circuit`, likewise; without one it is [`ShortCircuitMode::Auto`].
-    pub short_circuit: Option<ShortCircuitMode>,
-}
-
-/// Whether what is sent over a direct connection goes straight into the other end's receive queue. It does where both ends agree.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub enum ShortCircuitMode {
-    /// Never.
-    Off,
-    /// Where no program can tell, which no kernel is known to be good for: never, for now.
-    #[default]
-    Auto,
-    /// The operator knows the programs.
-    On,
+    /// `culvert.dev/short-circuit`, likewise, for each port; without one it is [`MeshDefaults::short_circuit`](super::MeshDefaults).
+    pub short_circuit: Option<ShortCircuitAnnotation>,
 }
 
 /// What is known of a namespace.

@@ -67,12 +67,13 @@ impl Entries {
         }
     }
 
-    /// A flow whose pods may both, as the mesh says now.
+    /// A flow whose pods may both at its server's port, as the mesh says now.
     fn entrant(&self, flow: OpenFlow) -> Option<Entrant> {
         let mesh = self.mesh.load();
+        let port = flow.key.server_port;
         let netns = |cookie| {
             let pod = self.pods.by_cookie(NetnsCookie(cookie))?;
-            let mode = pod.workload(&mesh)?.short_circuit;
+            let mode = pod.workload(&mesh)?.short_circuit.mode(port);
             (mode == ShortCircuitMode::On).then(|| Arc::clone(pod.sockets.netns()))
         };
         Some(Entrant {

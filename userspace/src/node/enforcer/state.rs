@@ -19,7 +19,7 @@ use super::{
 use crate::{
     enrol::{KnownPod, LocalPod, belongs_to_another},
     kernel::{NetnsCookie, ServiceTables},
-    mesh::{Destination, Mesh, ShortCircuitMode, TunnelProtocol, Workload},
+    mesh::{Destination, Mesh, TunnelProtocol, Workload},
     policy::{Applicable, Connection, Decision, Identity, PolicyName},
 };
 
@@ -66,9 +66,9 @@ pub struct Decided {
     pub verdict: Verdict,
 }
 
-/// Whether a workload's direct flows may be short-circuited.
+/// Whether any of a workload's direct flows may be short-circuited; which, by port, is asked when one is worth it.
 fn may_be_short(workload: Option<&Workload>) -> bool {
-    workload.is_some_and(|workload| workload.short_circuit == ShortCircuitMode::On)
+    workload.is_some_and(|workload| workload.short_circuit.is_on_somewhere())
 }
 
 impl State {

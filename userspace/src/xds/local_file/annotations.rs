@@ -7,13 +7,13 @@ use std::fmt;
 use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use crate::mesh::{self, ShortCircuitMode};
+use crate::mesh::{self, ShortCircuitAnnotation};
 
 /// What ours begin with.
 const PREFIX: &str = "culvert.dev/";
 /// Whether connections within the node may be direct.
 const DIRECT: &str = "culvert.dev/direct";
-/// Whether those may be short-circuited.
+/// Which of those may be short-circuited.
 const SHORT_CIRCUIT: &str = "culvert.dev/short-circuit";
 
 /// Annotations as they are written.
@@ -37,7 +37,7 @@ impl<'de> Deserialize<'de> for Annotations {
                     if key == DIRECT {
                         read.direct = Some(map.next_value_seed(Switch(&key))?);
                     } else if key == SHORT_CIRCUIT {
-                        read.short_circuit = Some(map.next_value_seed(Mode(&key))?);
+                        read.short_circuit = Some(map.next_value_seed(ShortCircuit(&key))?);
                     } else if key.starts_with(PREFIX) {
                         map.next_value_seed(Unknown(&key))?;
                     } else {
@@ -55,37 +55,31 @@ impl<'de> Deserialize<'de> for Annotations {
 /// A value that is `on` or `off`, read as text: YAML's own truth values are written otherwise.
 struct Switch<'a>(&'a str);
 
-/// A value that is `on`, `off` or `auto`.
-struct Mode<'a>(&'a str);
+/// A value that is `on`, `off` or `auto`, also by port.
+struct ShortCircuit<'a>(&'a str);
 
-impl<'de> DeserializeSeed<'de> for Mode<'_> {
-    type Value = ShortCircuitMode;
+impl<'de> DeserializeSeed<'de> for ShortCircuit<'_> {
+    type Value = ShortCircuitAnnotation;
 
     fn deserialize<D: Deserializer<'de>>(
         self,
         deserializer: D,
-    ) -> Result<ShortCircuitMode, D::Error> {
+    ) -> Result<ShortCircuitAnnotation, D::Error> {
         deserializer.deserialize_str(self)
     }
 }
 
-impl Visitor<'_> for Mode<'_> {
-    type Value = ShortCircuitMode;
+impl Visitor<'_> for ShortCircuit<'_> {
+    type Value = ShortCircuitAnnotation;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: on, off or auto", self.0)
+        write!(f, "{}: on, off, auto or PORT=MODE", self.0)
     }
 
-    fn visit_str<E: Error>(self, text: &str) -> Result<ShortCircuitMode, E> {
-        match text {
-            "on" => Ok(ShortCircuitMode::On),
-            "off" => Ok(ShortCircuitMode::Off),
-            "auto" => Ok(ShortCircuitMode::Auto),
-            _ => Err(E::custom(format!(
-                "{}: {text:?} is none of on, off and auto",
-                self.0
-            ))),
-        }
+    fn visit_str<E: Error>(self, text: &str) -> Result<ShortCircuitAnnotation, E> {
+        // The value last: it may be long, and an error is cut off somewhere.
+        text.parse()
+            .map_err(|error| E::custom(format!("{}: {error} (the value is {text:?})", self.0)))
     }
 }
 

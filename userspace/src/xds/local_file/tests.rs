@@ -555,17 +555,21 @@ mod annotations {
     }
 
     #[test]
-    fn the_short_circuit_is_on_off_or_auto() {
-        use crate::mesh::ShortCircuitMode::{Auto, Off, On};
-        for (written, mode) in [
-            ("{culvert.dev/short-circuit: on}", Some(On)),
-            ("{culvert.dev/short-circuit: \"off\"}", Some(Off)),
-            ("{culvert.dev/short-circuit: auto}", Some(Auto)),
+    fn the_short_circuit_has_a_mode_also_by_port() {
+        for (written, read) in [
+            ("{culvert.dev/short-circuit: on}", Some("on")),
+            ("{culvert.dev/short-circuit: \"off\"}", Some("off")),
+            (
+                "{culvert.dev/short-circuit: 'auto, 6379=on'}",
+                Some("auto,6379=on"),
+            ),
+            ("{culvert.dev/short-circuit: 6379=on}", Some("6379=on")),
             ("{culvert.dev/direct: on}", None),
         ] {
             let resources = load(of_workload(written)).unwrap();
-            let read = resources.workloads[1].annotations.short_circuit;
-            assert_eq!(read, mode, "{written}");
+            let expected = read.map(|text| text.parse().unwrap());
+            let annotations = &resources.workloads[1].annotations;
+            assert_eq!(annotations.short_circuit, expected, "{written}");
         }
     }
 
@@ -594,7 +598,11 @@ mod annotations {
             ),
             (
                 "{culvert.dev/short-circuit: maybe}",
-                "culvert.dev/short-circuit: \"maybe\" is none of on, off and auto",
+                "culvert.dev/short-circuit: \"maybe\" is none of on, off, auto and PORT=MODE (the value is \"maybe\")",
+            ),
+            (
+                "{culvert.dev/short-circuit: \"on,65536=off\"}",
+                "culvert.dev/short-circuit: \"65536\" is not a port; write a number from 1 to 65535 (the value is \"on,65536=off\")",
             ),
             (
                 "{culvert.dev/dirct: off}",
