@@ -19,6 +19,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::mesh::ShortCircuitMode;
+
 pub use environment::{Environment, Variable};
 pub use error::{ConfigError, ConfigErrors, Origin};
 use resolve::Resolver;
@@ -98,6 +100,9 @@ pub struct Config {
     pub verdict_max_age: Duration,
     /// Pods of this node may talk to each other directly.
     pub direct: bool,
+    /// Which direct flows may be short-circuited where annotations leave it open.
+    #[serde(serialize_with = "values::serialize_short_circuit")]
+    pub short_circuit: ShortCircuitMode,
     /// The node's own processes pass.
     pub pass_node_probes: bool,
     /// The node's own network namespace.
@@ -221,6 +226,11 @@ impl Config {
             Duration::from_secs(300),
         );
         let direct = layers.or(&settings::DIRECT, values::boolean, true);
+        let short_circuit = layers.or(
+            &settings::SHORT_CIRCUIT,
+            values::short_circuit,
+            ShortCircuitMode::default(),
+        );
         let pass_node_probes = layers.or(&settings::PASS_NODE_PROBES, values::boolean, true);
         let host_netns = layers.or(
             &settings::HOST_NETNS,
@@ -292,6 +302,7 @@ impl Config {
             admin_socket,
             verdict_max_age,
             direct,
+            short_circuit,
             pass_node_probes,
             host_netns,
             pods_cgroup,

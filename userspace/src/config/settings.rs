@@ -106,6 +106,9 @@ settings! {
     DIRECT = "direct", "CULVERT_DIRECT", "direct",
         "`true` or `false`",
         "Let pods of this node talk to each other directly; `false` sends all of it through HBONE [true]";
+    SHORT_CIRCUIT = "shortCircuit", "CULVERT_SHORT_CIRCUIT", "short-circuit",
+        "`off`, `auto` or `on`",
+        "Short-circuit direct flows of pods whose annotations, and whose namespace's, do not say: `off`, `auto` (where no program can tell) or `on` [auto]";
     PASS_NODE_PROBES = "passNodeProbes", "CULVERT_PASS_NODE_PROBES", "pass-node-probes",
         "`true` or `false`",
         "Let processes of the node outside all pods, such as kubelet's probes, reach applications without policy [true]";

@@ -67,6 +67,35 @@ fn flags_win_over_environment_and_environment_over_file() {
 }
 
 #[test]
+fn the_short_circuit_is_off_auto_or_on_in_every_layer() {
+    let file = file("shortCircuit: off\n");
+    let in_file = flags(Some(file.path()), &[]);
+    let by_flag = flags(Some(file.path()), &[(&settings::SHORT_CIRCUIT, "auto")]);
+    let set = environment(&[("CULVERT_SHORT_CIRCUIT", "on")]);
+    let mode = |flags: &Flags, environment: &Environment| {
+        Config::load(flags, environment).unwrap().short_circuit
+    };
+    assert_eq!(
+        mode(&Flags::default(), &environment(&[])),
+        ShortCircuitMode::Auto
+    );
+    assert_eq!(mode(&in_file, &environment(&[])), ShortCircuitMode::Off);
+    assert_eq!(mode(&in_file, &set), ShortCircuitMode::On);
+    assert_eq!(mode(&by_flag, &set), ShortCircuitMode::Auto);
+    // Ports are a matter of pods and namespaces.
+    for wrong in ["true", "ON", "6379=on"] {
+        let errors = errors(
+            &Flags::default(),
+            &environment(&[("CULVERT_SHORT_CIRCUIT", wrong)]),
+        );
+        let expected = format!(
+            "shortCircuit: {wrong:?} (environment variable CULVERT_SHORT_CIRCUIT) is not valid: expected `off`, `auto` or `on`"
+        );
+        assert_eq!(errors, [expected]);
+    }
+}
+
+#[test]
 fn an_empty_variable_counts_as_unset() {
     let config = Config::load(&Flags::default(), &environment(&[("PACKET_MARK", "")])).unwrap();
     assert_eq!(config.packet_mark, 1337);

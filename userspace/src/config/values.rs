@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 
+use crate::mesh::ShortCircuitMode;
+
 /// How log lines are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -155,6 +157,19 @@ pub(super) fn log_format(text: &str) -> Option<LogFormat> {
         "json" => Some(LogFormat::Json),
         _ => None,
     }
+}
+
+/// `off`, `auto` or `on`.
+pub(super) fn short_circuit(text: &str) -> Option<ShortCircuitMode> {
+    text.parse().ok()
+}
+
+/// For serde's `serialize_with`.
+pub(super) fn serialize_short_circuit<S: Serializer>(
+    mode: &ShortCircuitMode,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(mode)
 }
 
 /// A path; relative ones are allowed, they are relative to the working directory.

@@ -348,6 +348,7 @@ fn mesh_source(
     let defaults = MeshDefaults {
         trust_domain: config.trust_domain.as_str().into(),
         network: config.network.as_str().into(),
+        short_circuit: config.short_circuit,
         ..MeshDefaults::default()
     };
     let (watcher, status) = LocalFile::new(path).watch(defaults, Arc::clone(store))?;
