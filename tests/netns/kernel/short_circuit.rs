@@ -3,14 +3,16 @@
 use anyhow::Result;
 use culvert_abi::{FlowKey, ShortFlow};
 use culvert_harness::{Namespace, Proc, wait_until};
-use culvert_tests::scene::{NAMESPACE, PORT, SOON, Scene, answered, echo, hold, principal, serve};
+use culvert_tests::scene::{
+    NAMESPACE, PORT, SOON, Scene, answered, connect_to, echo, hold, principal, serve,
+};
 
 use crate::{
     agent_gone::goes_on,
     kernel_tables::{flows, table},
 };
 
-const COUNT: usize = 20;
+pub const COUNT: usize = 20;
 
 /// A scene in whose namespace the annotation says so, or nothing does.
 fn scene(mode: Option<&str>) -> Result<Scene> {
@@ -22,20 +24,25 @@ fn scene(mode: Option<&str>) -> Result<Scene> {
     Ok(scene)
 }
 
-/// Programs with non-blocking sockets, each of whose connections has a byte there and back all the time.
 fn busy_pair(scene: &Scene) -> Result<(Proc, Proc)> {
+    busy_pair_at(scene, PORT)
+}
+
+/// Programs with non-blocking sockets, each of whose connections has a byte there and back all the time.
+pub fn busy_pair_at(scene: &Scene, port: u16) -> Result<(Proc, Proc)> {
     let target = &scene.server_a;
+    let to = target.at(port);
     let server = target
         .probe()?
-        .args(["serve-many", "--port", &PORT.to_string()])
+        .args(["serve-many", "--port", &port.to_string()])
         .stdin()
         .spawn()?;
     server.wait_for_event("listening", SOON)?;
-    scene.warm(&scene.client, target)?;
+    connect_to(&scene.client, &to, &["--send", "x", "--read", "1"])?;
     let client = scene
         .client
         .probe()?
-        .args(["many", "--to", &target.at(PORT), "--every-ms", "20"])
+        .args(["many", "--to", &to, "--every-ms", "20"])
         .args(["--count", &COUNT.to_string()])
         .stdin()
         .spawn()?;
@@ -43,20 +50,20 @@ fn busy_pair(scene: &Scene) -> Result<(Proc, Proc)> {
     Ok((client, server))
 }
 
-fn short_flows(scene: &Scene) -> Result<Vec<(FlowKey, ShortFlow)>> {
+pub fn short_flows(scene: &Scene) -> Result<Vec<(FlowKey, ShortFlow)>> {
     Ok(table(&scene.node1, "SHORT_FLOWS")?
         .iter()
         .flatten()
         .collect())
 }
 
-fn entered(scene: &Scene) -> Result<f64> {
+pub fn entered(scene: &Scene) -> Result<f64> {
     let name = "culvert_short_circuited_flows_total";
     scene.agent1.metric(name, &["outcome=\"entered\""])
 }
 
 /// How many bytes were sent and received so far.
-fn bytes(client: &Proc) -> Result<u64> {
+pub fn bytes(client: &Proc) -> Result<u64> {
     let mark = client.log().mark();
     client.send_line("")?;
     let tally = client.wait_for_event_after(mark, "tally", SOON)?;
