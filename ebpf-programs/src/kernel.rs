@@ -41,6 +41,42 @@ offsets! {
     SOCK_PROTOCOL_OFFSET;
     /// `memory_pressure` in `struct proto`: a pointer.
     PROTOCOL_PRESSURE_OFFSET;
+    /// `sk_user_data` in `struct sock`.
+    SOCK_USER_DATA_OFFSET;
+    /// `ingress_msg.next` in `struct sk_psock`.
+    PSOCK_INGRESS_OFFSET;
+    /// `sk_wq` in `struct sock`.
+    SOCK_WAIT_OFFSET;
+    /// `wait.head.next` in `struct socket_wq`.
+    WAIT_HEAD_OFFSET;
+    /// `func` in `struct wait_queue_entry`.
+    WAITER_FUNCTION_OFFSET;
+    /// `entry.next` in it.
+    WAITER_NEXT_OFFSET;
+    /// Address of the function by which a thread waits in a system call for a socket.
+    THREAD_WAITS;
+    /// `__sk_common.skc_net.net` in `struct sock`.
+    SOCK_NET_OFFSET;
+    /// `net_cookie` in `struct net`.
+    NET_COOKIE_OFFSET;
+    /// `sk` in `struct socket`.
+    SOCKET_SOCK_OFFSET;
+    /// `sk_protocol` in `struct sock`.
+    SOCK_TRANSPORT_OFFSET;
+    /// `files` in `struct task_struct`.
+    TASK_FILES_OFFSET;
+    /// `fdt` in `struct files_struct`.
+    FILES_TABLE_OFFSET;
+    /// `max_fds` in `struct fdtable`.
+    TABLE_SIZE_OFFSET;
+    /// `fd` in it.
+    TABLE_FILES_OFFSET;
+    /// `f_inode` in `struct file`.
+    FILE_INODE_OFFSET;
+    /// `private_data` in it.
+    FILE_PRIVATE_OFFSET;
+    /// `i_mode` in `struct inode`.
+    INODE_MODE_OFFSET;
     /// Bytes that a socket may have unread before its peer sends by TCP.
     SHORT_LIMIT;
 }
@@ -95,4 +131,43 @@ pub fn peek<T: Copy + Default>(address: u64) -> Option<T> {
         )
     };
     (status == 0).then_some(value)
+}
+
+/// Whether what was redirected to a socket is unread.
+#[inline(always)]
+pub fn has_redirected(sk: u64) -> bool {
+    // Bits of the pointer in `sk_user_data`, see the kernel's include/net/sock.h.
+    const FLAGS: u64 = 7;
+    const IS_PSOCK: u64 = 4;
+    let Some(data) = peek::<u64>(sk + given(&SOCK_USER_DATA_OFFSET)) else {
+        return false;
+    };
+    if data & IS_PSOCK == 0 {
+        return false;
+    }
+    let queue = (data & !FLAGS) + given(&PSOCK_INGRESS_OFFSET);
+    peek::<u64>(queue).is_some_and(|first| first != queue)
+}
+
+/// Whether a thread waits for a socket inside a system call, or so many wait that it cannot be said.
+#[inline(always)]
+pub fn is_waited_for(sk: u64) -> bool {
+    const MOST: usize = 8;
+    let Some(queue) = peek::<u64>(sk + given(&SOCK_WAIT_OFFSET)) else {
+        return true;
+    };
+    let head = queue + given(&WAIT_HEAD_OFFSET);
+    let mut next = head;
+    for _ in 0..MOST {
+        next = match peek::<u64>(next) {
+            Some(next) if next == head => return false,
+            Some(next) => next,
+            None => return true,
+        };
+        let waiter = next - given(&WAITER_NEXT_OFFSET);
+        if peek::<u64>(waiter + given(&WAITER_FUNCTION_OFFSET)) == Some(given(&THREAD_WAITS)) {
+            return true;
+        }
+    }
+    true
 }

@@ -21,6 +21,7 @@ mod maps;
 mod node;
 mod peer_name;
 mod quotas;
+mod readers;
 mod services;
 mod short_circuit;
 mod sockops;

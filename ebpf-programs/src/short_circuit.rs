@@ -17,7 +17,10 @@ use aya_ebpf::{
     macros::{classifier, sk_msg},
     programs::{SkMsgContext, TcContext},
 };
-use culvert_abi::{Candidate, FlowKey, ShortEnd, ShortRequest, config_flag, fit, kept, knob, step};
+use culvert_abi::{
+    Candidate, FlowKey, ShortEnd, ShortFlow, ShortRequest, ShortSide, config_flag, fit, kept, knob,
+    news, step,
+};
 
 use crate::{
     address::{is_mapped, words},
@@ -25,9 +28,10 @@ use crate::{
         FILE_FLAGS_OFFSET, PROTOCOL_PRESSURE_OFFSET, SHORT_LIMIT, SOCK_COOKIE_OFFSET,
         SOCK_LOW_WATER_OFFSET, SOCK_OWNED_OFFSET, SOCK_PROTOCOL_OFFSET, SOCK_SOCKET_OFFSET,
         SOCK_STATE_OFFSET, SOCK_UNREAD_OFFSET, SOCKET_FILE_OFFSET, TCP_COPIED_SEQ_OFFSET,
-        TCP_MULTIPATH_OFFSET, TCP_UPPER_LAYER_OFFSET, given, peek, tcp_field, write_seq,
+        TCP_MULTIPATH_OFFSET, TCP_UPPER_LAYER_OFFSET, given, has_redirected, is_waited_for, peek,
+        tcp_field, write_seq,
     },
-    maps::{CANDIDATES, SHORT_ENDS, SHORT_FLOWS, SHORT_SOCKETS, flag, knob},
+    maps::{CANDIDATES, SHORT_ENDS, SHORT_FLOWS, SHORT_NAMES, SHORT_SOCKETS, flag, knob},
 };
 
 const TCP_ESTABLISHED: u8 = 1;
@@ -39,7 +43,7 @@ pub fn propose(flow: &FlowKey, sequence: u32) {
     let candidate = Candidate {
         flow: *flow,
         sequence,
-        padding: 0,
+        news: news::WORTH,
     };
     let _ = CANDIDATES.output(&candidate, 0);
 }
@@ -53,6 +57,9 @@ pub fn take(flow: &FlowKey) -> (u64, u64) {
     };
     let [client, server] = &found.sides;
     let bytes = (client.redirected, server.redirected);
+    for socket in found.sockets {
+        let _ = SHORT_NAMES.remove(&socket);
+    }
     let _ = SHORT_FLOWS.remove(flow);
     bytes
 }
@@ -75,15 +82,15 @@ fn send(msg: *mut sk_msg_md) {
     let Some(end) = SHORT_ENDS.find(sk) else {
         return;
     };
-    let sent = judge(sk, end).and_then(|()| redirect(msg, end.peer_cookie));
+    // What is not counted is not redirected.
     let Some(flow) = SHORT_FLOWS.get_ptr_mut(&end.flow) else {
         return;
     };
-    // SAFETY: a live map value; the kernel holds the socket's lock, so nobody else counts for this side.
-    let side = unsafe {
-        let flow = &mut *flow;
-        let [client, server] = &mut flow.sides;
-        if end.side == 0 { client } else { server }
+    let (side, peer) = sides(flow, end);
+    let sent = if peer.unfit == 0 {
+        judge(sk, end).and_then(|()| redirect(msg, end.peer_cookie))
+    } else {
+        Err(kept::READER)
     };
     match sent {
         Ok(()) => {
@@ -98,6 +105,18 @@ fn send(msg: *mut sk_msg_md) {
                 *count += 1;
             }
         }
+    }
+}
+
+/// An end's own side of a flow, and its peer's.
+#[inline(always)]
+fn sides<'a>(flow: *mut ShortFlow, end: &ShortEnd) -> (&'a mut ShortSide, &'a ShortSide) {
+    // SAFETY: a live map value; the kernel holds the socket's lock, so nobody else counts for this side.
+    let [client, server] = unsafe { &mut (*flow).sides };
+    if end.side == 0 {
+        (client, server)
+    } else {
+        (server, client)
     }
 }
 
@@ -131,13 +150,15 @@ fn judge(sk: *mut c_void, end: &mut ShortEnd) -> Result<(), u32> {
         }
     }
     let unread = peek::<u32>(peer + given(&SOCK_UNREAD_OFFSET));
-    if unread.is_none_or(|unread| u64::from(unread) > given(&SHORT_LIMIT)) {
+    if unread.is_none_or(|unread| u64::from(unread) > given(&SHORT_LIMIT))
+        && !knob(knob::SKIP_LIMIT)
+    {
         return Err(kept::FULL);
     }
     if peek::<u64>(end.pressure) != Some(0) {
         return Err(kept::PRESSURE);
     }
-    if !reads_at_once(peer) {
+    if !reads_at_once(peer) && !knob(knob::SKIP_READER_FLAGS) {
         return Err(kept::READER);
     }
     // What was read since may have been another's.
@@ -192,9 +213,8 @@ pub fn short_request(ctx: TcContext) -> i32 {
         return fit::MALFORMED as i32;
     }
     let packet = start as *mut ShortRequest;
-    // SAFETY: the verifier has seen that the packet is long enough.
-    let request = unsafe { ptr::read_volatile(packet) };
-    let (answer, socket) = find(&ctx, &request);
+    // SAFETY: the verifier has seen that the packet is long enough, and any bytes are a request.
+    let (answer, socket) = find(&ctx, unsafe { &*packet });
     // SAFETY: as above.
     unsafe { ptr::write_volatile(&raw mut (*packet).socket, socket) };
     answer as i32
@@ -280,12 +300,14 @@ fn serve(sk: *mut c_void, tcp: u64, request: &ShortRequest) -> u32 {
             }
             fit::YES
         }
+        step::LOOK if has_redirected(tcp) => fit::BUSY,
+        step::LOOK => fit::YES,
         _ => fit::MALFORMED,
     }
 }
 
-/// Whether a socket is one that can be short-circuited.
-#[inline(always)]
+/// Whether a socket is one that can be short-circuited. With a stack of its own.
+#[inline(never)]
 fn examine(tcp: u64) -> u32 {
     if peek::<u8>(tcp + given(&SOCK_STATE_OFFSET)) != Some(TCP_ESTABLISHED) {
         return fit::NOT_ESTABLISHED;
@@ -302,6 +324,8 @@ fn examine(tcp: u64) -> u32 {
     match flags(tcp) {
         None => fit::GONE,
         Some(flags) if flags & O_NONBLOCK == 0 => fit::BLOCKING,
+        // It would go on waiting for what comes by TCP.
+        Some(_) if is_waited_for(tcp) && !knob(knob::SKIP_WAITERS) => fit::BLOCKING,
         Some(_) => fit::YES,
     }
 }

@@ -14,6 +14,7 @@ fn main() -> ExitCode {
     let environment = Environment::of_this_process();
     match Cli::parse().command {
         Command::Node(args) => run_node(&args, &environment),
+        Command::Check(args) => ended(cli::check(&args, &mut std::io::stdout().lock())),
         Command::Unload(args) => ended(cli::unload(
             &args,
             &environment,

@@ -19,11 +19,14 @@ pub use flow::{
 pub use pod::{Config, Endpoint, Pod, Quota, REFUSALS_PER_SECOND, config_flag, knob};
 pub use reason::{REASON_COUNT, Reason};
 pub use service::{Service, ServiceKey, Slot, SlotKey};
-pub use short_circuit::{Candidate, ShortEnd, ShortFlow, ShortRequest, ShortSide, fit, kept, step};
+pub use short_circuit::{
+    Candidate, ShortEnd, ShortFlow, ShortName, ShortRequest, ShortSide, fit, kept, news, step,
+    unfit,
+};
 pub use verdict::{Verdict, VerdictKey, action, scope};
 
 /// Part of the pin path; an agent adopts only maps of its own version.
-pub const LAYOUT_VERSION: u32 = 4;
+pub const LAYOUT_VERSION: u32 = 5;
 
 /// An IP address as 16 bytes in network order; IPv4 is held IPv4-mapped (`::ffff:a.b.c.d`).
 pub type Address = [u8; 16];
@@ -98,8 +101,9 @@ layout! {
     SlotKey: 16,
     Slot: 32,
     ShortEnd: 88,
-    ShortSide: 96,
-    ShortFlow: 192,
+    ShortSide: 104,
+    ShortFlow: 224,
+    ShortName: 56,
     Candidate: 56,
     ShortRequest: 112,
 }

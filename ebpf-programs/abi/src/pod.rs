@@ -54,6 +54,10 @@ pub mod knob {
     /// No protection: flows are short-circuited from their first round trip on, as early as can be.
     pub const EAGER_SHORT_CIRCUIT: u32 = 1 << 17;
     pub const SKIP_UNREAD: u32 = 1 << 18;
+    pub const SKIP_READERS: u32 = 1 << 19;
+    pub const SKIP_LIMIT: u32 = 1 << 20;
+    pub const SKIP_READER_FLAGS: u32 = 1 << 21;
+    pub const SKIP_WAITERS: u32 = 1 << 22;
 }
 
 /// An enrolled pod; the key is its netns cookie. Its addresses are those of [`Endpoint`]s with that cookie.

@@ -42,7 +42,7 @@ pub mod kept {
     pub const FULL: u32 = 4;
     /// The node is short of memory for TCP.
     pub const PRESSURE: u32 = 5;
-    /// The peer reads in a way that does not see redirected bytes: blocking, or with a low-water mark.
+    /// The peer reads in a way that does not see redirected bytes: blocking, with a low-water mark, or by splice(2).
     pub const READER: u32 = 6;
     /// The peer has left the map.
     pub const LEFT: u32 = 7;
@@ -62,6 +62,9 @@ pub struct ShortSide {
     pub tcp_bytes: u64,
     /// When the last message was redirected, `CLOCK_MONOTONIC` ns.
     pub last_ns: u64,
+    /// This end reads in ways that do not see redirected bytes: bits of [`unfit`].
+    pub unfit: u32,
+    pub padding: u32,
 }
 
 /// A flow whose sockets are in `SHORT_SOCKETS`: the client's side, then the server's.
@@ -69,15 +72,44 @@ pub struct ShortSide {
 #[repr(C)]
 pub struct ShortFlow {
     pub sides: [ShortSide; 2],
+    /// Cookies of the sockets, in the same order.
+    pub sockets: [u64; 2],
 }
 
-/// A flow that has carried enough to be worth it.
+/// What a socket in `SHORT_SOCKETS` is an end of; the key is its cookie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct ShortName {
+    pub flow: FlowKey,
+    pub sequence: u32,
+    /// An index of [`ShortFlow::sides`].
+    pub side: u32,
+}
+
+/// How a pod reads that must not be short-circuited.
+pub mod unfit {
+    /// splice(2) or sendfile(2) from a socket.
+    pub const SPLICES: u32 = 1;
+    /// FIONREAD on a socket.
+    pub const ASKS: u32 = 2;
+}
+
+/// What the agent is told of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Candidate {
     pub flow: FlowKey,
     pub sequence: u32,
-    pub padding: u32,
+    /// One of [`news`].
+    pub news: u32,
+}
+
+pub mod news {
+    /// It has carried enough to be worth a short-circuit.
+    pub const WORTH: u32 = 0;
+    /// Its client's end waits for, or looks for, what it cannot see: redirected bytes. The server's end.
+    pub const STUCK_CLIENT: u32 = 1;
+    pub const STUCK_SERVER: u32 = 2;
 }
 
 /// What the agent asks `short_request` to do with one end of a flow, in the namespace that this is in; the answer takes its place.
@@ -103,6 +135,8 @@ pub mod step {
     pub const START: u32 = 2;
     /// It redirects no more.
     pub const STOP: u32 = 3;
+    /// Are redirected bytes unread? [`fit::YES`] if not, [`fit::BUSY`] if so.
+    pub const LOOK: u32 = 4;
 }
 
 /// What `short_request` returns.
@@ -114,7 +148,7 @@ pub mod fit {
     /// TLS in the kernel, or another protocol on top of TCP.
     pub const UPPER_LAYER: u32 = 3;
     pub const MULTIPATH: u32 = 4;
-    /// Not O_NONBLOCK.
+    /// Not O_NONBLOCK, or a thread waits in a call that began when it was not.
     pub const BLOCKING: u32 = 5;
     /// SO_RCVLOWAT is set.
     pub const LOW_WATER: u32 = 6;

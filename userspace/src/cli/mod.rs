@@ -1,6 +1,7 @@
 //! The command line: what it accepts, and the commands that ask a running agent. `node` is carried out
 //! by its caller in `main`; its arguments are parsed here.
 
+mod check;
 mod client;
 mod node_args;
 mod table;
@@ -13,6 +14,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+pub use check::check;
 pub use client::{CliError, run};
 pub use node_args::NodeArgs;
 pub use unload::unload;
@@ -41,6 +43,8 @@ pub struct Cli {
 pub enum Command {
     /// Run the agent of this node
     Node(NodeArgs),
+    /// Tell whether this node's kernel can do what the agent needs, and which flows it may short-circuit; changes nothing
+    Check(CheckArgs),
     /// Detach and remove everything the agent left in the kernel and in its pods; open direct flows go on
     Unload(UnloadArgs),
     /// A command for a running agent.
@@ -146,6 +150,14 @@ pub struct StatusArgs {
     /// Where the agent is.
     #[command(flatten)]
     pub agent: Agent,
+}
+
+/// `culvert check`.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `culvert unload`.

@@ -26,7 +26,7 @@ pub(super) fn clean(text: &str) -> String {
 }
 
 /// Columns as wide as their widest cell.
-fn columns(rows: &[Vec<String>]) -> String {
+pub(super) fn columns(rows: &[Vec<String>]) -> String {
     let count = rows.iter().map(Vec::len).max().unwrap_or_default();
     let widths: Vec<usize> = (0..count)
         .map(|column| {

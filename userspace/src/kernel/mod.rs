@@ -36,7 +36,7 @@ pub use netns::{Netns, NetnsCookie};
 pub use object::{Attachment, Kernel, KernelSettings};
 pub use routing::{PodAddress, PodRouting, RoutingSettings};
 pub use services::{ServiceTables, SlotTable};
-pub use short_circuit::{Candidates, Entrant, ShortCircuit, Unfit};
+pub use short_circuit::{Candidates, Entrant, Row, ShortCircuit, Unfit, Verdict, Verdicts};
 pub use sockets::{PodListeners, PodSockets};
 pub(crate) use tables::address;
 pub use tables::{FlowName, OpenFlow, Steered, Tables, socket_address};

@@ -12,19 +12,22 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
     maps::{Map, SockHash},
-    programs::{Program, ProgramError, SchedClassifier, SkLookup, SkMsg, SkSkb, links::FdLink},
+    programs::{
+        Program, ProgramError, ProgramFd, SchedClassifier, SkLookup, SkMsg, SkSkb, TracePoint,
+        links::FdLink,
+    },
 };
 use culvert_abi::{Isolated, knob};
 
 use super::{
     Candidates, DiagThreads, EventStream, HostProcesses, KernelError, Netns, NetnsCookie,
-    ShortCircuit, SocketDiag, Tables,
+    ShortCircuit, SocketDiag, Tables, Verdicts,
     attempt::Attempt,
     hooks, neighbours,
     offsets::Offsets,
     owner::{self, Held},
     pins::{self, MAPS, Pins},
-    sys,
+    short_circuit, sys,
 };
 
 const INBOUND: &str = "inbound";
@@ -46,6 +49,8 @@ pub struct KernelSettings {
     pub telemetry: bool,
     /// The hooks decide nothing: for measuring what they cost.
     pub leave_alone: bool,
+    /// What [`Kernel::try_out`] has found, or why nothing may be short-circuited.
+    pub short_circuit: Result<Verdicts, String>,
     /// Bits of `culvert_abi::knob`; 0 outside tests.
     pub knobs: u32,
 }
@@ -96,13 +101,15 @@ impl Kernel {
         neighbours::refuse_overlap(settings, &pins)?;
         check_pinned_maps(&pins)?;
         let life = owner::live(&pins)?;
-        let mut object = load(&pins, &offsets, NetnsCookie(0))?;
+        let mut object = load(Some(&pins), &offsets, NetnsCookie(0))?;
         hooks::load(&mut object)?;
         load_inbound(&mut object)?;
         // The programs refer to the maps by descriptor until they are loaded: only now may one be taken out.
         attach_isolation(&mut object)?;
         let eager = settings.knobs & knob::EAGER_SHORT_CIRCUIT != 0;
-        let short_circuit = attach_short_circuit(&mut object, &offsets, eager);
+        let short_circuit = settings.short_circuit.clone().and_then(|verdicts| {
+            attach_short_circuit(&mut object, &offsets, &pins, verdicts, eager)
+        });
         let candidates = Candidates::open(take(&mut object, "CANDIDATES")?)?;
         let events = EventStream::open(take(&mut object, "EVENTS")?, take(&mut object, "ALARMS")?)?;
         SocketDiag::probe()?;
@@ -124,6 +131,23 @@ impl Kernel {
             events,
             candidates,
         ))
+    }
+
+    /// Tries out whether this kernel takes the kernel part, and what it does with short-circuited sockets: with maps and a namespace
+    /// of its own, attached to nothing that anybody else uses.
+    pub fn try_out() -> Result<Result<Verdicts, String>, KernelError> {
+        let offsets = Offsets::of_this_kernel()?;
+        let mut object = load(None, &offsets, NetnsCookie(0))?;
+        hooks::load(&mut object)?;
+        load_inbound(&mut object)?;
+        attach_isolation(&mut object)?;
+        // Nothing of a pod's is watched: its pins are never made.
+        let pins = Pins::of(Path::new("/"));
+        let unknown = Verdicts::default();
+        match attach_short_circuit(&mut object, &offsets, &pins, unknown, true) {
+            Ok(short) => short_circuit::try_out(&short).map(Ok),
+            Err(reason) => Ok(Err(reason)),
+        }
     }
 
     /// Looks for what [`Self::attach`] would refuse because of others, and changes nothing.
@@ -174,7 +198,7 @@ impl Kernel {
 
     /// Attaches `inbound` to a pod.
     pub fn attach_pod(&self, netns: &Netns) -> Result<Attachment, KernelError> {
-        let mut object = load(&self.pins, &self.offsets, netns.cookie())?;
+        let mut object = load(Some(&self.pins), &self.offsets, netns.cookie())?;
         load_inbound(&mut object)?;
         let program: &mut SkLookup = program(&mut object, INBOUND)?;
         let path = self.pins.pod(netns.cookie());
@@ -284,11 +308,14 @@ fn aya_obj_maps() -> Result<Vec<MapShape>, KernelError> {
         .collect())
 }
 
-fn load(pins: &Pins, offsets: &Offsets, pod: NetnsCookie) -> Result<Ebpf, KernelError> {
+/// With the pinned maps, or with maps that nobody else has.
+fn load(pins: Option<&Pins>, offsets: &Offsets, pod: NetnsCookie) -> Result<Ebpf, KernelError> {
     let globals = offsets.globals(pod);
     let mut loader = EbpfLoader::new();
-    for name in MAPS {
-        loader.map_pin_path(name, pins.map(name));
+    if let Some(pins) = pins {
+        for name in MAPS {
+            loader.map_pin_path(name, pins.map(name));
+        }
     }
     for (name, value) in &globals {
         loader.override_global(name, value, true);
@@ -333,22 +360,24 @@ fn attach_isolation(object: &mut Ebpf) -> Result<(), KernelError> {
 fn attach_short_circuit(
     object: &mut Ebpf,
     offsets: &Offsets,
+    pins: &Pins,
+    verdicts: Verdicts,
     eager: bool,
 ) -> Result<Arc<ShortCircuit>, String> {
     const SEND: &str = "short_circuit";
-    const REQUEST: &str = "short_request";
     if let Some(reason) = &offsets.no_short_circuit {
         return Err(reason.clone());
     }
     let attach = |object: &mut Ebpf| {
         let send: &mut SkMsg = program(object, SEND)?;
         send.load().map_err(|error| refused(SEND, error))?;
-        let request: &mut SchedClassifier = program(object, REQUEST)?;
-        request.load().map_err(|error| refused(REQUEST, error))?;
-        let request = request.fd().map_err(|error| refused(REQUEST, error))?;
-        let request = request
-            .try_clone()
-            .map_err(|error| refused(REQUEST, ProgramError::IOError(error)))?;
+        let programs = short_circuit::Programs {
+            request: loaded_classifier(object, "short_request")?,
+            readers: [
+                loaded_tracepoint(object, "splices")?,
+                loaded_tracepoint(object, "asks")?,
+            ],
+        };
         let map = SockHash::<_, u64>::try_from(take(object, "SHORT_SOCKETS")?)
             .map_err(|error| KernelError::map("SHORT_SOCKETS", error))?;
         let send: &mut SkMsg = program(object, SEND)?;
@@ -358,11 +387,34 @@ fn attach_short_circuit(
             .map_err(|error| not_attached(SEND, "map SHORT_SOCKETS", &error))?;
         // As with the isolated sockets.
         std::mem::forget(link);
-        ShortCircuit::open(request, take(object, "SHORT_FLOWS")?, eager)
+        let maps = ["SHORT_FLOWS", "SHORT_NAMES", "UNFIT"];
+        let [flows, names, unfit] = maps.map(|name| take(object, name));
+        ShortCircuit::open(programs, [flows?, names?, unfit?], pins, verdicts, eager)
     };
     attach(object)
         .map(Arc::new)
         .map_err(|error: KernelError| error.to_string())
+}
+
+fn loaded_classifier(object: &mut Ebpf, name: &'static str) -> Result<ProgramFd, KernelError> {
+    let classifier: &mut SchedClassifier = program(object, name)?;
+    classifier.load().map_err(|error| refused(name, error))?;
+    descriptor(name, classifier.fd())
+}
+
+fn loaded_tracepoint(object: &mut Ebpf, name: &'static str) -> Result<ProgramFd, KernelError> {
+    let tracepoint: &mut TracePoint = program(object, name)?;
+    tracepoint.load().map_err(|error| refused(name, error))?;
+    descriptor(name, tracepoint.fd())
+}
+
+/// One that outlives the object.
+fn descriptor(
+    name: &'static str,
+    fd: Result<&ProgramFd, ProgramError>,
+) -> Result<ProgramFd, KernelError> {
+    fd.and_then(|fd| fd.try_clone().map_err(ProgramError::IOError))
+        .map_err(|error| refused(name, error))
 }
 
 pub(super) fn program<'a, P>(

@@ -1,6 +1,12 @@
 //! Where the programs find what they read from the kernel's own structures, and the limits they are given.
 
-use super::{KernelError, NetnsCookie, btf::Btf};
+use std::{
+    fs::File,
+    io::{BufRead as _, BufReader},
+    path::Path,
+};
+
+use super::{KernelError, NetnsCookie, btf::Btf, pins};
 
 /// Bytes that a socket may have unread before its peer sends by TCP. Enough for any stream to go on; a sender whose peer does not
 /// read parks little more than by TCP.
@@ -83,6 +89,69 @@ fn short_circuit(btf: &Btf) -> Result<Vec<(&'static str, u64)>, KernelError> {
             "PROTOCOL_PRESSURE_OFFSET",
             btf.offset("proto", &["memory_pressure"], 8)?,
         ),
+        ("SOCK_USER_DATA_OFFSET", sock(&["sk_user_data"], 8)?),
+        (
+            "PSOCK_INGRESS_OFFSET",
+            btf.offset("sk_psock", &["ingress_msg", "next"], 8)?,
+        ),
+        ("SOCK_WAIT_OFFSET", sock(&["sk_wq"], 8)?),
+        (
+            "WAIT_HEAD_OFFSET",
+            btf.offset("socket_wq", &["wait", "head", "next"], 8)?,
+        ),
+        (
+            "WAITER_FUNCTION_OFFSET",
+            btf.offset("wait_queue_entry", &["func"], 8)?,
+        ),
+        (
+            "WAITER_NEXT_OFFSET",
+            btf.offset("wait_queue_entry", &["entry", "next"], 8)?,
+        ),
+        ("THREAD_WAITS", symbol("woken_wake_function")?),
+        (
+            "SOCK_NET_OFFSET",
+            sock(&["__sk_common", "skc_net", "net"], 8)?,
+        ),
+        ("NET_COOKIE_OFFSET", btf.offset("net", &["net_cookie"], 8)?),
+        ("SOCKET_SOCK_OFFSET", btf.offset("socket", &["sk"], 8)?),
+        ("SOCK_TRANSPORT_OFFSET", sock(&["sk_protocol"], 2)?),
+        (
+            "TASK_FILES_OFFSET",
+            btf.offset("task_struct", &["files"], 8)?,
+        ),
+        (
+            "FILES_TABLE_OFFSET",
+            btf.offset("files_struct", &["fdt"], 8)?,
+        ),
+        ("TABLE_SIZE_OFFSET", btf.offset("fdtable", &["max_fds"], 4)?),
+        ("TABLE_FILES_OFFSET", btf.offset("fdtable", &["fd"], 8)?),
+        ("FILE_INODE_OFFSET", btf.offset("file", &["f_inode"], 8)?),
+        (
+            "FILE_PRIVATE_OFFSET",
+            btf.offset("file", &["private_data"], 8)?,
+        ),
+        ("INODE_MODE_OFFSET", btf.offset("inode", &["i_mode"], 2)?),
         ("SHORT_LIMIT", SHORT_LIMIT),
     ])
+}
+
+/// The address of a function of the kernel.
+fn symbol(name: &str) -> Result<u64, KernelError> {
+    const SYMBOLS: &str = "/proc/kallsyms";
+    let file = File::open(SYMBOLS).map_err(pins::failed("open", Path::new(SYMBOLS)))?;
+    let unknown = || {
+        KernelError::Btf(format!(
+            "does not go with {SYMBOLS}, which hides where `{name}` is: set kernel.kptr_restrict to 1 or 0"
+        ))
+    };
+    for line in BufReader::new(file).lines() {
+        let line = line.map_err(pins::failed("read", Path::new(SYMBOLS)))?;
+        let mut words = line.split_ascii_whitespace();
+        let (address, _, found) = (words.next(), words.next(), words.next());
+        if found == Some(name) {
+            let address = address.and_then(|text| u64::from_str_radix(text, 16).ok());
+            return address.filter(|address| *address != 0).ok_or_else(unknown);
+        }
+    }
+    Err(unknown())
 }

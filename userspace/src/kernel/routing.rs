@@ -109,6 +109,11 @@ impl PodRouting {
     }
 }
 
+/// Switches the loopback device of this thread's namespace on.
+pub(super) fn loopback_up() -> Result<(), String> {
+    with_netlink(async |handle| table::loopback_up(&handle).await.map(drop))
+}
+
 fn take_down(settings: RoutingSettings, previous: &[String]) -> Result<(), String> {
     with_netlink(async |handle| {
         for family in Family::ALL {

@@ -10,11 +10,21 @@ use std::{
     time::Duration,
 };
 
-use aya::maps::{HashMap, Map, MapData, RingBuf};
-use culvert_abi::{Candidate, FlowKey, ShortEnd, ShortFlow, ShortRequest, fit, step};
+use aya::{
+    maps::{HashMap, Map, MapData, MapError, RingBuf},
+    programs::ProgramFd,
+};
+use culvert_abi::{Candidate, FlowKey, ShortEnd, ShortFlow, ShortName, ShortRequest, fit, step};
 use tokio::io::unix::AsyncFd;
 
-use super::{KernelError, Netns, OpenFlow, sys};
+use super::{KernelError, Netns, NetnsCookie, OpenFlow, pins::Pins, sys};
+
+mod self_test;
+mod watch;
+
+pub(super) use self_test::try_out;
+pub use self_test::{Row, Verdict, Verdicts};
+use watch::Watch;
 
 /// What reads are given to come to their end, once the sockets are entered.
 const SETTLE: Duration = Duration::from_millis(10);
@@ -30,7 +40,7 @@ pub enum Unfit {
     /// One of its sockets is used with TLS in the kernel or the like.
     UpperLayer,
     Multipath,
-    /// One of its sockets is not O_NONBLOCK.
+    /// One of its sockets is not O_NONBLOCK, or a thread waits for it.
     Blocking,
     /// One of its sockets waits for more than a byte.
     LowWater,
@@ -38,6 +48,8 @@ pub enum Unfit {
     Refused,
     /// One of its sockets was never at rest.
     Busy,
+    /// One of its pods was seen reading in a way that does not see redirected bytes.
+    Reader,
 }
 
 impl Unfit {
@@ -51,6 +63,7 @@ impl Unfit {
             Self::LowWater => "low_water",
             Self::Refused => "refused",
             Self::Busy => "busy",
+            Self::Reader => "reader",
         }
     }
 
@@ -68,47 +81,113 @@ impl Unfit {
     }
 }
 
-/// A flow to be entered, with the namespaces of its two ends.
+/// A flow that is, or is to be, short-circuited, with the namespaces of its two ends.
+#[derive(Clone)]
 pub struct Entrant {
     pub flow: OpenFlow,
     pub client: Arc<Netns>,
     pub server: Arc<Netns>,
 }
 
+impl Entrant {
+    fn ends(&self) -> [(&Netns, ShortRequest); 2] {
+        let [client, server] = requests(&self.flow);
+        [(&self.client, client), (&self.server, server)]
+    }
+}
+
+/// What is asked about the client's end, and about the server's.
+fn requests(flow: &OpenFlow) -> [ShortRequest; 2] {
+    let request = |side, cookie, peer_cookie| ShortRequest {
+        end: ShortEnd {
+            flow: flow.key,
+            peer: 0,
+            peer_cookie,
+            side,
+            live: 0,
+            settled: 0,
+            pressure: 0,
+        },
+        cookie,
+        step: step::EXAMINE,
+        padding: 0,
+        socket: 0,
+    };
+    let (client, server) = (flow.flow.client_socket, flow.flow.server_socket);
+    [request(0, client, server), request(1, server, client)]
+}
+
+/// The programs of a short-circuit that are not attached to its map.
+pub(super) struct Programs {
+    pub request: ProgramFd,
+    pub readers: [ProgramFd; 2],
+}
+
 /// The part of the kernel part that short-circuits.
 pub struct ShortCircuit {
-    request: aya::programs::ProgramFd,
+    request: ProgramFd,
+    watch: Watch,
     settle: Duration,
     flows: Mutex<HashMap<MapData, FlowKey, ShortFlow>>,
+    names: Mutex<HashMap<MapData, u64, ShortName>>,
+    unfit: Mutex<HashMap<MapData, u64, u32>>,
 }
 
 impl ShortCircuit {
+    /// The maps are SHORT_FLOWS, SHORT_NAMES and UNFIT; `verdicts` are what is known of this kernel.
     pub(super) fn open(
-        request: aya::programs::ProgramFd,
-        flows: Map,
+        programs: Programs,
+        [flows, names, unfit]: [Map; 3],
+        pins: &Pins,
+        verdicts: Verdicts,
         eager: bool,
     ) -> Result<Self, KernelError> {
-        let flows =
-            HashMap::try_from(flows).map_err(|error| KernelError::map("SHORT_FLOWS", error))?;
+        let failed = |name| move |error: MapError| KernelError::map(name, error);
         Ok(Self {
-            request,
+            request: programs.request,
+            watch: Watch::new(pins.clone(), programs.readers, verdicts),
             settle: if eager { Duration::ZERO } else { SETTLE },
-            flows: Mutex::new(flows),
+            flows: Mutex::new(HashMap::try_from(flows).map_err(failed("SHORT_FLOWS"))?),
+            names: Mutex::new(HashMap::try_from(names).map_err(failed("SHORT_NAMES"))?),
+            unfit: Mutex::new(HashMap::try_from(unfit).map_err(failed("UNFIT"))?),
         })
     }
 
-    /// Enters flows; what became of each, in their order. Blocks for some milliseconds.
+    /// Enters flows of pods; what became of each, in their order. Blocks for some milliseconds.
     pub fn enter(&self, entrants: &[Entrant]) -> Vec<Result<(), Unfit>> {
-        let entered: Vec<_> = entrants.iter().map(|entrant| self.place(entrant)).collect();
-        if entered.iter().any(Result::is_ok) {
+        self.enter_if(entrants, |entrant| {
+            for netns in [&entrant.client, &entrant.server] {
+                self.watch.pod(netns).map_err(|error| {
+                    tracing::warn!(%error, "the sockets of a pod cannot be watched: its flows are not short-circuited");
+                    Unfit::Refused
+                })?;
+                if self.is_unfit(netns.cookie()) {
+                    return Err(Unfit::Reader);
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// `fit` is asked before anything is done, and again before anything is redirected.
+    fn enter_if(
+        &self,
+        entrants: &[Entrant],
+        fit: impl Fn(&Entrant) -> Result<(), Unfit>,
+    ) -> Vec<Result<(), Unfit>> {
+        let placed: Vec<_> = entrants
+            .iter()
+            .map(|entrant| fit(entrant).and_then(|()| self.place(entrant)))
+            .collect();
+        if placed.iter().any(Result::is_ok) {
             thread::sleep(self.settle);
         }
-        let started = entrants.iter().zip(entered);
-        started
-            .map(|(entrant, ends)| {
-                let ends = ends?;
-                for (netns, mut request) in [&entrant.client, &entrant.server].into_iter().zip(ends)
-                {
+        let placed = entrants.iter().zip(placed);
+        placed
+            .map(|(entrant, requests)| {
+                let requests = requests?;
+                fit(entrant)?;
+                for ((netns, _), mut request) in entrant.ends().into_iter().zip(requests) {
                     request.step = step::START;
                     self.start(netns, request)?;
                 }
@@ -119,38 +198,19 @@ impl ShortCircuit {
 
     /// Puts both sockets into the map.
     fn place(&self, entrant: &Entrant) -> Result<[ShortRequest; 2], Unfit> {
-        let flow = &entrant.flow;
-        let request = |side, cookie, peer_cookie| ShortRequest {
-            end: ShortEnd {
-                flow: flow.key,
-                peer: 0,
-                peer_cookie,
-                side,
-                live: 0,
-                settled: 0,
-                pressure: 0,
-            },
-            cookie,
-            step: step::EXAMINE,
-            padding: 0,
-            socket: 0,
-        };
-        let (client, server) = (flow.flow.client_socket, flow.flow.server_socket);
-        let (mut client, mut server) = (request(0, client, server), request(1, server, client));
-        self.ask(&entrant.client, &mut client)?;
-        self.ask(&entrant.server, &mut server)?;
+        let [(client_netns, mut client), (server_netns, mut server)] = entrant.ends();
+        self.ask(client_netns, &mut client)?;
+        self.ask(server_netns, &mut server)?;
         (client.end.peer, server.end.peer) = (server.socket, client.socket);
         (client.step, server.step) = (step::ENTER, step::ENTER);
-        let empty = ShortFlow::default();
-        if self.flows().insert(flow.key, empty, 0).is_err() {
-            return Err(Unfit::Refused);
-        }
         let entered = self
-            .ask(&entrant.client, &mut client)
-            .and_then(|()| self.ask(&entrant.server, &mut server));
+            .name(&entrant.flow)
+            .and_then(|()| self.ask(client_netns, &mut client))
+            .and_then(|()| self.ask(server_netns, &mut server));
         if let Err(unfit) = entered {
-            // Its end may have been before it was counted.
-            let _ = self.flows().remove(&flow.key);
+            // Its end may have been before it was named.
+            let flow = entrant.flow.flow;
+            self.forget(&entrant.flow.key, [flow.client_socket, flow.server_socket]);
             return Err(unfit);
         }
         Ok([client, server])
@@ -166,6 +226,30 @@ impl ShortCircuit {
         Err(Unfit::Busy)
     }
 
+    /// Nothing of a flow is redirected any more. Its sockets stay in the map for as long as they live. `known` finds the namespaces of
+    /// pods whose flows an earlier agent has entered.
+    pub fn stop(&self, flow: &OpenFlow, known: impl Fn(NetnsCookie) -> Option<Arc<Netns>>) {
+        let sides = [flow.flow.client_netns, flow.flow.server_netns].map(NetnsCookie);
+        for (side, cookie) in sides.into_iter().enumerate() {
+            let Some(netns) = self.watch.netns(cookie).or_else(|| known(cookie)) else {
+                continue;
+            };
+            let [client, server] = requests(flow);
+            let mut request = if side == 0 { client } else { server };
+            request.step = step::STOP;
+            // One that has gone redirects nothing.
+            let _ = self.ask(&netns, &mut request);
+        }
+    }
+
+    /// Whether an end of a flow has redirected bytes that its application has not read.
+    pub fn has_unread(&self, entrant: &Entrant) -> bool {
+        entrant.ends().into_iter().any(|(netns, mut request)| {
+            request.step = step::LOOK;
+            self.ask(netns, &mut request) == Err(Unfit::Busy)
+        })
+    }
+
     fn ask(&self, netns: &Netns, request: &mut ShortRequest) -> Result<(), Unfit> {
         let answer = netns
             .run(|| sys::program_run(&self.request, request))
@@ -179,14 +263,70 @@ impl ShortCircuit {
         }
     }
 
-    /// What has been counted of a flow that is, or was until now, short-circuited.
-    pub fn counted(&self, flow: &FlowKey) -> Option<ShortFlow> {
-        self.flows().get(flow, 0).ok()
+    /// Makes the entries in which a flow is counted and its sockets are known.
+    fn name(&self, flow: &OpenFlow) -> Result<(), Unfit> {
+        let sockets = [flow.flow.client_socket, flow.flow.server_socket];
+        let counters = ShortFlow {
+            sockets,
+            ..ShortFlow::default()
+        };
+        let full = |_| Unfit::Refused;
+        lock(&self.flows)
+            .insert(flow.key, counters, 0)
+            .map_err(full)?;
+        let mut names = lock(&self.names);
+        for (side, socket) in (0..).zip(sockets) {
+            let name = ShortName {
+                flow: flow.key,
+                sequence: flow.flow.sequence,
+                side,
+            };
+            names.insert(socket, name, 0).map_err(full)?;
+        }
+        Ok(())
     }
 
-    fn flows(&self) -> MutexGuard<'_, HashMap<MapData, FlowKey, ShortFlow>> {
-        self.flows.lock().unwrap_or_else(PoisonError::into_inner)
+    /// A flow has ended, and nobody has said so.
+    pub fn forget(&self, flow: &FlowKey, sockets: [u64; 2]) {
+        let _ = lock(&self.flows).remove(flow);
+        let mut names = lock(&self.names);
+        for socket in sockets {
+            let _ = names.remove(&socket);
+        }
     }
+
+    /// Whether a pod was seen reading in a way that does not see redirected bytes.
+    pub fn is_unfit(&self, pod: NetnsCookie) -> bool {
+        lock(&self.unfit).get(&pod.0, 0).is_ok()
+    }
+
+    /// Forgets the pods that are no more.
+    pub fn keep_pods(&self, is_pod: impl Fn(NetnsCookie) -> bool) {
+        self.watch.keep(&is_pod);
+        let mut unfit = lock(&self.unfit);
+        let gone: Vec<u64> = unfit
+            .keys()
+            .flatten()
+            .filter(|cookie| !is_pod(NetnsCookie(*cookie)))
+            .collect();
+        for cookie in gone {
+            let _ = unfit.remove(&cookie);
+        }
+    }
+
+    /// The flows that have been entered and not ended.
+    pub fn entered(&self) -> Vec<(FlowKey, ShortFlow)> {
+        lock(&self.flows).iter().flatten().collect()
+    }
+
+    /// What has been counted of a flow that is, or was until now, short-circuited.
+    pub fn counted(&self, flow: &FlowKey) -> Option<ShortFlow> {
+        lock(&self.flows).get(flow, 0).ok()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The flows that are worth it, as the kernel part finds them.

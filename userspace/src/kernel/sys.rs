@@ -1,6 +1,8 @@
 //! System calls that no library of ours offers. The only unsafe code of the agent outside its generated parts.
 #![allow(unsafe_code, reason = "raw system calls, each wrapped safely here")]
 
+pub mod tracepoint;
+
 use std::{
     ffi::CString,
     io,
@@ -16,11 +18,13 @@ use std::{
 use aya::maps::{IterableMap, MapData, RingBuf};
 use tokio::io::unix::AsyncFd;
 
+const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
 const BPF_PROG_GET_FD_BY_ID: libc::c_long = 13;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_PROG_QUERY: libc::c_long = 16;
+const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
 const BPF_LINK_DETACH: libc::c_long = 34;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
@@ -52,6 +56,44 @@ pub fn object_get(path: &Path) -> io::Result<OwnedFd> {
         padding: 0,
     };
     let fd = bpf(BPF_OBJ_GET, &attributes)?;
+    // SAFETY: the kernel returned a descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Pins a link.
+pub fn object_pin(link: impl AsFd, path: &Path) -> io::Result<()> {
+    #[repr(C)]
+    struct Attributes {
+        path: u64,
+        fd: u32,
+        flags: u32,
+    }
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let attributes = Attributes {
+        path: path.as_ptr() as u64,
+        fd: link.as_fd().as_raw_fd() as u32,
+        flags: 0,
+    };
+    bpf(BPF_OBJ_PIN, &attributes).map(drop)
+}
+
+fn link_create(program: impl AsFd, target: u32, kind: u32) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attributes {
+        program: u32,
+        target: u32,
+        kind: u32,
+        flags: u32,
+        rest: [u64; 2],
+    }
+    let attributes = Attributes {
+        program: program.as_fd().as_raw_fd() as u32,
+        target,
+        kind,
+        flags: 0,
+        rest: [0; 2],
+    };
+    let fd = bpf(BPF_LINK_CREATE, &attributes)?;
     // SAFETY: the kernel returned a descriptor that nobody else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
@@ -479,6 +521,58 @@ pub fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
     } else {
         Ok(cookie)
     }
+}
+
+/// Bytes of the kernel's memory that a socket's unread data takes.
+pub fn receive_memory(socket: impl AsFd) -> io::Result<u32> {
+    const SO_MEMINFO: libc::c_int = 55;
+    const VARIABLES: usize = 9;
+    let mut memory = [0_u32; VARIABLES];
+    let mut length = size_of_val(&memory) as libc::socklen_t;
+    // SAFETY: writable bytes and their length.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_MEMINFO,
+            memory.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let [unread, ..] = memory;
+    Ok(unread)
+}
+
+/// SO_RCVLOWAT
+pub fn set_receive_low_water(socket: impl AsFd, bytes: i32) -> io::Result<()> {
+    // SAFETY: four readable bytes and their number.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const bytes).cast(),
+            size_of::<i32>() as libc::socklen_t,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// How many bytes FIONREAD says are unread.
+pub fn available(socket: impl AsFd) -> io::Result<i32> {
+    let mut count = 0;
+    // SAFETY: this ioctl writes an int.
+    let result = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::FIONREAD, &raw mut count) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(count)
 }
 
 /// Whether a descriptor names a network namespace.

@@ -360,6 +360,12 @@ impl Tables {
         (flow.sequence == sequence).then_some(OpenFlow { key: *key, flow })
     }
 
+    /// The open flow at a key.
+    pub fn flow_at(&self, key: &FlowKey) -> Option<OpenFlow> {
+        let flow = lock(&self.flows).get(key, 0).ok()?;
+        Some(OpenFlow { key: *key, flow })
+    }
+
     /// How many direct flows are open.
     pub fn open_flows(&self) -> u64 {
         lock(&self.quotas).flows_of_node()

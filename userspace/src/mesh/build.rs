@@ -39,6 +39,8 @@ pub struct MeshDefaults {
     pub strictness: Strictness,
     /// Which direct connections may be short-circuited where annotations leave it open.
     pub short_circuit: ShortCircuitMode,
+    /// What [`ShortCircuitMode::Auto`] means: on where no program can tell on this kernel.
+    pub auto_short_circuit: ShortCircuitMode,
 }
 
 /// Why resources do not make a mesh.
@@ -95,6 +97,7 @@ impl Default for MeshDefaults {
             network: "".into(),
             strictness: Strictness::default(),
             short_circuit: ShortCircuitMode::default(),
+            auto_short_circuit: ShortCircuitMode::Off,
         }
     }
 }
@@ -168,7 +171,7 @@ impl Workload {
             spec,
             identity,
             direct,
-            short_circuit,
+            short_circuit: short_circuit.with_auto(defaults.auto_short_circuit),
         })
     }
 }

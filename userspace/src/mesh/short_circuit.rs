@@ -19,7 +19,7 @@ const MOST_PORTS: usize = 64;
 pub enum ShortCircuitMode {
     /// Never.
     Off,
-    /// Where no program can tell, which no kernel is known to be good for: never, for now.
+    /// Where no program can tell: see `culvert check`.
     #[default]
     Auto,
     /// The operator knows the programs.
@@ -64,7 +64,7 @@ pub enum ShortCircuitError {
     /// A port with two modes.
     #[error("the port {0} occurs twice; remove one")]
     Twice(NonZeroU16),
-    /// More than [`MOST_PORTS`].
+    /// More ports than an annotation may name.
     #[error(
         "more than {MOST_PORTS} ports are named; say what holds for most of them as the mode for all ports"
     )]
@@ -76,6 +76,17 @@ impl ShortCircuit {
     pub fn mode(&self, port: u16) -> ShortCircuitMode {
         let named = NonZeroU16::new(port).and_then(|port| self.ports.get(&port));
         named.copied().unwrap_or(self.general)
+    }
+
+    /// With `auto` as what it means on this kernel.
+    #[must_use]
+    pub fn with_auto(mut self, meaning: ShortCircuitMode) -> Self {
+        for mode in std::iter::once(&mut self.general).chain(self.ports.values_mut()) {
+            if *mode == ShortCircuitMode::Auto {
+                *mode = meaning;
+            }
+        }
+        self
     }
 
     /// True if it is on for one port at least.

@@ -76,7 +76,7 @@ pub struct Annotations {
     /// `culvert.dev/direct`: whether connections within the node may be direct. The pod's word counts before its namespace's,
     /// and without one they may.
     pub direct: Option<bool>,
-    /// `culvert.dev/short-circuit`, likewise, for each port; without one it is [`MeshDefaults::short_circuit`](super::MeshDefaults).
+    /// `culvert.dev/short-circuit`, likewise, for each port; without one it is that of [`MeshDefaults`](super::MeshDefaults).
     pub short_circuit: Option<ShortCircuitAnnotation>,
 }
 

@@ -30,8 +30,8 @@ use crate::{
     admin::{AdminSocket, HttpServers, http},
     config::Config,
     identity::{Certificates, DevCa, DevCaIssuer, RenewalSettings},
-    kernel::{HostProcesses, Kernel, KernelSettings, RoutingSettings},
-    mesh::{MeshDefaults, Revision, Store},
+    kernel::{HostProcesses, Kernel, KernelSettings, RoutingSettings, Verdicts},
+    mesh::{MeshDefaults, Revision, ShortCircuitMode, Store},
     policy::{DenyReason, PolicyName},
     proxy::{Context, OpenConnections, Workers, hbone},
     telemetry::{AccessLog, KernelCounters, Telemetry},
@@ -66,6 +66,7 @@ pub async fn run(
     let control = CancellationToken::new();
     let mut tasks = JoinSet::new();
 
+    let short_circuit = try_out().await;
     let kernel = KernelSettings {
         cgroup_root: config.cgroup_root.clone(),
         host: host_processes(&config, &cgroup_mount)?,
@@ -74,6 +75,7 @@ pub async fn run(
         verdict_max_age: config.verdict_max_age,
         telemetry: config.flow_telemetry,
         leave_alone: knobs.leave_alone,
+        short_circuit: short_circuit.clone(),
         knobs: knobs.kernel,
     };
     // Before anything of another agent's is taken over: this one may not be allowed to start.
@@ -98,7 +100,7 @@ pub async fn run(
     }
 
     let store = Arc::new(Store::new());
-    let source = mesh_source(&config, &store, &control, &mut tasks)?;
+    let source = mesh_source(&config, &short_circuit, &store, &control, &mut tasks)?;
 
     let (kernel, events, candidates) = Kernel::attach(&kernel)?;
     let short = kernel.short_circuit();
@@ -218,13 +220,14 @@ pub async fn run(
 
     match short {
         Ok(short) => {
-            let entries = short_circuit::Entries::new(
+            let entries = short_circuit::Entries::new(short_circuit::Sources {
                 short,
-                Arc::clone(&tables),
-                Arc::clone(&pods),
-                Arc::clone(&store),
-                Arc::clone(&telemetry),
-            );
+                tables: Arc::clone(&tables),
+                pods: Arc::clone(&pods),
+                mesh: Arc::clone(&store),
+                enforcer: Arc::clone(&enforcer),
+                telemetry: Arc::clone(&telemetry),
+            });
             let control = control.clone();
             tasks.spawn(async move {
                 entries.run(candidates, control).await;
@@ -232,7 +235,7 @@ pub async fn run(
             });
         }
         Err(reason) => {
-            tracing::info!(%reason, "direct flows cannot be short-circuited on this kernel");
+            tracing::info!(%reason, "no direct flow is short-circuited on this kernel");
         }
     }
 
@@ -306,6 +309,21 @@ pub async fn run(
     outcome
 }
 
+/// What this kernel does with short-circuited sockets, or why it does nothing.
+async fn try_out() -> Result<Verdicts, String> {
+    let tried = tokio::task::spawn_blocking(Kernel::try_out).await;
+    let verdicts = match tried {
+        Ok(Ok(verdicts)) => verdicts?,
+        // What the kernel refuses is told when it refuses it to the agent itself.
+        Ok(Err(error)) => return Err(error.to_string()),
+        Err(error) => return Err(error.to_string()),
+    };
+    match verdicts.forbids() {
+        Some(reason) => Err(reason),
+        None => Ok(verdicts),
+    }
+}
+
 fn certificates(config: &Config) -> Result<Certificates, NodeError> {
     let directory = config.dev_ca.as_ref().ok_or(NodeError::NoCa)?;
     let ca = DevCa::open(directory, &config.trust_domain)?;
@@ -340,6 +358,7 @@ fn host_processes(
 
 fn mesh_source(
     config: &Config,
+    tried: &Result<Verdicts, String>,
     store: &Arc<Store>,
     control: &CancellationToken,
     tasks: &mut JoinSet<&'static str>,
@@ -349,6 +368,10 @@ fn mesh_source(
         trust_domain: config.trust_domain.as_str().into(),
         network: config.network.as_str().into(),
         short_circuit: config.short_circuit,
+        auto_short_circuit: match tried {
+            Ok(verdicts) if verdicts.nothing_differs() => ShortCircuitMode::On,
+            _ => ShortCircuitMode::Off,
+        },
         ..MeshDefaults::default()
     };
     let (watcher, status) = LocalFile::new(path).watch(defaults, Arc::clone(store))?;

@@ -1,69 +1,110 @@
-//! Direct flows that are worth it are taken into the short-circuit, where both pods may be. Called by `node` as a task.
+//! Direct flows that are worth it are taken into the short-circuit, where both pods may be; they leave it when that changes, and are
+//! reset when they are stuck. Called by `node` as a task.
 
-use std::sync::Arc;
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
+use culvert_abi::{Candidate, news};
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
-use super::pods::Pods;
+use super::{enforcer::Enforcer, pods::Pods};
 use crate::{
-    kernel::{Candidates, Entrant, NetnsCookie, OpenFlow, ShortCircuit, Tables},
+    kernel::{Candidates, Entrant, FlowName, NetnsCookie, OpenFlow, ShortCircuit, Tables},
     mesh::{ShortCircuitMode, Store},
     telemetry::Telemetry,
 };
 
-/// Flows entered in one go.
+/// News taken in one go.
 const BATCH: usize = 256;
+/// How often those that have been entered are looked through, without a change of the mesh.
+const REVIEW: Duration = Duration::from_secs(1);
 
-/// Takes flows in.
+/// What is needed to decide about flows.
+pub struct Sources {
+    pub short: Arc<ShortCircuit>,
+    pub tables: Arc<Tables>,
+    pub pods: Arc<Pods>,
+    pub mesh: Arc<Store>,
+    pub enforcer: Arc<Enforcer>,
+    pub telemetry: Arc<Telemetry>,
+}
+
+/// Takes flows in and out.
 pub struct Entries {
-    short: Arc<ShortCircuit>,
-    tables: Arc<Tables>,
-    pods: Arc<Pods>,
-    mesh: Arc<Store>,
-    telemetry: Arc<Telemetry>,
+    sources: Arc<Sources>,
+    /// Flows that redirect nothing any more.
+    stopped: HashSet<FlowName>,
 }
 
 impl Entries {
-    pub fn new(
-        short: Arc<ShortCircuit>,
-        tables: Arc<Tables>,
-        pods: Arc<Pods>,
-        mesh: Arc<Store>,
-        telemetry: Arc<Telemetry>,
-    ) -> Self {
+    pub fn new(sources: Sources) -> Self {
         Self {
-            short,
-            tables,
-            pods,
-            mesh,
-            telemetry,
+            sources: Arc::new(sources),
+            stopped: HashSet::new(),
         }
     }
 
-    /// Follows the kernel part's proposals until `shutdown`.
-    pub async fn run(self, mut candidates: Candidates, shutdown: CancellationToken) {
+    /// Follows what the kernel part tells, and the mesh, until `shutdown`.
+    pub async fn run(mut self, mut candidates: Candidates, shutdown: CancellationToken) {
+        let mut changes = self.sources.mesh.subscribe();
+        let mut reviews = tokio::time::interval(REVIEW);
+        reviews.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let found = match shutdown.run_until_cancelled(candidates.some(BATCH)).await {
+            let found = async {
+                tokio::select! {
+                    found = candidates.some(BATCH) => found,
+                    _ = changes.changed() => Ok(Vec::new()),
+                    _ = reviews.tick() => Ok(Vec::new()),
+                }
+            };
+            match shutdown.run_until_cancelled(found).await {
                 None => return,
-                Some(Ok(found)) => found,
+                Some(Ok(found)) => self.handle(found).await,
                 Some(Err(error)) => {
                     tracing::error!(%error, "cannot read which flows are worth a short-circuit");
                     return;
                 }
-            };
-            let flows = found
+            }
+        }
+    }
+
+    /// Does what is due: with news what they ask for, without them a review.
+    async fn handle(&mut self, found: Vec<Candidate>) {
+        let sources = Arc::clone(&self.sources);
+        let stopped = std::mem::take(&mut self.stopped);
+        let done = tokio::task::spawn_blocking(move || {
+            if found.is_empty() {
+                return sources.review(stopped);
+            }
+            let (worth, stuck): (Vec<_>, Vec<_>) = found
                 .iter()
-                .filter_map(|candidate| self.tables.flow(&candidate.flow, candidate.sequence));
-            let entrants: Vec<_> = flows.filter_map(|flow| self.entrant(flow)).collect();
-            if entrants.is_empty() {
-                continue;
+                .partition(|candidate| candidate.news == news::WORTH);
+            // The stuck first: somebody waits.
+            for candidate in stuck {
+                sources.reset(candidate);
             }
-            let short = Arc::clone(&self.short);
-            let entered = tokio::task::spawn_blocking(move || short.enter(&entrants)).await;
-            for outcome in entered.unwrap_or_default() {
-                let outcome = outcome.map_or_else(|unfit| unfit.name(), |()| "entered");
-                self.telemetry.metrics.short_circuited(outcome);
-            }
+            sources.enter(&worth);
+            stopped
+        });
+        match done.await {
+            Ok(stopped) => self.stopped = stopped,
+            Err(error) => tracing::error!(%error, "looking after short-circuited flows failed"),
+        }
+    }
+}
+
+impl Sources {
+    fn enter(&self, candidates: &[&Candidate]) {
+        let flows = candidates
+            .iter()
+            .filter_map(|candidate| self.tables.flow(&candidate.flow, candidate.sequence));
+        let entrants: Vec<_> = flows.filter_map(|flow| self.entrant(flow)).collect();
+        if entrants.is_empty() {
+            return;
+        }
+        for outcome in self.short.enter(&entrants) {
+            let outcome = outcome.map_or_else(|unfit| unfit.name(), |()| "entered");
+            self.telemetry.metrics.short_circuited(outcome);
         }
     }
 
@@ -81,5 +122,57 @@ impl Entries {
             server: netns(flow.flow.server_netns)?,
             flow,
         })
+    }
+
+    /// Bytes that were redirected are there, and their reader does not see them: it hears of a reset at least.
+    fn reset(&self, candidate: &Candidate) {
+        let Some(flow) = self.tables.flow(&candidate.flow, candidate.sequence) else {
+            return;
+        };
+        if !self.enforcer.cut_stuck(&flow) {
+            return;
+        }
+        self.telemetry.metrics.short_circuited("stuck");
+        let reader = if candidate.news == news::STUCK_CLIENT {
+            flow.flow.client_netns
+        } else {
+            flow.flow.server_netns
+        };
+        let pod = self.pods.by_cookie(NetnsCookie(reader));
+        tracing::warn!(
+            client = %flow.client(),
+            server = %flow.server(),
+            reader = pod.map(|pod| pod.spec.uid.to_string()),
+            "a short-circuited flow was reset: its reader uses splice(2) or FIONREAD, which do not see redirected bytes on this kernel; no flow of that pod is short-circuited from now on"
+        );
+    }
+
+    /// Stops what may not be any more; returns the flows that are stopped by now.
+    fn review(&self, stopped: HashSet<FlowName>) -> HashSet<FlowName> {
+        let mut now = HashSet::new();
+        for (key, counted) in self.short.entered() {
+            let open = self.tables.flow_at(&key).filter(|flow| {
+                counted.sockets == [flow.flow.client_socket, flow.flow.server_socket]
+            });
+            let Some(flow) = open else {
+                // It ended while it was entered.
+                self.short.forget(&key, counted.sockets);
+                continue;
+            };
+            let name = flow.name();
+            if self.entrant(flow).is_some() {
+                continue;
+            }
+            if !stopped.contains(&name) {
+                self.short.stop(&flow, |cookie| {
+                    let pod = self.pods.by_cookie(cookie)?;
+                    Some(Arc::clone(pod.sockets.netns()))
+                });
+            }
+            now.insert(name);
+        }
+        self.short
+            .keep_pods(|cookie| self.pods.by_cookie(cookie).is_some());
+        now
     }
 }

@@ -138,6 +138,8 @@ ends! {
     Stopped = "stopped";
     /// Not known: its report was lost.
     Unknown = "unknown";
+    /// It was short-circuited, its reader could not see what was sent, and the agent reset it.
+    Stuck = "stuck";
 }
 
 /// Why a connection failed, in the short form of the `response_flags` label.

@@ -44,7 +44,7 @@ fn resolved(pod: &str, namespace: &str, agent: ShortCircuitMode) -> ShortCircuit
 #[test]
 fn nobody_who_speaks_leaves_it_to_the_default() {
     let nothing = resolved("", "", MeshDefaults::default().short_circuit);
-    assert_eq!(nothing, ShortCircuit::from(Auto));
+    assert_eq!(nothing, ShortCircuit::from(Off));
     assert!(!nothing.is_on_somewhere());
 }
 
@@ -57,13 +57,14 @@ fn the_most_specific_word_about_a_port_counts() {
         ("", "off", On, [Off, Off, Off]),
         ("on", "off", Off, [On, On, On]),
         ("off", "on", On, [Off, Off, Off]),
-        ("auto", "", On, [Auto, Auto, Auto]),
+        // What cannot be told on this kernel stays off.
+        ("auto", "", On, [Off, Off, Off]),
         ("on,2=off", "", Auto, [On, Off, On]),
         // A list without a general mode leaves the other ports to the namespace, with its ports, and then to the agent.
         ("2=on", "", Off, [Off, On, Off]),
         ("2=on", "off", On, [Off, On, Off]),
         ("2=on", "off,3=on", Auto, [Off, On, On]),
-        ("2=on", "2=off,3=on", Auto, [Auto, On, On]),
+        ("2=on", "2=off,3=on", Auto, [Off, On, On]),
         ("", "3=off", On, [On, On, Off]),
         // A general mode is a word about every port: nothing of the namespace is left.
         ("off", "on,2=on", On, [Off, Off, Off]),

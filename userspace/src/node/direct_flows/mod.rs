@@ -335,10 +335,12 @@ impl DirectFlows {
         }
         let mut end = ending(event.end);
         let mut flags = ResponseFlags::None;
-        if self.enforcer.was_revoked(&name) {
-            end = FlowEnd::Revoked;
-            flags = ResponseFlags::Deny;
-            self.telemetry.metrics.revoked(FlowPath::Direct);
+        if let Some(cut) = self.enforcer.cut_as(&name) {
+            end = cut;
+            if cut == FlowEnd::Revoked {
+                flags = ResponseFlags::Deny;
+                self.telemetry.metrics.revoked(FlowPath::Direct);
+            }
         }
         pair.series.opened(1 - counted.flows.min(1));
         // Telemetry sees the connection from its server, the kernel measured at its client.

@@ -20,6 +20,7 @@ use super::{
 use crate::{
     kernel::{KernelError, NetnsCookie, OpenFlow, sys},
     mesh::Mesh,
+    telemetry::FlowEnd,
 };
 
 /// Far more than a program of ours runs, where the kernel offers no better way to wait for its end.
@@ -279,11 +280,11 @@ impl Enforcer {
         };
         let mut decisions = view.decisions();
         let forbidden = flows.into_iter().filter(|flow| !decisions.is_allowed(flow));
-        let forbidden = self.revoked.note(forbidden.collect());
+        let forbidden = self.cuts.note(forbidden.collect(), FlowEnd::Revoked);
         let failed = view.cut(&forbidden);
         for place in failed.keys() {
             if let Some(flow) = forbidden.get(*place) {
-                self.revoked.retract(&flow.name());
+                self.cuts.retract(&flow.name());
             }
         }
         if failed.is_empty() {

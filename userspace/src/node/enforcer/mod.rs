@@ -23,10 +23,11 @@ use culvert_abi::{Endpoint, action};
 
 use crate::{
     enrol::{KnownPod, LocalPod, PodSpec, belongs_to_another},
-    kernel::{EventSocket, FlowName, KernelError, NetnsCookie, SocketName, Tables, sys},
+    kernel::{EventSocket, FlowName, KernelError, NetnsCookie, OpenFlow, SocketName, Tables, sys},
     mesh::{Mesh, ServiceName},
     policy::{Applicable, Connection, Evaluation, PolicyName},
     proxy::Judge,
+    telemetry::FlowEnd,
 };
 use change::wait_for_running_programs;
 use inherited::Inherited;
@@ -34,7 +35,7 @@ use numbers::Numbers;
 use pairs::{Pair, Pairs, Source};
 use services::{Member, Services};
 use state::{Decided, Enrolled, State};
-use sweep::Revoked;
+use sweep::Cuts;
 pub use sweep::View;
 
 /// What the enforcer follows besides the mesh.
@@ -61,7 +62,7 @@ pub struct Enforcer {
     tables: Arc<Tables>,
     settings: EnforcerSettings,
     state: Mutex<State>,
-    revoked: Revoked,
+    cuts: Cuts,
     /// Forbidden flows could not be cut.
     owed: AtomicBool,
     /// How many, when somebody was last told.
@@ -102,7 +103,7 @@ impl Enforcer {
             tables,
             settings,
             state: Mutex::new(state),
-            revoked: Revoked::default(),
+            cuts: Cuts::default(),
             owed: AtomicBool::new(false),
             said: AtomicUsize::new(0),
         })
@@ -333,9 +334,18 @@ impl Enforcer {
         self.state().policies.name(number).cloned()
     }
 
-    /// Whether this flow was cut by us; asked once, when its end is reported.
-    pub fn was_revoked(&self, name: &FlowName) -> bool {
-        self.revoked.take(name)
+    /// Why this flow was cut by us, if it was; asked once, when its end is reported.
+    pub fn cut_as(&self, name: &FlowName) -> Option<FlowEnd> {
+        self.cuts.take(name)
+    }
+
+    /// Resets a short-circuited flow whose reader cannot see what was sent. Returns whether it was open. Blocks.
+    pub fn cut_stuck(&self, flow: &OpenFlow) -> bool {
+        let Some(view) = self.state().view(&self.settings) else {
+            return false;
+        };
+        let stuck = self.cuts.note(vec![*flow], FlowEnd::Stuck);
+        !stuck.is_empty() && view.cut(&stuck).is_empty()
     }
 
     /// Has a connection destroyed that was established without a valid claim. Waits for nothing.

@@ -1,7 +1,7 @@
 //! Cutting the open direct flows that one moment's pods and policies forbid.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     net::{IpAddr, SocketAddr},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -15,30 +15,33 @@ use crate::{
     kernel::{Asked, Fate, FlowName, NetnsCookie, OpenFlow, Outcome, SocketName},
     mesh::{Mesh, Workload},
     policy::{Connection, Identity},
+    telemetry::FlowEnd,
 };
 
-/// Revoked flows remembered until their end was reported; older ones lose their reason, nothing else.
-const REVOKED_KEPT: usize = 65_536;
+/// Cut flows remembered until their end was reported; older ones lose their reason, nothing else.
+const CUTS_KEPT: usize = 65_536;
 
 /// How long clients' ends keep servers' ends waiting, if a client's namespace is slow.
 const CLIENTS_FIRST: Duration = Duration::from_millis(20);
 
 /// The flows that were cut and whose end nobody has reported yet. Noted before they are cut: the report may be quick.
 #[derive(Default)]
-pub struct Revoked {
-    names: Mutex<HashSet<FlowName>>,
+pub struct Cuts {
+    names: Mutex<HashMap<FlowName, FlowEnd>>,
     /// How many, for those who would ask about each of many flows.
     count: AtomicUsize,
 }
 
-impl Revoked {
-    /// Notes flows that are about to be cut; returns those that were not noted before.
-    pub fn note(&self, flows: Vec<OpenFlow>) -> Vec<OpenFlow> {
+impl Cuts {
+    /// Notes flows that are about to be cut, and why; returns those that were not noted before.
+    pub fn note(&self, flows: Vec<OpenFlow>, why: FlowEnd) -> Vec<OpenFlow> {
         self.change(|names| {
-            if names.len() + flows.len() > REVOKED_KEPT {
+            if names.len() + flows.len() > CUTS_KEPT {
                 names.clear();
             }
-            let new = flows.into_iter().filter(|flow| names.insert(flow.name()));
+            let new = flows
+                .into_iter()
+                .filter(|flow| names.insert(flow.name(), why).is_none());
             new.collect()
         })
     }
@@ -48,12 +51,15 @@ impl Revoked {
         self.change(|names| names.remove(name));
     }
 
-    /// Whether this flow was cut; asked once, when its end is reported.
-    pub fn take(&self, name: &FlowName) -> bool {
-        self.count.load(Ordering::Acquire) > 0 && self.change(|names| names.remove(name))
+    /// Why this flow was cut, if it was; asked once, when its end is reported.
+    pub fn take(&self, name: &FlowName) -> Option<FlowEnd> {
+        if self.count.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        self.change(|names| names.remove(name))
     }
 
-    fn change<T>(&self, change: impl FnOnce(&mut HashSet<FlowName>) -> T) -> T {
+    fn change<T>(&self, change: impl FnOnce(&mut HashMap<FlowName, FlowEnd>) -> T) -> T {
         let mut names: MutexGuard<'_, _> =
             self.names.lock().unwrap_or_else(PoisonError::into_inner);
         let result = change(&mut names);

@@ -145,19 +145,28 @@ fn sequence(
         }
     }
     for side in [0, 1] {
+        let (own, peer) = sides(&mut ends, side);
+        said.push(receive(own, peer, usize::MAX)?);
+    }
+    for side in [0, 1] {
         said.push(finish(&mut ends, side)?);
     }
     Ok(said)
 }
 
-/// Makes one call at the end `side`, and says what came of it.
-fn call(ends: &mut [End; 2], side: usize, dice: &mut Dice) -> anyhow::Result<String> {
+/// The end `side` and the other one.
+fn sides(ends: &mut [End; 2], side: usize) -> (&mut End, &mut End) {
     let [client, server] = ends;
-    let (own, peer) = if side == 0 {
+    if side == 0 {
         (client, server)
     } else {
         (server, client)
-    };
+    }
+}
+
+/// Makes one call at the end `side`, and says what came of it.
+fn call(ends: &mut [End; 2], side: usize, dice: &mut Dice) -> anyhow::Result<String> {
+    let (own, peer) = sides(ends, side);
     let kind = dice.below(100);
     let size = match dice.below(4) {
         0 => 1,
@@ -271,14 +280,9 @@ fn close(own: &mut End, peer: &End, abort: bool) -> anyhow::Result<String> {
     Ok(format!("{} {how} with {unread} unread", own.name))
 }
 
-/// Reads to the end, and says what that is.
+/// Waits for the end, and says what that is.
 fn finish(ends: &mut [End; 2], side: usize) -> anyhow::Result<String> {
-    let [client, server] = ends;
-    let (own, peer) = if side == 0 {
-        (client, server)
-    } else {
-        (server, client)
-    };
+    let (own, peer) = sides(ends, side);
     if own.stream.is_none() {
         return Ok(String::new());
     }
@@ -289,7 +293,7 @@ fn finish(ends: &mut [End; 2], side: usize) -> anyhow::Result<String> {
         peer.is_done = true;
         let _ = stream.shutdown(Shutdown::Write);
     }
-    let mut said = receive(own, peer, usize::MAX)?;
+    let mut said = format!("{} waits for the end", own.name);
     let began = Instant::now();
     while let Some(stream) = &mut own.stream
         && !own.is_told
@@ -307,7 +311,7 @@ fn finish(ends: &mut [End; 2], side: usize) -> anyhow::Result<String> {
             Err(error) => report::name(&error),
         };
         own.is_told = true;
-        said = format!("{said}, then {how}");
+        said = format!("{said}: {how}");
     }
     Ok(said)
 }
