@@ -5,8 +5,8 @@ use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use culvert_harness::{
-    Agent, AgentOptions, Fabric, FabricOptions, Match, Mesh, Node, Pod, Policy, Proc, Workload,
-    fabric::BRIDGE, wait_until,
+    Agent, AgentOptions, Fabric, FabricOptions, Match, Mesh, Namespace, Node, Pod, Policy, Proc,
+    Workload, fabric::BRIDGE, wait_until,
 };
 use serde_json::Value;
 
@@ -144,6 +144,18 @@ impl Scene {
             })?;
         }
         Ok(())
+    }
+
+    /// Says of all pods whether their flows are short-circuited: `off`, `auto` or `on`.
+    pub fn short_circuit(&mut self, mode: &str) -> Result<()> {
+        let namespace = Namespace::annotated(NAMESPACE, "culvert.dev/short-circuit", mode);
+        self.change_mesh(|mesh| mesh.namespaces = vec![namespace])
+    }
+
+    /// How many flows have been short-circuited so far, on the first node.
+    pub fn short_circuited(&self) -> Result<f64> {
+        let name = "culvert_short_circuited_flows_total";
+        self.agent1.metric(name, &["outcome=\"entered\""])
     }
 
     /// Lets the kernel part learn a verdict, so that the next connection of the pair is direct (or refused) at once.

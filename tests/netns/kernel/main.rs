@@ -43,6 +43,7 @@ mod sequences;
 mod services;
 mod several_addresses;
 mod short_circuit;
+mod short_memory;
 mod short_modes;
 mod stalled;
 mod startup;

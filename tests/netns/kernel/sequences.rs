@@ -4,8 +4,8 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use culvert_harness::{Fabric, Namespace, Pod, stretch};
-use culvert_tests::scene::{NAMESPACE, PORT, Scene, Setting};
+use culvert_harness::{Fabric, Pod, stretch};
+use culvert_tests::scene::{PORT, Scene, Setting};
 use serde_json::Value;
 
 const A_WHILE: Duration = Duration::from_secs(300);
@@ -61,8 +61,7 @@ fn short(knobs: &'static str) -> Result<Scene> {
         knobs,
         ..Setting::default()
     })?;
-    let namespace = Namespace::annotated(NAMESPACE, "culvert.dev/short-circuit", "on");
-    scene.change_mesh(|mesh| mesh.namespaces = vec![namespace])?;
+    scene.short_circuit("on")?;
     scene.warm(&scene.client, &scene.server_a)?;
     Ok(scene)
 }
@@ -109,8 +108,7 @@ fn every_call_says_what_it_says_over_plain_tcp() -> Result<()> {
     let plain = plain(count)?;
     let scene = short("eager-short-circuit")?;
     let short = run(&scene.client, &scene.server_a, count)?;
-    let name = "culvert_short_circuited_flows_total";
-    let entered = scene.agent1.metric(name, &["outcome=\"entered\""])?;
+    let entered = scene.short_circuited()?;
     ensure!(entered > f64::from(count) / 20.0, "{entered} of {count}");
     let known = compare(&plain, &short)?;
     println!("{entered} of {count} sequences short-circuited; {known} told of an end otherwise");

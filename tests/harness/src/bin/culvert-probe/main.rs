@@ -5,6 +5,7 @@ mod alternate;
 mod burst;
 mod connect;
 mod crowd;
+mod fill;
 mod greet;
 mod load;
 mod many;
@@ -56,6 +57,8 @@ enum Probe {
     ServeRing(ring::Arguments),
     /// Make random calls at both ends of connections, and tell what came of each
     Sequences(sequences::Sequences),
+    /// Write on many connections that nobody reads until nothing more is taken, then read and compare all of it
+    Fill(fill::Fill),
     /// Make one connection and tell the outcome of every step
     Connect(connect::Arguments),
     /// Make one connection and keep the kernel busy with it until standard input ends
@@ -84,6 +87,7 @@ fn main() -> anyhow::Result<()> {
         Probe::Alternate(arguments) => alternate::alternate(&arguments),
         Probe::ServeRing(arguments) => ring::serve(&arguments),
         Probe::Sequences(arguments) => sequences::sequences(&arguments),
+        Probe::Fill(arguments) => fill::fill(&arguments),
         Probe::Connect(arguments) => connect::run(&arguments),
         Probe::Stall(arguments) => stall::stall(&arguments),
         Probe::Offer(arguments) => connect::offer(&arguments),

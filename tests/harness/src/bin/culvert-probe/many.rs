@@ -80,7 +80,7 @@ fn listen_to_stdin(asked: &AtomicBool) {
 }
 
 /// As many descriptors as the kernel lets this process have, and enough for the largest crowd where it may say so itself.
-fn room_for_a_crowd() {
+pub fn room_for_a_crowd() {
     const CROWD: u64 = 20_000;
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let most = hard.max(CROWD);

@@ -2,7 +2,6 @@
 //! sockets, one in the namespace it runs in and one in another's, so that nothing is left to chance: with the same seed two runs say
 //! the same, whatever carries the bytes.
 
-use std::fs::File;
 use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
@@ -11,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sched::{CloneFlags, setns};
 use serde_json::json;
 use socket2::SockRef;
 
@@ -100,7 +98,7 @@ fn byte(end: &'static str, at: usize) -> u8 {
 }
 
 pub fn sequences(arguments: &Sequences) -> anyhow::Result<()> {
-    let listener = listener(arguments)?;
+    let listener = crate::serve::listen_in(&arguments.netns, arguments.to)?;
     for number in arguments.first..arguments.first.saturating_add(arguments.count) {
         let said = sequence(arguments, &listener, number)
             .with_context(|| format!("sequence {number} of seed {}", arguments.seed))?;
@@ -108,17 +106,6 @@ pub fn sequences(arguments: &Sequences) -> anyhow::Result<()> {
     }
     report::line(&json!({"event": "done"}));
     Ok(())
-}
-
-/// In the other namespace.
-fn listener(arguments: &Sequences) -> anyhow::Result<TcpListener> {
-    let (to, netns) = (arguments.to, File::open(&arguments.netns)?);
-    let made = std::thread::spawn(move || {
-        setns(netns, CloneFlags::CLONE_NEWNET)?;
-        crate::serve::listen(to, None)
-    });
-    let made = made.join().map_err(|_| io::Error::other("no listener"))?;
-    Ok(made?)
 }
 
 fn sequence(
@@ -316,7 +303,8 @@ fn finish(ends: &mut [End; 2], side: usize) -> anyhow::Result<String> {
     Ok(said)
 }
 
-fn wait(stream: &TcpStream, most: Duration) -> io::Result<()> {
+/// Waits until there is something to read, at most so long.
+pub fn wait(stream: &TcpStream, most: Duration) -> io::Result<()> {
     let mut polled = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
     poll(
         &mut polled,

@@ -1,13 +1,16 @@
 //! The server: one thread per connection, an event when a connection comes and one when it ends.
 
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::ValueEnum;
+use nix::sched::{CloneFlags, setns};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -103,6 +106,17 @@ pub fn listen(address: SocketAddr, protocol: Option<Protocol>) -> io::Result<Tcp
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
+}
+
+/// The same in another network namespace.
+pub fn listen_in(netns: &Path, address: SocketAddr) -> anyhow::Result<TcpListener> {
+    let netns = File::open(netns)?;
+    let made = std::thread::spawn(move || {
+        setns(netns, CloneFlags::CLONE_NEWNET)?;
+        listen(address, None)
+    });
+    let made = made.join().map_err(|_| io::Error::other("no listener"))?;
+    Ok(made?)
 }
 
 fn accept(listener: &TcpListener, arguments: &Arc<Arguments>) {
