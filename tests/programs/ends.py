@@ -7,6 +7,7 @@ length of time to pass, except for what never comes.
 import ctypes
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -38,6 +39,7 @@ def show(data):
     return repr(data) if len(data) <= 40 else f"{len(data)} bytes {hashlib.sha256(data).hexdigest()[:16]}"
 
 
+@functools.lru_cache(maxsize=4)
 def pattern(length, seed=1):
     """Bytes of which any two stretches differ."""
     block = hashlib.sha256(str(seed).encode()).digest()
@@ -190,6 +192,10 @@ class End:
         self.socket.setblocking(False)
         return "ok"
 
+    def op_blocking(self):
+        self.socket.setblocking(True)
+        return "ok"
+
     def op_exchange(self, first, rounds):
         """Small messages to and fro, whether the socket blocks or not."""
         poll = select.poll()
@@ -257,6 +263,24 @@ class End:
                 return f"{count} bytes {whole.hexdigest()[:16]}, then the end"
             whole.update(data)
             count += len(data)
+
+    def op_read_by_edges(self, piece):
+        """To the end, as nginx does: told of news once, and by FIONREAD whether there is more to read."""
+        whole, count, epoll = hashlib.sha256(), 0, select.epoll()
+        epoll.register(self.socket, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
+        while events := epoll.poll(NEVER):
+            more = True
+            while more or events[0][1] & select.EPOLLRDHUP:
+                try:
+                    data = self.socket.recv(piece, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    break
+                if not data:
+                    return f"{count} bytes {whole.hexdigest()[:16]}, then the end"
+                whole.update(data)
+                count += len(data)
+                more = self.op_queued() > 0
+        return f"{count} bytes {whole.hexdigest()[:16]}, then nothing"
 
     def op_send(self, text, *flags):
         data = text.encode()
@@ -414,6 +438,10 @@ class End:
 
     def op_state(self):
         return self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+
+    def op_carried(self):
+        """How many bytes TCP has sent: tcp_info's tcpi_bytes_sent."""
+        return struct.unpack_from("Q", self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 208), 200)[0]
 
     def op_names(self):
         return f"{self.socket.getsockname()[0]} to {self.socket.getpeername()[0]}"

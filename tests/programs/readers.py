@@ -1,14 +1,22 @@
 """Ways to read from a connection, and what each call says: one line for every call, to be compared between two runs.
 
-Usage: readers.py serve CONTROL | readers.py drive CONTROL HOST PORT
+Usage: readers.py serve CONTROL | readers.py drive CONTROL HOST PORT [splice] [short]
+
+With "splice", the cases that do, and else the others: a pod that has spliced may be treated otherwise from then on. With
+"short", flows that may be short-circuited are, before a case begins.
 """
 import sys
+import time
 
 from ends import SO_ZEROCOPY, STILL, TCP_INQ, End, Remote, serve
+
+# Seconds until a flow must have been short-circuited, and in which one may be of a pod that splices.
+PATIENCE, SOME_TIME = 10, 0.3
 
 CASES = []
 BLOCKING_CASES = []
 NONBLOCKING_CASES = []
+SPLICING = set()
 
 
 def case(function):
@@ -25,6 +33,11 @@ def blocking(function):
 def nonblocking(function):
     """A case in which a socket that blocks would."""
     NONBLOCKING_CASES.append(function)
+    return function
+
+
+def splices(function):
+    SPLICING.add(function)
     return function
 
 
@@ -181,6 +194,7 @@ def low_water_mark(r, w):
 
 
 @case
+@splices
 def splice_what_is_there(r, w):
     w.do("send", "abcdefghij")
     w.do("drained")
@@ -202,14 +216,24 @@ def nothing_to_read(r, w):
         r.do("recv", 10)
         r.do("recv", 10, "PEEK")
         r.do("recv", 10, "WAITALL")
-        r.do("splice", 10, False)
         r.do("poll", "IN|OUT")
         w.do("send", text)
         w.do("drained")
         r.do("recv", 10, "WAITALL")
 
 
+@nonblocking
+@splices
+def nothing_to_splice(r, w):
+    for text in ("a", "bcd"):
+        r.do("splice", 10, False)
+        w.do("send", text)
+        w.do("drained")
+        r.do("splice", 10, False)
+
+
 @case
+@splices
 def splice_a_megabyte(r, w):
     r.start("all", "splice_all")
     w.do("send_pattern", 1 << 20, 3, 10000)
@@ -218,13 +242,29 @@ def splice_a_megabyte(r, w):
 
 
 @case
-def spliced_and_sent_files(r, w):
-    r.start("all", "read_all", 65536)
+@splices
+def splice_to_the_reader(r, w):
     w.do("splice_out", "spliced " * 100)
     w.do("send", "and sent")
+    w.do("drained")
+    r.do("recv", 1000)
+
+
+@case
+def sent_files(r, w):
+    r.start("all", "read_all", 65536)
+    w.do("send", "sent ")
     w.do("sendfile", 300000, 5)
     w.do("send", "more ", "MORE")
     w.do("send", "and no more")
+    w.do("shutdown", "SHUT_WR")
+    r.finish("all")
+
+
+@case
+def read_by_edges(r, w):
+    r.start("all", "read_by_edges", 8192)
+    w.do("send_pattern", 4 << 20, 13, 300000)
     w.do("shutdown", "SHUT_WR")
     r.finish("all")
 
@@ -333,6 +373,39 @@ def closed_with_bytes_unread_and_read_late(r, w):
     w.do("recv", 5)
     w.do("recv", 100)
     w.do("send", "x")
+
+
+@case
+def half_closed_with_bytes_unread(r, w):
+    w.do("send", "for the reader")
+    r.do("send", "for the writer")
+    w.do("drained")
+    r.do("drained")
+    w.do("shutdown", "SHUT_WR")
+    r.do("poll", "RDHUP", 3000)
+    r.do("recv", 3)
+    r.do("shutdown", "SHUT_WR")
+    w.do("poll", "HUP", 3000)
+    for end in (r, w):
+        end.do("poll", "IN|RDHUP")
+        end.do("recv", 100)
+        end.do("recv", 100)
+
+
+@case
+def half_closed_by_the_reader_and_closed_by_the_writer(r, w):
+    w.do("send", "abc")
+    w.do("drained")
+    r.do("shutdown", "SHUT_WR")
+    w.do("poll", "RDHUP", 3000)
+    w.do("recv", 10)
+    w.do("send", "def")
+    w.do("drained")
+    w.do("close")
+    r.do("poll", "HUP", 3000)
+    r.do("recv", 2)
+    r.do("recv", 100)
+    r.do("recv", 100)
 
 
 @case
@@ -520,14 +593,22 @@ def signals(r, w):
     r.start("read", "read", 10)
     r.interrupt("read", "SIGUSR1")
     r.finish("read")
-    r.start("splice", "splice", 10)
-    r.interrupt("splice", "SIGUSR1")
-    r.finish("splice")
     w.do("send", "ghi")
     r.do("read", 10)
 
 
 @blocking
+@splices
+def signals_while_splicing(r, w):
+    r.start("splice", "splice", 10)
+    r.interrupt("splice", "SIGUSR1")
+    r.finish("splice")
+    w.do("send", "abc")
+    r.do("read", 10)
+
+
+@blocking
+@splices
 def blocked_splice(r, w):
     for text in ("a", "bcd"):
         r.start("splice", "splice", 100)
@@ -626,45 +707,75 @@ def shown(call):
     return f"{name}({', '.join(words)})"
 
 
-def drive(control, host, port):
-    here, there = End(), Remote(control)
-    there.do("listen", port)
-    both = [(function, False) for function in CASES + BLOCKING_CASES]
-    both += [(function, True) for function in CASES + NONBLOCKING_CASES]
-    for function, never_blocks in both:
+# How the sockets are: they block, they never do, they do after what came before the case.
+BLOCKING, NONBLOCKING, BLOCKING_LATE = "", ", nonblocking", ", nonblocking at first"
+
+
+def drive(control, host, port, splice, is_short):
+    ends = End(), Remote(control)
+    ends[1].do("listen", port)
+    every = [(function, BLOCKING) for function in CASES + BLOCKING_CASES]
+    every += [(function, NONBLOCKING) for function in CASES + NONBLOCKING_CASES]
+    every += [(function, BLOCKING_LATE) for function in CASES + BLOCKING_CASES]
+    for function, sockets in every:
+        if (function in SPLICING) != splice:
+            continue
         for reader in ("client", "server"):
             # A flow that has just begun, and one that has been used for a while.
             for rounds in (0, 50):
-                name = f"{function.__name__}, {reader} reads"
-                name += ", nonblocking" * never_blocks + ", used" * bool(rounds)
-                run(function, name, (here, there), reader, (host, port), never_blocks, rounds)
+                if sockets == BLOCKING_LATE and not rounds:
+                    continue
+                name = f"{function.__name__}{sockets}{', used' * bool(rounds)}, {reader} reads"
+                run(function, name, ends, reader, (host, port), sockets, rounds, is_short)
 
 
-def run(function, name, ends, reader, to, never_blocks, rounds):
+def run(function, name, ends, reader, to, sockets, rounds, is_short):
     def say(text):
         print(f"{name}\t{text}", flush=True)
 
-    here, there = Said(ends[0], "client", say), Said(ends[1], "server", say)
+    here, there = both = Said(ends[0], "client", say), Said(ends[1], "server", say)
     there.end.start("accept", "accept")
     here.do("connect", *to)
     there.end.finish("accept")
-    if never_blocks:
-        here.do("nonblocking")
-        there.do("nonblocking")
+    if sockets != BLOCKING:
+        for end in both:
+            end.do("nonblocking")
     if rounds:
         there.end.start("exchange", "exchange", False, rounds)
         here.do("exchange", True, rounds)
         there.finish("exchange")
+        if is_short and sockets != BLOCKING:
+            patience = SOME_TIME if function in SPLICING else PATIENCE
+            if not becomes_short(*ends, patience) and function not in SPLICING:
+                say("was not short-circuited")
+    if sockets == BLOCKING_LATE:
+        for end in both:
+            end.do("blocking")
     try:
-        function(*((here, there) if reader == "client" else (there, here)))
+        function(*(both if reader == "client" else reversed(both)))
     except Stuck:
         pass
-    for end in (here, there):
-        end.end.close_up()
+    for end in ends:
+        end.close_up()
+
+
+def becomes_short(here, there, patience):
+    """Small messages to and fro, until TCP sees nothing of them."""
+    deadline = time.monotonic() + patience
+    before = None
+    while time.monotonic() < deadline:
+        there.begin("exchange", "exchange", False, 20)
+        here.call("exchange", True, 20)
+        there.finish("exchange")
+        carried = here.do("carried"), there.do("carried")
+        if carried == before:
+            return True
+        before = carried
+    return False
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve(sys.argv[2])
     else:
-        drive(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+        drive(sys.argv[2], sys.argv[3], int(sys.argv[4]), "splice" in sys.argv[5:], "short" in sys.argv[5:])

@@ -1,6 +1,8 @@
-// Connections copied by io.Copy, which uses splice(2) between TCP connections.
+// Connections copied by io.Copy, which uses splice(2) between TCP connections where it sees that they are such.
 //
-// relay echo ADDRESS | relay pass ADDRESS UPSTREAM | relay ask ADDRESS CONNECTIONS BYTES
+// relay echo HOW ADDRESS | relay pass HOW ADDRESS UPSTREAM | relay ask HOW ADDRESS CONNECTIONS BYTES
+//
+// HOW is "splice", or "copy" to read and write alone.
 package main
 
 import (
@@ -18,14 +20,16 @@ import (
 
 const patience = 30 * time.Second
 
+var splices bool
+
 func main() {
-	arguments := os.Args[2:]
+	splices = os.Args[2] == "splice"
+	arguments := os.Args[3:]
 	switch os.Args[1] {
 	case "echo":
 		serve(arguments[0], func(one *net.TCPConn) error {
 			defer one.CloseWrite()
-			_, err := io.Copy(one, one)
-			return err
+			return carry(one, one)
 		})
 	case "pass":
 		serve(arguments[0], func(one *net.TCPConn) error { return pass(one, arguments[1]) })
@@ -65,15 +69,25 @@ func pass(near *net.TCPConn, upstream string) error {
 	far := connection.(*net.TCPConn)
 	back := make(chan error)
 	go func() {
-		_, err := io.Copy(near, far)
+		err := carry(near, far)
 		near.CloseWrite()
 		back <- err
 	}()
-	_, err = io.Copy(far, near)
+	err = carry(far, near)
 	far.CloseWrite()
 	if other := <-back; err == nil {
 		err = other
 	}
+	return err
+}
+
+func carry(to, from *net.TCPConn) error {
+	if splices {
+		_, err := io.Copy(to, from)
+		return err
+	}
+	// What only reads and only writes has nothing that io.Copy could splice with.
+	_, err := io.Copy(struct{ io.Writer }{to}, struct{ io.Reader }{from})
 	return err
 }
 

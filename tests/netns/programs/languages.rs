@@ -5,24 +5,34 @@ use anyhow::Result;
 use culvert_harness::Launch;
 
 use crate::made;
-use crate::stage::{End, Mode, STEP, compare, python};
+use crate::stage::{End, Least, Mode, STEP, compare, python};
 
 const PORT: u16 = 7200;
 const RELAY: u16 = 7201;
 
-pub fn go(mode: Mode) -> Result<()> {
+/// Between two connections, io.Copy splices.
+pub fn go_splicing(mode: Mode) -> Result<()> {
+    go(mode, "splice", 0)
+}
+
+pub fn go_copying(mode: Mode) -> Result<()> {
+    go(mode, "copy", 10)
+}
+
+fn go(mode: Mode, how: &str, short: u64) -> Result<()> {
     let program = made::go("relay.go")?;
     let routes = [
         (End::Client, End::Server, PORT),
         (End::Client, End::Relay, RELAY),
         (End::Relay, End::Server, PORT),
     ];
-    compare(mode, &routes, 150, |stage, told| {
+    let least = Least { direct: 150, short };
+    compare(mode, &routes, least, |stage, told| {
         let run = |end| stage.pod(end).command(&program);
         let own = |port| format!("0.0.0.0:{port}");
-        let server = run(End::Server).args(["echo", &own(PORT)]);
+        let server = run(End::Server).args(["echo", how, &own(PORT)]);
         let _server = stage.serve(End::Server, PORT, server)?;
-        let relay = run(End::Relay).args(["pass", &own(RELAY), &stage.server.at(PORT)]);
+        let relay = run(End::Relay).args(["pass", how, &own(RELAY), &stage.server.at(PORT)]);
         let _relay = stage.serve(End::Relay, RELAY, relay)?;
         for (case, to) in [
             ("echo", stage.server.at(PORT)),
@@ -30,9 +40,9 @@ pub fn go(mode: Mode) -> Result<()> {
         ] {
             for (connections, bytes) in [("1", "0"), ("40", "1"), ("20", "5000"), ("4", "20000000")]
             {
-                let client = run(End::Client).args(["ask", &to, connections, bytes]);
+                let client = run(End::Client).args(["ask", how, &to, connections, bytes]);
                 told.say(
-                    &format!("{case}, {bytes} bytes"),
+                    &format!("{case} by {how}, {bytes} bytes"),
                     client.run(STEP)?.success()?,
                 );
             }
@@ -46,7 +56,10 @@ pub fn java(mode: Mode) -> Result<()> {
     compare(
         mode,
         &[(End::Client, End::Server, PORT)],
-        16,
+        Least {
+            direct: 16,
+            short: 0,
+        },
         |stage, told| {
             let run = |end| {
                 let java = stage.pod(end).command("java");
@@ -64,22 +77,22 @@ pub fn java(mode: Mode) -> Result<()> {
 }
 
 pub fn asyncio(mode: Mode) -> Result<()> {
-    talk(mode, "tasks", "tasks")
+    talk(mode, "tasks", "tasks", 16)
 }
 
 pub fn threads(mode: Mode) -> Result<()> {
-    talk(mode, "threads", "threads")
+    talk(mode, "threads", "threads", 0)
 }
 
 pub fn mixed(mode: Mode) -> Result<()> {
-    talk(mode, "tasks", "threads")
+    talk(mode, "tasks", "threads", 0)
 }
 
-fn talk(mode: Mode, serving: &str, asking: &str) -> Result<()> {
+fn talk(mode: Mode, serving: &str, asking: &str, short: u64) -> Result<()> {
     compare(
         mode,
         &[(End::Client, End::Server, PORT)],
-        32,
+        Least { direct: 32, short },
         |stage, told| {
             let script = |end, way: &str| -> Launch {
                 python(stage.pod(end)).arg(made::source("talk.py")).arg(way)

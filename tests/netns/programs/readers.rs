@@ -3,17 +3,33 @@
 use anyhow::Result;
 
 use crate::made::source;
-use crate::stage::{End, Mode, STEP, compare, python};
+use crate::stage::{End, Least, Mode, STEP, compare, python};
 
 const PORT: u16 = 7100;
-/// Each case with both ends as readers, on a new flow and one in use.
-const CONNECTIONS: u32 = 100;
 
-pub fn check(mode: Mode) -> Result<()> {
+/// Each case with both ends as readers, on a new flow and one in use.
+pub fn reading(mode: Mode) -> Result<()> {
+    let least = Least {
+        direct: 250,
+        short: 100,
+    };
+    check(mode, None, least)
+}
+
+/// Who splices may be treated otherwise from then on: apart from the other cases.
+pub fn splicing(mode: Mode) -> Result<()> {
+    let least = Least {
+        direct: 30,
+        short: 0,
+    };
+    check(mode, Some("splice"), least)
+}
+
+fn check(mode: Mode, which: Option<&str>, least: Least) -> Result<()> {
     compare(
         mode,
         &[(End::Client, End::Server, PORT)],
-        CONNECTIONS,
+        least,
         |stage, told| {
             let control = stage.directory().join("control");
             // That of the run before this one.
@@ -23,7 +39,9 @@ pub fn check(mode: Mode) -> Result<()> {
             server.wait_for_line("listening", STEP)?;
             let (host, port) = (stage.server.address().to_string(), PORT.to_string());
             let driver = script(&stage.client).arg("drive").arg(&control);
-            let said = driver.args([host, port]).run(2 * STEP)?.success()?;
+            let short = stage.is_short().then_some("short");
+            let driver = driver.args([host, port]).args(which).args(short);
+            let said = driver.run(4 * STEP)?.success()?;
             for line in said.lines() {
                 let (case, line) = line.split_once('\t').unwrap_or(("readers", line));
                 told.say(case, line);

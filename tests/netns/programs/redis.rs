@@ -3,7 +3,7 @@
 use anyhow::Result;
 use culvert_harness::Proc;
 
-use crate::stage::{End, Mode, Stage, compare};
+use crate::stage::{End, Least, Mode, Stage, compare};
 
 const PORT: u16 = 6379;
 
@@ -11,7 +11,10 @@ pub fn check(mode: Mode) -> Result<()> {
     compare(
         mode,
         &[(End::Client, End::Server, PORT)],
-        100,
+        Least {
+            direct: 100,
+            short: 100,
+        },
         |stage, told| {
             let _server = serve(stage)?;
             let host = stage.server.address();

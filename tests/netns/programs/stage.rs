@@ -3,13 +3,14 @@
 //!
 //! Invariant: what is compared with the plain run went over direct flows, all of it; the kernel part and the agent say so.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use culvert_harness::{
-    Agent, AgentOptions, Fabric, Launch, Match, Mesh, Node, Pod, Policy, Proc, TcpState, Workload,
-    wait_until,
+    Agent, AgentOptions, Fabric, Launch, Match, Mesh, Namespace, Node, Pod, Policy, Proc, TcpState,
+    Workload, wait_until,
 };
 use culvert_tests::scene::{NAMESPACE, SOON, connect_to, principal, text};
 
@@ -28,8 +29,16 @@ pub enum Mode {
 }
 
 impl Mode {
-    /// Says so in the mesh. There is no short-circuit to speak of yet: every mode is plain direct flows.
-    fn set(self, _mesh: &mut Mesh) {}
+    /// Says so in the mesh.
+    fn set(self, mesh: &mut Mesh) {
+        let said = match self {
+            Self::Off => "off",
+            Self::Default => return,
+            Self::On => "on",
+        };
+        let annotated = Namespace::annotated(NAMESPACE, "culvert.dev/short-circuit", said);
+        mesh.namespaces.push(annotated);
+    }
 }
 
 /// One of the three pods.
@@ -46,6 +55,8 @@ pub type Route = (End, End, u16);
 
 pub struct Stage {
     agent: Option<Agent>,
+    /// How they are joined, once they are.
+    mode: Option<Mode>,
     pub client: Pod,
     relay: Pod,
     pub server: Pod,
@@ -54,12 +65,20 @@ pub struct Stage {
     fabric: Fabric,
 }
 
-/// Runs programs without a mesh and over direct flows, and demands the same of both. `least` is how many connections along
-/// `routes` they make at any rate.
+/// What programs do at any rate.
+#[derive(Clone, Copy, Debug)]
+pub struct Least {
+    /// Connections that they make.
+    pub direct: u32,
+    /// Those of them that are short-circuited, where a short-circuit is asked for.
+    pub short: u64,
+}
+
+/// Runs programs without a mesh and over direct flows along `routes`, and demands the same of both.
 pub fn compare(
     mode: Mode,
     routes: &[Route],
-    least: u32,
+    least: Least,
     program: impl Fn(&Stage, &mut Transcript) -> Result<()>,
 ) -> Result<()> {
     let run = |stage: &Stage| {
@@ -73,8 +92,9 @@ pub fn compare(
     stage.join(mode, routes)?;
     let before = stage.ways()?;
     let direct = run(&stage).with_context(|| format!("over direct flows, {mode:?}"))?;
-    stage.went_direct(before, least)?;
     println!("{direct}");
+    stage.went_direct(before, least.direct)?;
+    stage.went_short(least.short)?;
     same(&plain, &direct, mode)
 }
 
@@ -95,6 +115,7 @@ impl Stage {
         let node = fabric.node()?;
         Ok(Self {
             agent: None,
+            mode: None,
             client: node.pod("client")?,
             relay: node.pod("relay")?,
             server: node.pod("server")?,
@@ -128,6 +149,7 @@ impl Stage {
             agent.enrol_as(self.pod(end), workload)?;
         }
         self.agent = Some(agent);
+        self.mode = Some(mode);
         for (from, to, port) in routes {
             self.learn(*from, *to, *port)?;
         }
@@ -182,6 +204,38 @@ impl Stage {
             "not all connections were direct: {before:?}, then {after:?}"
         );
         Ok(())
+    }
+
+    fn went_short(&self, least: u64) -> Result<()> {
+        let outcomes = self.short_circuited()?;
+        println!("flows worth a short-circuit: {outcomes:?}");
+        let entered = outcomes.get("entered").copied().unwrap_or_default();
+        if self.is_short() {
+            ensure!(
+                entered >= least,
+                "{entered} flows were short-circuited, not {least} or more: {outcomes:?}"
+            );
+        } else {
+            ensure!(entered == 0, "{entered} flows were short-circuited");
+        }
+        Ok(())
+    }
+
+    /// Whether flows are short-circuited here, if their programs let them.
+    pub fn is_short(&self) -> bool {
+        self.mode == Some(Mode::On)
+    }
+
+    /// Direct flows that were worth a short-circuit, by what became of them.
+    fn short_circuited(&self) -> Result<BTreeMap<String, u64>> {
+        const NAME: &str = "culvert_short_circuited_flows_total{";
+        let metrics = self.agent()?.metrics()?;
+        let samples = metrics.lines().filter_map(|line| {
+            let (labels, value) = line.strip_prefix(NAME)?.rsplit_once(' ')?;
+            let outcome = labels.split('"').nth(1)?;
+            Some((outcome.to_owned(), value.parse().ok()?))
+        });
+        Ok(samples.collect())
     }
 
     pub fn pod(&self, end: End) -> &Pod {
