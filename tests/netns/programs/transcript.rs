@@ -171,4 +171,25 @@ mod tests {
         }
         assert!(same(&told(&[]), &told(&[]), Mode::Default).is_err());
     }
+
+    #[test]
+    fn what_is_known_to_differ_must_with_the_short_circuit_and_may_not_without() {
+        let case = format!("{}, client reads", MUST_DIFFER[0]);
+        let (plain, other) = (told(&[(&case, "1")]), told(&[(&case, "2")]));
+        assert!(same(&plain, &other, Mode::On).is_ok());
+        assert!(same(&plain, &plain, Mode::On).is_err());
+        assert!(same(&plain, &other, Mode::Default).is_err());
+        assert!(same(&plain, &plain, Mode::Default).is_ok());
+    }
+
+    #[test]
+    fn what_may_differ_need_not_and_a_longer_name_is_another_case() {
+        let known = MAY_DIFFER[0];
+        let longer = format!("{known} too");
+        for (case, may) in [(known, true), (longer.as_str(), false)] {
+            let (plain, other) = (told(&[(case, "1")]), told(&[(case, "2")]));
+            assert_eq!(same(&plain, &other, Mode::On).is_ok(), may, "{case}");
+            assert!(same(&plain, &plain, Mode::On).is_ok());
+        }
+    }
 }
