@@ -39,8 +39,18 @@ offsets! {
     FILE_FLAGS_OFFSET;
     /// `__sk_common.skc_prot` in `struct sock`.
     SOCK_PROTOCOL_OFFSET;
-    /// `memory_pressure` in `struct proto`: a pointer.
-    PROTOCOL_PRESSURE_OFFSET;
+    /// `memory_allocated` in `struct proto`: a pointer.
+    PROTOCOL_MEMORY_OFFSET;
+    /// `sysctl_mem` in it: a pointer.
+    PROTOCOL_LIMITS_OFFSET;
+    /// `sk_userlocks` in `struct sock`: its byte.
+    SOCK_LOCKS_OFFSET;
+    /// Its lowest bit there.
+    SOCK_LOCKS_SHIFT;
+    /// `__sk_common.skc_flags` in `struct sock`.
+    SOCK_FLAGS_OFFSET;
+    /// The number of SOCK_ZEROCOPY among those.
+    ZERO_COPY_FLAG;
     /// `sk_user_data` in `struct sock`.
     SOCK_USER_DATA_OFFSET;
     /// `ingress_msg.next` in `struct sk_psock`.

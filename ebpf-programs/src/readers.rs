@@ -1,4 +1,4 @@
-//! Who reads from sockets in ways that do not see redirected bytes. Such a pod is remembered; what is short-circuited already is not any
+//! Who uses sockets in ways that do not go with redirected bytes. Such a pod is remembered; what is short-circuited already is not any
 //! more, and where such bytes are unread by then, the flow is stuck and the agent is told.
 //!
 //! These are tracepoints of system calls, which every kernel has; the kernel says a descriptor, and from there on it is read.
@@ -12,8 +12,8 @@ use crate::{
     kernel::{
         FILE_INODE_OFFSET, FILE_PRIVATE_OFFSET, FILES_TABLE_OFFSET, INODE_MODE_OFFSET,
         NET_COOKIE_OFFSET, SOCK_COOKIE_OFFSET, SOCK_NET_OFFSET, SOCK_TRANSPORT_OFFSET,
-        SOCKET_SOCK_OFFSET, TABLE_FILES_OFFSET, TABLE_SIZE_OFFSET, TASK_FILES_OFFSET, given,
-        has_redirected, peek,
+        SOCK_UNREAD_OFFSET, SOCKET_SOCK_OFFSET, TABLE_FILES_OFFSET, TABLE_SIZE_OFFSET,
+        TASK_FILES_OFFSET, given, has_redirected, peek,
     },
     maps::{CANDIDATES, SHORT_FLOWS, SHORT_NAMES, UNFIT, is_pod, knob},
 };
@@ -25,6 +25,17 @@ const ARGUMENTS: usize = 16;
 #[tracepoint]
 pub fn splices(ctx: TracePointContext) -> u32 {
     notice(argument(&ctx, 0), unfit::SPLICES);
+    0
+}
+
+/// `syscalls:sys_enter_setsockopt`
+#[tracepoint]
+pub fn sets(ctx: TracePointContext) -> u32 {
+    const SOL_SOCKET: u64 = 1;
+    const SO_ZEROCOPY: u64 = 60;
+    if argument(&ctx, 1) == Some(SOL_SOCKET) && argument(&ctx, 2) == Some(SO_ZEROCOPY) {
+        notice(argument(&ctx, 0), unfit::ZERO_COPIES);
+    }
     0
 }
 
@@ -69,7 +80,7 @@ fn notice(descriptor: Option<u64>, how: u32) {
         return;
     };
     stop(name, how);
-    if has_redirected(sk) {
+    if is_stuck(sk, how) {
         let stuck = Candidate {
             flow: name.flow,
             sequence: name.sequence,
@@ -80,6 +91,17 @@ fn notice(descriptor: Option<u64>, how: u32) {
             },
         };
         let _ = CANDIDATES.output(&stuck, 0);
+    }
+}
+
+/// Whether a flow cannot go on as it would over TCP, now that an end does this.
+#[inline(always)]
+fn is_stuck(sk: u64, how: u32) -> bool {
+    match how {
+        unfit::SPLICES => has_redirected(sk),
+        // Which of the unread bytes it does not count depends on the kernel.
+        unfit::ASKS => peek::<u32>(sk + given(&SOCK_UNREAD_OFFSET)) != Some(0),
+        _ => true,
     }
 }
 

@@ -25,11 +25,12 @@ use culvert_abi::{
 use crate::{
     address::{is_mapped, words},
     kernel::{
-        FILE_FLAGS_OFFSET, PROTOCOL_PRESSURE_OFFSET, SHORT_LIMIT, SOCK_COOKIE_OFFSET,
+        FILE_FLAGS_OFFSET, PROTOCOL_LIMITS_OFFSET, PROTOCOL_MEMORY_OFFSET, SHORT_LIMIT,
+        SOCK_COOKIE_OFFSET, SOCK_FLAGS_OFFSET, SOCK_LOCKS_OFFSET, SOCK_LOCKS_SHIFT,
         SOCK_LOW_WATER_OFFSET, SOCK_OWNED_OFFSET, SOCK_PROTOCOL_OFFSET, SOCK_SOCKET_OFFSET,
         SOCK_STATE_OFFSET, SOCK_UNREAD_OFFSET, SOCKET_FILE_OFFSET, TCP_COPIED_SEQ_OFFSET,
-        TCP_MULTIPATH_OFFSET, TCP_UPPER_LAYER_OFFSET, given, has_redirected, is_waited_for, peek,
-        tcp_field, write_seq,
+        TCP_MULTIPATH_OFFSET, TCP_UPPER_LAYER_OFFSET, ZERO_COPY_FLAG, given, has_redirected,
+        is_waited_for, peek, tcp_field, write_seq,
     },
     maps::{CANDIDATES, SHORT_ENDS, SHORT_FLOWS, SHORT_NAMES, SHORT_SOCKETS, flag, knob},
 };
@@ -155,7 +156,9 @@ fn judge(sk: *mut c_void, end: &mut ShortEnd) -> Result<(), u32> {
     {
         return Err(kept::FULL);
     }
-    if peek::<u64>(end.pressure) != Some(0) {
+    // Each CPU keeps a part of its own: the sum may be below zero.
+    let pages = peek::<i64>(end.memory);
+    if pages.is_none_or(|pages| pages >= end.memory_most as i64) {
         return Err(kept::PRESSURE);
     }
     if !reads_at_once(peer) && !knob(knob::SKIP_READER_FLAGS) {
@@ -169,13 +172,21 @@ fn judge(sk: *mut c_void, end: &mut ShortEnd) -> Result<(), u32> {
     Ok(())
 }
 
-/// Whether a socket's reads neither block nor wait for more than a byte.
+/// Whether a socket's reads neither block nor wait for more than a byte, and its buffer may grow.
 #[inline(always)]
 fn reads_at_once(sock: u64) -> bool {
-    if peek::<u32>(sock + given(&SOCK_LOW_WATER_OFFSET)) != Some(1) {
+    if peek::<u32>(sock + given(&SOCK_LOW_WATER_OFFSET)) != Some(1) || has_own_buffer(sock) {
         return false;
     }
     flags(sock).is_some_and(|flags| flags & O_NONBLOCK != 0)
+}
+
+/// Whether the application has chosen the size of a socket's receive buffer.
+#[inline(always)]
+fn has_own_buffer(sock: u64) -> bool {
+    const SOCK_RCVBUF_LOCK: u8 = 2;
+    let locks = peek::<u8>(sock + given(&SOCK_LOCKS_OFFSET));
+    locks.is_none_or(|byte| (byte >> (given(&SOCK_LOCKS_SHIFT) & 7)) & SOCK_RCVBUF_LOCK != 0)
 }
 
 /// The flags of the open file that a socket belongs to.
@@ -321,6 +332,13 @@ fn examine(tcp: u64) -> u32 {
     if peek::<u32>(tcp + given(&SOCK_LOW_WATER_OFFSET)) != Some(1) {
         return fit::LOW_WATER;
     }
+    if has_own_buffer(tcp) {
+        return fit::RECEIVE_BUFFER;
+    }
+    let options = peek::<u64>(tcp + given(&SOCK_FLAGS_OFFSET));
+    if options.is_none_or(|options| options >> (given(&ZERO_COPY_FLAG) & 63) & 1 != 0) {
+        return fit::ZERO_COPY;
+    }
     match flags(tcp) {
         None => fit::GONE,
         Some(flags) if flags & O_NONBLOCK == 0 => fit::BLOCKING,
@@ -333,8 +351,12 @@ fn examine(tcp: u64) -> u32 {
 #[inline(always)]
 fn enter(sk: *mut c_void, tcp: u64, request: &ShortRequest) -> u32 {
     let protocol = peek::<u64>(tcp + given(&SOCK_PROTOCOL_OFFSET));
-    let pressure = protocol.and_then(|at| peek::<u64>(at + given(&PROTOCOL_PRESSURE_OFFSET)));
-    let Some(pressure) = pressure else {
+    let memory = protocol.and_then(|at| peek::<u64>(at + given(&PROTOCOL_MEMORY_OFFSET)));
+    // Below the first limit the kernel lets receive buffers grow. Some way below: what then comes by TCP needs room as well.
+    let first = protocol
+        .and_then(|at| peek::<u64>(at + given(&PROTOCOL_LIMITS_OFFSET)))
+        .and_then(peek::<u64>);
+    let (Some(memory), Some(first)) = (memory, first) else {
         return fit::REFUSED;
     };
     let Some(end) = SHORT_ENDS.find_or_create(sk) else {
@@ -343,7 +365,8 @@ fn enter(sk: *mut c_void, tcp: u64, request: &ShortRequest) -> u32 {
     *end = request.end;
     end.live = 0;
     end.settled = 0;
-    end.pressure = pressure;
+    end.memory = memory;
+    end.memory_most = first / 2;
     let key = request.cookie;
     // SAFETY: a key of the map's size, and a socket with a reference; the kernel takes its own.
     let status = unsafe {

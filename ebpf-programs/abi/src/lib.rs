@@ -100,10 +100,10 @@ layout! {
     Service: 16,
     SlotKey: 16,
     Slot: 32,
-    ShortEnd: 88,
+    ShortEnd: 96,
     ShortSide: 104,
     ShortFlow: 224,
     ShortName: 56,
     Candidate: 56,
-    ShortRequest: 112,
+    ShortRequest: 120,
 }

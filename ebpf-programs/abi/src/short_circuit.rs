@@ -20,8 +20,9 @@ pub struct ShortEnd {
     /// With [`ShortEnd::SETTLED`] set, below it the `write_seq` up to which the peer was seen to have read everything, with nobody
     /// in the middle of reading.
     pub settled: u64,
-    /// Where the kernel says that TCP is short of memory.
-    pub pressure: u64,
+    /// Where the kernel counts the memory that TCP uses, and up to how much of it bytes are redirected, in pages.
+    pub memory: u64,
+    pub memory_most: u64,
 }
 
 impl ShortEnd {
@@ -42,7 +43,8 @@ pub mod kept {
     pub const FULL: u32 = 4;
     /// The node is short of memory for TCP.
     pub const PRESSURE: u32 = 5;
-    /// The peer reads in a way that does not see redirected bytes: blocking, with a low-water mark, or by splice(2).
+    /// The peer reads in a way that does not see redirected bytes (blocking, with a low-water mark, by splice(2)), or its receive buffer
+    /// may not grow: what comes by TCP would find no room beside them.
     pub const READER: u32 = 6;
     /// The peer has left the map.
     pub const LEFT: u32 = 7;
@@ -92,6 +94,8 @@ pub mod unfit {
     pub const SPLICES: u32 = 1;
     /// FIONREAD on a socket.
     pub const ASKS: u32 = 2;
+    /// SO_ZEROCOPY: whoever waits to be told that nothing was copied waits for ever.
+    pub const ZERO_COPIES: u32 = 4;
 }
 
 /// What the agent is told of a flow.
@@ -158,4 +162,8 @@ pub mod fit {
     pub const BUSY: u32 = 8;
     /// The request was not understood.
     pub const MALFORMED: u32 = 9;
+    /// SO_RCVBUF is set.
+    pub const RECEIVE_BUFFER: u32 = 10;
+    /// SO_ZEROCOPY is set.
+    pub const ZERO_COPY: u32 = 11;
 }

@@ -81,6 +81,17 @@ pub fn compare(
     least: Least,
     program: impl Fn(&Stage, &mut Transcript) -> Result<()>,
 ) -> Result<()> {
+    compare_without("", mode, routes, least, program)
+}
+
+/// With protections of the agent switched off.
+pub fn compare_without(
+    knobs: &str,
+    mode: Mode,
+    routes: &[Route],
+    least: Least,
+    program: impl Fn(&Stage, &mut Transcript) -> Result<()>,
+) -> Result<()> {
     let run = |stage: &Stage| {
         let mut told = Transcript::default();
         let ended = program(stage, &mut told);
@@ -89,7 +100,7 @@ pub fn compare(
     };
     let mut stage = Stage::plain()?;
     let plain = run(&stage).context("without a mesh")?;
-    stage.join(mode, routes)?;
+    stage.join(knobs, mode, routes)?;
     let before = stage.ways()?;
     let direct = run(&stage).with_context(|| format!("over direct flows, {mode:?}"))?;
     println!("{direct}");
@@ -125,7 +136,7 @@ impl Stage {
     }
 
     /// Takes the three pods into a mesh that allows each only what the routes need, and lets the kernel part learn it.
-    fn join(&mut self, mode: Mode, routes: &[Route]) -> Result<()> {
+    fn join(&mut self, knobs: &str, mode: Mode, routes: &[Route]) -> Result<()> {
         let ends = [End::Client, End::Relay, End::Server];
         let workloads = ends.map(|end| {
             let pod = self.pod(end);
@@ -143,7 +154,12 @@ impl Stage {
         };
         mode.set(&mut mesh);
         mesh.write(&Agent::default_mesh_file(&self.node))?;
-        let agent = self.node.start_agent(AgentOptions::default())?;
+        let mut options = AgentOptions::default();
+        if !knobs.is_empty() {
+            let name = "CULVERT_TEST_KNOBS".to_owned();
+            options.env.insert(name, knobs.to_owned());
+        }
+        let agent = self.node.start_agent(options)?;
         agent.ready()?;
         for (end, workload) in ends.into_iter().zip(&workloads) {
             agent.enrol_as(self.pod(end), workload)?;

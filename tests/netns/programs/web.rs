@@ -65,7 +65,7 @@ fn fetch(stage: &Stage, told: &mut Transcript, case: &str, from: &str) -> Result
 
 pub fn wrk(mode: Mode) -> Result<()> {
     let file = made::large_file()?;
-    compare(mode, &ROUTES, least(32, 64), |stage, told| {
+    compare(mode, &ROUTES, least(32, 16), |stage, told| {
         let _server = serve(stage, &file)?;
         for (case, path, port, more) in [
             ("keep-alive", "small", SENDFILE, ""),
@@ -98,7 +98,7 @@ pub fn wrk(mode: Mode) -> Result<()> {
 
 pub fn curl(mode: Mode) -> Result<()> {
     let file = made::large_file()?;
-    compare(mode, &ROUTES, least(10, 1), |stage, told| {
+    compare(mode, &ROUTES, least(10, 0), |stage, told| {
         let _server = serve(stage, &file)?;
         let (at, directory) = (
             stage.server.at(SENDFILE),
@@ -230,7 +230,7 @@ fn kernel_tls(pod: &Pod) -> Result<String> {
 }
 
 pub fn haproxy_copying(mode: Mode) -> Result<()> {
-    haproxy(mode, "copy", "", 10)
+    haproxy(mode, "copy", "", 1)
 }
 
 pub fn haproxy_splicing(mode: Mode) -> Result<()> {

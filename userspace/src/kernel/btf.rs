@@ -45,6 +45,8 @@ pub struct Btf {
 struct Member {
     bits: u64,
     kind: u32,
+    /// Its size is given in bits as well.
+    is_field: bool,
 }
 
 impl Btf {
@@ -89,7 +91,8 @@ impl Btf {
                 "does not describe `{name}` of `struct {structure}`"
             ))
         })?;
-        let (Some(0), Some(actual)) = (found.bits.checked_rem(8), self.size(found.kind)) else {
+        let size_in_bytes = self.size(found.kind).filter(|_| !found.is_field);
+        let (Some(0), Some(actual)) = (found.bits.checked_rem(8), size_in_bytes) else {
             return Err(KernelError::Btf(format!(
                 "describes `{name}` of `struct {structure}` as something else than bytes"
             )));
@@ -100,6 +103,42 @@ impl Btf {
             )));
         }
         Ok(found.bits / 8)
+    }
+
+    /// Bit offset of a member that may be a bit field: on this machine's byte order, bit `n` is bit `n % 8` of byte `n / 8`.
+    pub fn bit(&self, structure: &str, path: &[&str]) -> Result<u64, KernelError> {
+        let found = self.find(structure, path).ok_or_else(|| {
+            let name = path.join(".");
+            KernelError::Btf(format!(
+                "does not describe `{name}` of `struct {structure}`"
+            ))
+        })?;
+        Ok(found.bits)
+    }
+
+    /// The value that an enumeration gives a name.
+    pub fn enumerator(&self, enumeration: &str, wanted: &str) -> Result<u64, KernelError> {
+        let found = (1..self.types.len() as u32).find_map(|id| {
+            let (name, info) = self.header(id)?;
+            let is_it = (info >> 24) & 0x1f == kind::ENUM
+                && self.text(name) == Some(enumeration.as_bytes());
+            let body = self.types.get(id as usize)? + 12;
+            let values = (0..count(info))
+                .filter(|_| is_it)
+                .map(|index| body + 8 * index);
+            values
+                .into_iter()
+                .find(|at| {
+                    let name = self.word(*at).and_then(|name| self.text(name));
+                    name == Some(wanted.as_bytes())
+                })
+                .and_then(|at| self.word(at + 4))
+        });
+        found.map(u64::from).ok_or_else(|| {
+            KernelError::Btf(format!(
+                "does not describe `{wanted}` of `enum {enumeration}`"
+            ))
+        })
     }
 
     fn find(&self, structure: &str, path: &[&str]) -> Option<Member> {
@@ -117,12 +156,13 @@ impl Btf {
         let mut found = Member {
             bits: 0,
             kind: structure,
+            is_field: false,
         };
         for name in path {
             let member = self.member(found.kind, name, DEEPEST)?;
             found = Member {
                 bits: found.bits.checked_add(member.bits)?,
-                kind: member.kind,
+                ..member
             };
         }
         Some(found)
@@ -149,7 +189,11 @@ impl Btf {
             };
             let bits = u64::from(bits);
             if name == wanted.as_bytes() {
-                return (!is_field).then_some(Member { bits, kind });
+                return Some(Member {
+                    bits,
+                    kind,
+                    is_field,
+                });
             }
             if name.is_empty()
                 && let Some(inner) = self.member(kind, wanted, deeper)

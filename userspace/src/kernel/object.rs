@@ -376,6 +376,7 @@ fn attach_short_circuit(
             readers: [
                 loaded_tracepoint(object, "splices")?,
                 loaded_tracepoint(object, "asks")?,
+                loaded_tracepoint(object, "sets")?,
             ],
         };
         let map = SockHash::<_, u64>::try_from(take(object, "SHORT_SOCKETS")?)

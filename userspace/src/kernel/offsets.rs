@@ -54,6 +54,7 @@ impl Offsets {
 
 fn short_circuit(btf: &Btf) -> Result<Vec<(&'static str, u64)>, KernelError> {
     let sock = |path: &[&str], size| btf.offset("sock", path, size);
+    let locks = btf.bit("sock", &["sk_userlocks"])?;
     Ok(vec![
         (
             "TCP_COPIED_SEQ_OFFSET",
@@ -86,8 +87,19 @@ fn short_circuit(btf: &Btf) -> Result<Vec<(&'static str, u64)>, KernelError> {
             sock(&["__sk_common", "skc_prot"], 8)?,
         ),
         (
-            "PROTOCOL_PRESSURE_OFFSET",
-            btf.offset("proto", &["memory_pressure"], 8)?,
+            "PROTOCOL_MEMORY_OFFSET",
+            btf.offset("proto", &["memory_allocated"], 8)?,
+        ),
+        (
+            "PROTOCOL_LIMITS_OFFSET",
+            btf.offset("proto", &["sysctl_mem"], 8)?,
+        ),
+        ("SOCK_LOCKS_OFFSET", locks / 8),
+        ("SOCK_LOCKS_SHIFT", locks % 8),
+        ("SOCK_FLAGS_OFFSET", sock(&["__sk_common", "skc_flags"], 8)?),
+        (
+            "ZERO_COPY_FLAG",
+            btf.enumerator("sock_flags", "SOCK_ZEROCOPY")?,
         ),
         ("SOCK_USER_DATA_OFFSET", sock(&["sk_user_data"], 8)?),
         (

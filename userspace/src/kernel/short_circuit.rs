@@ -48,6 +48,10 @@ pub enum Unfit {
     Refused,
     /// One of its sockets was never at rest.
     Busy,
+    /// One of its sockets has a receive buffer of a chosen size.
+    ReceiveBuffer,
+    /// One of its sockets sends without a copy.
+    ZeroCopy,
     /// One of its pods was seen reading in a way that does not see redirected bytes.
     Reader,
 }
@@ -64,6 +68,8 @@ impl Unfit {
             Self::Refused => "refused",
             Self::Busy => "busy",
             Self::Reader => "reader",
+            Self::ReceiveBuffer => "receive_buffer",
+            Self::ZeroCopy => "zero_copy",
         }
     }
 
@@ -76,6 +82,8 @@ impl Unfit {
             fit::BLOCKING => Err(Self::Blocking),
             fit::LOW_WATER => Err(Self::LowWater),
             fit::BUSY => Err(Self::Busy),
+            fit::RECEIVE_BUFFER => Err(Self::ReceiveBuffer),
+            fit::ZERO_COPY => Err(Self::ZeroCopy),
             _ => Err(Self::Refused),
         }
     }
@@ -106,7 +114,8 @@ fn requests(flow: &OpenFlow) -> [ShortRequest; 2] {
             side,
             live: 0,
             settled: 0,
-            pressure: 0,
+            memory: 0,
+            memory_most: 0,
         },
         cookie,
         step: step::EXAMINE,
@@ -120,7 +129,7 @@ fn requests(flow: &OpenFlow) -> [ShortRequest; 2] {
 /// The programs of a short-circuit that are not attached to its map.
 pub(super) struct Programs {
     pub request: ProgramFd,
-    pub readers: [ProgramFd; 2],
+    pub readers: [ProgramFd; 3],
 }
 
 /// The part of the kernel part that short-circuits.

@@ -546,15 +546,15 @@ pub fn receive_memory(socket: impl AsFd) -> io::Result<u32> {
     Ok(unread)
 }
 
-/// SO_RCVLOWAT
-pub fn set_receive_low_water(socket: impl AsFd, bytes: i32) -> io::Result<()> {
+/// Sets an option of SOL_SOCKET whose value is a number.
+pub fn set_socket_option(socket: impl AsFd, option: i32, value: i32) -> io::Result<()> {
     // SAFETY: four readable bytes and their number.
     let result = unsafe {
         libc::setsockopt(
             socket.as_fd().as_raw_fd(),
             libc::SOL_SOCKET,
-            libc::SO_RCVLOWAT,
-            (&raw const bytes).cast(),
+            option,
+            (&raw const value).cast(),
             size_of::<i32>() as libc::socklen_t,
         )
     };

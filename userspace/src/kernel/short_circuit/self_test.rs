@@ -16,7 +16,7 @@ use culvert_abi::{Flow, FlowKey, ShortSide};
 use nix::{
     fcntl::{SpliceFFlags, splice},
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{MsgFlags, recv},
+    sys::socket::{MsgFlags, recv, send},
 };
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
@@ -26,6 +26,8 @@ use crate::kernel::{KernelError, Netns, OpenFlow, routing, sys, tables::address}
 
 /// How long something is waited for that will not come.
 const NEVER: Duration = Duration::from_millis(100);
+/// Times that a row is tried out, if something else goes wrong.
+const ATTEMPTS: u32 = 3;
 /// How long something is waited for that will.
 const SOON: Duration = Duration::from_secs(2);
 
@@ -66,7 +68,8 @@ rows! {
     Splice = "splice", "splice(2) reads redirected bytes", splices;
     WaitAll = "wait_all", "MSG_WAITALL waits for all", wait_all;
     LowWater = "low_water", "SO_RCVLOWAT is obeyed", low_water;
-    Available = "available", "FIONREAD counts redirected bytes", available;
+    Available = "available", "FIONREAD counts all that is unread", available;
+    ZeroCopy = "zero_copy", "MSG_ZEROCOPY tells when a buffer may be used again", zero_copy;
     CloseUnread = "close_unread", "closing a socket with unread bytes resets the connection", close_unread;
     HalfClose = "half_close", "bytes that are unread when both ends have shut down are read", half_close;
     Reset = "reset", "bytes that are unread when the other end resets are read before the error", reset;
@@ -121,7 +124,15 @@ pub fn try_out(short: &ShortCircuit) -> Result<Verdicts, KernelError> {
         netns: Arc::new(netns),
     };
     let verdicts = Row::ALL.iter().map(|row| {
-        let differs = row.check(&stage).map_err(failed(row.name()))?;
+        let mut tried = row.check(&stage);
+        for _ in 1..ATTEMPTS {
+            if tried.is_ok() {
+                break;
+            }
+            // A busy machine can keep a socket in use for longer than it takes to give up.
+            tried = row.check(&stage);
+        }
+        let differs = tried.map_err(failed(row.name()))?;
         Ok(Verdict { row: *row, differs })
     });
     verdicts.collect::<Result<_, _>>().map(Verdicts)
@@ -278,6 +289,13 @@ impl Drop for Pair<'_> {
     }
 }
 
+/// Whether there is something in a socket's error queue.
+fn is_told(socket: impl AsFd, timeout: Duration) -> io::Result<bool> {
+    let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
+    let mut asked = [PollFd::new(socket.as_fd(), PollFlags::empty())];
+    Ok(poll(&mut asked, timeout)? > 0)
+}
+
 fn is_readable(socket: impl AsFd, timeout: Duration) -> io::Result<bool> {
     let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
     let mut asked = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
@@ -403,16 +421,39 @@ fn wait_all(stage: &Stage<'_>) -> io::Result<Option<String>> {
 fn low_water(stage: &Stage<'_>) -> io::Result<Option<String>> {
     let pair = stage.entered()?;
     pair.redirect(b"1")?;
-    sys::set_receive_low_water(&pair.server, 2)?;
+    sys::set_socket_option(&pair.server, libc::SO_RCVLOWAT, 2)?;
     let readable = is_readable(&pair.server, Duration::ZERO)?;
     Ok(readable.then(|| "a byte is readable where two are waited for".to_owned()))
 }
 
 fn available(stage: &Stage<'_>) -> io::Result<Option<String>> {
+    let redirected = stage.entered()?;
+    redirected.redirect(b"1")?;
+    // One that comes by TCP, and is there when the socket is entered.
+    let early = stage.pair()?;
+    (&early.client).write_all(b"1")?;
+    is_readable(&early.server, SOON)?;
+    early.enter()?;
+    let mut differs = Vec::new();
+    for (how, pair) in [("redirected", redirected), ("by TCP", early)] {
+        let count = sys::available(&pair.server)?;
+        if count != 1 {
+            differs.push(format!("it says {count} of 1 {how}"));
+        }
+    }
+    Ok((!differs.is_empty()).then(|| differs.join(", ")))
+}
+
+fn zero_copy(stage: &Stage<'_>) -> io::Result<Option<String>> {
     let pair = stage.entered()?;
-    pair.redirect(b"1")?;
-    let count = sys::available(&pair.server)?;
-    Ok((count != 1).then(|| format!("it says {count} of 1")))
+    let client = pair.client.as_raw_fd();
+    if sys::set_socket_option(&pair.client, libc::SO_ZEROCOPY, 1).is_err() {
+        // There is none on this kernel.
+        return Ok(None);
+    }
+    send(client, b"1", MsgFlags::from_bits_retain(libc::MSG_ZEROCOPY))?;
+    let told = is_told(&pair.client, NEVER)?;
+    Ok((!told).then(|| "it does not tell".to_owned()))
 }
 
 fn close_unread(stage: &Stage<'_>) -> io::Result<Option<String>> {

@@ -17,15 +17,16 @@ use crate::kernel::{
 };
 
 /// Names of the programs, what they are attached to, and what this kernel must do otherwise than over TCP for them to be needed.
-const READERS: [(&str, &str, Row); 2] = [
+const READERS: [(&str, &str, Row); 3] = [
     ("splices", "syscalls/sys_enter_splice", Row::Splice),
     ("asks", "syscalls/sys_enter_ioctl", Row::Available),
+    ("sets", "syscalls/sys_enter_setsockopt", Row::ZeroCopy),
 ];
 
 /// They stay when the agent ends, as all hooks do.
 pub struct Watch {
     pins: Pins,
-    readers: [ProgramFd; 2],
+    readers: [ProgramFd; 3],
     verdicts: Verdicts,
     watched: Mutex<Watched>,
 }
@@ -37,7 +38,7 @@ struct Watched {
 }
 
 impl Watch {
-    pub fn new(pins: Pins, readers: [ProgramFd; 2], verdicts: Verdicts) -> Self {
+    pub fn new(pins: Pins, readers: [ProgramFd; 3], verdicts: Verdicts) -> Self {
         Self {
             pins,
             readers,
