@@ -225,8 +225,7 @@ fn decide(ctx: &SockAddrContext, family: Family, target: Address) -> i32 {
                 padding: 0,
             };
             let mut event = events::blank(event_kind::REFUSED, &key);
-            event.client_netns = cookie;
-            event.workload = choice.endpoint.workload;
+            event.netns = cookie;
             event.policy = choice.policy;
             event.reason = reason as u32;
             event.service = state.service;

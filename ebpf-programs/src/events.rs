@@ -8,7 +8,7 @@ use aya_ebpf::{
 };
 use culvert_abi::{
     Event, FlowKey, Lost, LostKey, REFUSALS_PER_SECOND, Reason, SocketState, config_flag, end,
-    event_kind,
+    event_kind, short_state,
 };
 
 use crate::maps::{ALARMS, CONFIG, EVENTS, LOST, QUOTAS, count};
@@ -29,18 +29,17 @@ static NOTHING: Lost = Lost {
 pub fn blank(kind: u32, key: &FlowKey) -> Event {
     Event {
         key: *key,
-        client_netns: 0,
+        netns: 0,
+        socket_cookie: 0,
         opened_ns: 0,
         // SAFETY: helper call without arguments.
         at_ns: unsafe { bpf_ktime_get_ns() },
         bytes_sent: 0,
         bytes_received: 0,
-        generation: 0,
-        socket_cookie: 0,
-        socket_netns: 0,
+        redirected_sent: 0,
+        redirected_received: 0,
         kind,
         reason: 0,
-        workload: 0,
         sequence: 0,
         srtt_us: 0,
         retransmits: 0,
@@ -49,7 +48,7 @@ pub fn blank(kind: u32, key: &FlowKey) -> Event {
         policy: 0,
         service: 0,
         client_end: 0,
-        padding: 0,
+        short_state: short_state::OFF,
     }
 }
 
@@ -57,11 +56,9 @@ pub fn blank(kind: u32, key: &FlowKey) -> Event {
 #[inline(always)]
 pub fn of_flow(kind: u32, state: &SocketState, client_netns: u64) -> Event {
     Event {
-        client_netns,
+        netns: client_netns,
         opened_ns: state.opened_ns,
-        workload: state.workload,
         sequence: state.sequence,
-        generation: state.generation,
         service: state.service,
         connect_latency_us: state.connect_latency_us,
         ..blank(kind, &state.key)
@@ -90,7 +87,7 @@ fn keep(event: &Event) {
         return;
     }
     let key = LostKey {
-        client_netns: event.client_netns,
+        client_netns: event.netns,
         server: event.key.server,
         service: event.service,
         padding: 0,
@@ -115,10 +112,12 @@ fn keep(event: &Event) {
     }
 }
 
+/// Adds to a total that other CPUs add to.
+///
 /// # Safety
 /// `total` must point into a live map value.
 #[inline(always)]
-unsafe fn sum(total: *mut u64, more: u64) {
+pub unsafe fn sum(total: *mut u64, more: u64) {
     // SAFETY: the caller's promise.
     unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(total, more) };
 }

@@ -54,7 +54,7 @@ pub fn isolate(ctx: &SockOpsContext, key: &FlowKey, netns: u64, client_end: bool
     let mut event = events::blank(event_kind::ISOLATED, key);
     event.reason = reason as u32;
     event.socket_cookie = cookie;
-    event.socket_netns = netns;
+    event.netns = netns;
     event.client_end = u32::from(client_end);
     events::alarm(&event);
 }

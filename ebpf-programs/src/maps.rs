@@ -14,7 +14,7 @@ use aya_ebpf::{
 use culvert_abi::{
     Address, Candidate, Claim, Config, Endpoint, Event, Flow, FlowKey, Isolated, Listener, Lost,
     LostKey, Pod, Quota, REASON_COUNT, Reason, Service, ServiceKey, ShortEnd, ShortFlow, ShortName,
-    Slot, SlotKey, SocketState, Verdict, VerdictKey,
+    ShortSide, Slot, SlotKey, SocketState, Verdict, VerdictKey,
 };
 
 const DEMAND: usize = BPF_F_NO_PREALLOC as usize;
@@ -68,6 +68,9 @@ pub static SHORT_SOCKETS: SockHash<u64, 131072> = SockHash::new();
 pub static SHORT_ENDS: SocketStorage<ShortEnd> = SocketStorage::new();
 #[btf_map]
 pub static SHORT_FLOWS: HashMap<FlowKey, ShortFlow, 65536, DEMAND> = HashMap::new();
+/// What flows that have ended had counted in `SHORT_FLOWS`, both ends together; nothing but counts.
+#[btf_map]
+pub static SHORT_ENDED: Array<ShortSide, 1> = Array::new();
 #[btf_map]
 pub static SHORT_NAMES: HashMap<u64, ShortName, 131072, DEMAND> = HashMap::new();
 /// Pods that read in ways that do not see redirected bytes.

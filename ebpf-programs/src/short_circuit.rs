@@ -24,6 +24,7 @@ use culvert_abi::{
 
 use crate::{
     address::{is_mapped, words},
+    events::sum,
     kernel::{
         FILE_FLAGS_OFFSET, PROTOCOL_LIMITS_OFFSET, PROTOCOL_MEMORY_OFFSET, SHORT_LIMIT,
         SOCK_COOKIE_OFFSET, SOCK_FLAGS_OFFSET, SOCK_LOCKS_OFFSET, SOCK_LOCKS_SHIFT,
@@ -32,7 +33,7 @@ use crate::{
         TCP_MULTIPATH_OFFSET, TCP_UPPER_LAYER_OFFSET, ZERO_COPY_FLAG, given, has_redirected,
         is_waited_for, peek, tcp_field, write_seq,
     },
-    maps::{CANDIDATES, SHORT_ENDS, SHORT_FLOWS, SHORT_NAMES, SHORT_SOCKETS, flag, knob},
+    maps::{CANDIDATES, SHORT_ENDED, SHORT_ENDS, SHORT_FLOWS, SHORT_NAMES, SHORT_SOCKETS, flag, knob},
 };
 
 const TCP_ESTABLISHED: u8 = 1;
@@ -49,20 +50,37 @@ pub fn propose(flow: &FlowKey, sequence: u32) {
     let _ = CANDIDATES.output(&candidate, 0);
 }
 
-/// The bytes that a flow's ends have redirected, the client's first. It is forgotten with its end.
+/// The bytes that a flow's ends have redirected, the client's first, if it was entered. It is forgotten with its end.
 #[inline(always)]
-pub fn take(flow: &FlowKey) -> (u64, u64) {
+pub fn take(flow: &FlowKey) -> Option<(u64, u64)> {
     // SAFETY: single fields of a live map value.
-    let Some(found) = (unsafe { SHORT_FLOWS.get(flow) }) else {
-        return (0, 0);
-    };
+    let found = unsafe { SHORT_FLOWS.get(flow) }?;
     let [client, server] = &found.sides;
     let bytes = (client.redirected, server.redirected);
+    add_up(client);
+    add_up(server);
     for socket in found.sockets {
         let _ = SHORT_NAMES.remove(&socket);
     }
     let _ = SHORT_FLOWS.remove(flow);
-    bytes
+    Some(bytes)
+}
+
+/// Adds what an end has counted to the sums of the flows that are no more.
+#[inline(always)]
+fn add_up(side: &ShortSide) {
+    let Some(sums) = SHORT_ENDED.get_ptr_mut(0) else {
+        return;
+    };
+    // SAFETY: a live map value; only ever changed atomically here.
+    unsafe {
+        sum(&raw mut (*sums).redirected, side.redirected);
+        sum(&raw mut (*sums).messages, side.messages);
+        sum(&raw mut (*sums).tcp_bytes, side.tcp_bytes);
+        for (reason, count) in side.by_tcp.iter().enumerate() {
+            sum(&raw mut (*sums).by_tcp[reason], *count);
+        }
+    }
 }
 
 #[sk_msg]

@@ -13,8 +13,8 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 use culvert_abi::{
-    Claim, Flow, FlowKey, OWN_PORTS, Quota, Reason, SocketState, claim_kind, config_flag, end,
-    event_kind, knob, role,
+    Claim, Event, Flow, FlowKey, OWN_PORTS, Quota, Reason, SocketState, claim_kind, config_flag, end,
+    event_kind, knob, role, short_state,
 };
 
 use crate::{
@@ -200,8 +200,12 @@ fn exchanged(ctx: &SockOpsContext) {
     let Some(state) = SOCKETS.find(socket(ctx)) else {
         return;
     };
+    if state.exchanges == SocketState::PROPOSED {
+        return;
+    }
     state.exchanges += 1;
     if state.exchanges > ENOUGH || knob(knob::EAGER_SHORT_CIRCUIT) {
+        state.exchanges = SocketState::PROPOSED;
         let _ = ctx.set_cb_flags((ctx.cb_flags() & !BPF_SOCK_OPS_RTT_CB_FLAG) as i32);
         short_circuit::propose(&state.key, state.sequence);
     }
@@ -356,17 +360,32 @@ fn state_changed(ctx: &SockOpsContext) {
         .saturating_sub(fin_acked);
     event.bytes_received = received.saturating_sub(fin_received);
     if state.exchanges != 0 {
-        let (sent, received) = short_circuit::take(&state.key);
-        event.bytes_sent += sent;
-        event.bytes_received += received;
+        tell_short_circuit(&mut event, state);
     }
     event.srtt_us = srtt >> 3;
     event.retransmits = retransmits;
     event.end = ending(old, error);
     // SAFETY: helper call with this program's context.
     event.socket_cookie = unsafe { bpf_get_socket_cookie(ctx.ops.cast()) };
-    event.socket_netns = netns;
     events::emit(&event);
+}
+
+/// What a flow that might have been short-circuited has come to. TCP has not counted what was redirected.
+#[inline(always)]
+fn tell_short_circuit(event: &mut Event, state: &SocketState) {
+    event.short_state = if state.exchanges == SocketState::PROPOSED {
+        short_state::PROPOSED
+    } else {
+        short_state::BRIEF
+    };
+    let Some((sent, received)) = short_circuit::take(&state.key) else {
+        return;
+    };
+    event.short_state = short_state::ENTERED;
+    event.redirected_sent = sent;
+    event.redirected_received = received;
+    event.bytes_sent += sent;
+    event.bytes_received += received;
 }
 
 /// How a connection ended that left the state `old` with the error `error`.

@@ -112,8 +112,13 @@ pub struct SocketState {
     pub identity: u32,
     pub pod: u32,
     pub quota: u32,
-    /// Round trips of a flow that may be short-circuited, until it is a [`crate::Candidate`]; one more, so that 0 is for all others.
+    /// Round trips of a flow that may be short-circuited, and one more, so that 0 is for all others; [`SocketState::PROPOSED`] once it
+    /// is a [`crate::Candidate`].
     pub exchanges: u32,
+}
+
+impl SocketState {
+    pub const PROPOSED: u32 = u32::MAX;
 }
 
 /// What a socket is to us. Only user space of the agent can make a `PROXY`.
@@ -147,19 +152,19 @@ pub mod listener_kind {
 #[repr(C)]
 pub struct Event {
     pub key: FlowKey,
-    pub client_netns: u64,
+    /// The socket that the event is about: the client's, or the isolated one, and the namespace it is in.
+    pub netns: u64,
+    pub socket_cookie: u64,
     pub opened_ns: u64,
     pub at_ns: u64,
     pub bytes_sent: u64,
     pub bytes_received: u64,
-    pub generation: u64,
-    /// The socket that the event is about: the client's, or the isolated one, and the namespace it is in.
-    pub socket_cookie: u64,
-    pub socket_netns: u64,
+    /// Which of those bytes TCP has not seen.
+    pub redirected_sent: u64,
+    pub redirected_received: u64,
     pub kind: u32,
     /// A [`crate::Reason`], where there is one.
     pub reason: u32,
-    pub workload: u32,
     pub sequence: u32,
     /// Smoothed round-trip time, microseconds.
     pub srtt_us: u32,
@@ -173,7 +178,8 @@ pub struct Event {
     pub service: u32,
     /// 1 if the isolated socket is the client's end.
     pub client_end: u32,
-    pub padding: u32,
+    /// How far a closed flow was from being short-circuited: one of [`short_state`].
+    pub short_state: u32,
 }
 
 /// Key of an isolated socket: all that is needed to destroy it, should its alarm be lost.
@@ -217,6 +223,18 @@ pub mod event_kind {
     pub const ISOLATED: u32 = 4;
     /// A direct connection was never established.
     pub const FAILED: u32 = 5;
+}
+
+/// How far a flow came towards being short-circuited.
+pub mod short_state {
+    /// When it was opened, its pods did not both have it on at any port.
+    pub const OFF: u32 = 0;
+    /// It made too few round trips to be proposed.
+    pub const BRIEF: u32 = 1;
+    /// The agent was told that it is worth it.
+    pub const PROPOSED: u32 = 2;
+    /// Its sockets were in `SHORT_SOCKETS`, or were just being entered.
+    pub const ENTERED: u32 = 3;
 }
 
 /// How a connection ended, as the client's socket saw it.

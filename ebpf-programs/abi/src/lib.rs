@@ -14,7 +14,7 @@ mod verdict;
 
 pub use flow::{
     Claim, Event, Flow, FlowKey, Isolated, Listener, Lost, LostKey, SocketState, claim_kind, end,
-    event_kind, listener_kind, role,
+    event_kind, listener_kind, role, short_state,
 };
 pub use pod::{Config, Endpoint, Pod, Quota, REFUSALS_PER_SECOND, config_flag, knob};
 pub use reason::{REASON_COUNT, Reason};

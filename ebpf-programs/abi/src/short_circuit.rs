@@ -29,26 +29,42 @@ impl ShortEnd {
     pub const SETTLED: u64 = 1 << 32;
 }
 
-/// Why a message went by TCP: an index of [`ShortSide::by_tcp`].
-pub mod kept {
+macro_rules! kept {
+    ($($(#[doc = $doc:literal])+ $id:ident = $number:literal $name:literal;)*) => {
+        /// Why a message went by TCP: an index of [`ShortSide::by_tcp`].
+        pub mod kept {
+            $($(#[doc = $doc])+ pub const $id: u32 = $number;)*
+            pub const COUNT: usize = ALL.len();
+            /// Each by its number: its name in metrics, and what it means.
+            pub const ALL: &[(&str, &str)] = &[$(($name, concat!($($doc),+))),*];
+            const NUMBERS: &[u32] = &[$($number),*];
+            const _: () = {
+                let mut index = 0;
+                while index < COUNT {
+                    assert!(NUMBERS[index] == index as u32);
+                    index += 1;
+                }
+            };
+        }
+    };
+}
+kept! {
     /// Redirecting has not begun, or was ended.
-    pub const NOT_LIVE: u32 = 0;
+    NOT_LIVE = 0 "not_live";
     /// One of the two sockets is not plain TCP any more.
-    pub const CHANGED: u32 = 1;
+    CHANGED = 1 "changed";
     /// The peer is gone, or one direction is closed.
-    pub const NOT_ESTABLISHED: u32 = 2;
+    NOT_ESTABLISHED = 2 "not_established";
     /// The peer has not read all that came by TCP.
-    pub const UNREAD: u32 = 3;
+    UNREAD = 3 "unread";
     /// As much as the peer may have unread is unread.
-    pub const FULL: u32 = 4;
+    FULL = 4 "full";
     /// The node is short of memory for TCP.
-    pub const PRESSURE: u32 = 5;
-    /// The peer reads in a way that does not see redirected bytes (blocking, with a low-water mark, by splice(2)), or its receive buffer
-    /// may not grow: what comes by TCP would find no room beside them.
-    pub const READER: u32 = 6;
+    PRESSURE = 5 "pressure";
+    /// The peer reads in a way that does not see redirected bytes (blocking, with a low-water mark, by splice(2)), or its receive buffer may not grow, so that what comes by TCP would find no room beside them.
+    READER = 6 "reader";
     /// The peer has left the map.
-    pub const LEFT: u32 = 7;
-    pub const COUNT: usize = 8;
+    LEFT = 7 "left";
 }
 
 /// What one end has sent since the flow was entered.

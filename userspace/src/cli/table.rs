@@ -190,6 +190,15 @@ fn notes(flow: &FlowRecord) -> String {
         .service
         .as_ref()
         .map(|service| format!("  service={}", clean(&service.hostname)));
+    let short_circuit = flow.short_circuit_word().map(|word| {
+        let redirected = flow.redirected_sent.zip(flow.redirected_received);
+        let bytes = redirected.map(|(sent, received)| format!("  redirected={sent}/{received}"));
+        format!(
+            "  short_circuit={}{}",
+            clean(word),
+            bytes.unwrap_or_default()
+        )
+    });
     let policy = flow
         .policy
         .as_ref()
@@ -204,6 +213,7 @@ fn notes(flow: &FlowRecord) -> String {
         connect,
         rtt,
         retransmits,
+        short_circuit,
         service,
         policy,
         error,

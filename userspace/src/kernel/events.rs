@@ -3,7 +3,7 @@
 use std::{io, net::SocketAddr, time::Duration};
 
 use aya::maps::{Map, MapData, RingBuf};
-use culvert_abi::{Event, FlowKey, Reason, end, event_kind};
+use culvert_abi::{Event, FlowKey, Reason, end, event_kind, short_state};
 use tokio::io::unix::AsyncFd;
 
 use super::{FlowName, KernelError, NetnsCookie, socket_address, sys};
@@ -56,6 +56,30 @@ impl FlowEnd {
     }
 }
 
+/// How far a flow came towards being short-circuited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShortState {
+    /// When it was opened, its pods did not both have it on at any port.
+    Off,
+    /// It made fewer round trips than it takes.
+    Brief,
+    /// The agent was told that it is worth it.
+    Proposed,
+    /// It was entered, or was just being entered when it ended.
+    Entered,
+}
+
+impl ShortState {
+    fn parse(number: u32) -> Self {
+        match number {
+            short_state::BRIEF => Self::Brief,
+            short_state::PROPOSED => Self::Proposed,
+            short_state::ENTERED => Self::Entered,
+            _ => Self::Off,
+        }
+    }
+}
+
 /// An event, parsed.
 #[derive(Clone, Copy, Debug)]
 pub struct FlowEvent {
@@ -69,6 +93,10 @@ pub struct FlowEvent {
     pub policy: u32,
     pub bytes_sent: u64,
     pub bytes_received: u64,
+    /// Of those bytes, the ones that TCP has not seen.
+    pub redirected_sent: u64,
+    pub redirected_received: u64,
+    pub short_state: ShortState,
     /// When it happened, by the clock of `sys::monotonic_now`.
     pub at: Duration,
     pub duration: Duration,
@@ -111,7 +139,7 @@ impl FlowEvent {
             key: event.key,
             client: socket_address(event.key.client, event.key.client_port),
             server: socket_address(event.key.server, event.key.server_port),
-            client_netns: NetnsCookie(event.client_netns),
+            client_netns: NetnsCookie(event.netns),
             sequence: event.sequence,
             reason: match kind {
                 FlowEventKind::Refused | FlowEventKind::Isolated => {
@@ -122,6 +150,9 @@ impl FlowEvent {
             policy: event.policy,
             bytes_sent: event.bytes_sent,
             bytes_received: event.bytes_received,
+            redirected_sent: event.redirected_sent,
+            redirected_received: event.redirected_received,
+            short_state: ShortState::parse(event.short_state),
             at: Duration::from_nanos(event.at_ns),
             duration: match event.opened_ns {
                 0 => Duration::ZERO,
@@ -133,7 +164,7 @@ impl FlowEvent {
             end: FlowEnd::parse(event.end),
             service: event.service,
             socket: EventSocket {
-                netns: NetnsCookie(event.socket_netns),
+                netns: NetnsCookie(event.netns),
                 cookie: event.socket_cookie,
                 client_end: event.client_end != 0,
             },

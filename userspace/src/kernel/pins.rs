@@ -16,7 +16,7 @@ use super::{
 const BPFFS_MAGIC: i64 = 0xcafe_4a11;
 
 /// Every map of the kernel part, by its name in the object.
-pub const MAPS: [&str; 23] = [
+pub const MAPS: [&str; 24] = [
     "CONFIG",
     "PODS",
     "ENDPOINTS",
@@ -37,6 +37,7 @@ pub const MAPS: [&str; 23] = [
     "SHORT_SOCKETS",
     "SHORT_ENDS",
     "SHORT_FLOWS",
+    "SHORT_ENDED",
     "SHORT_NAMES",
     "UNFIT",
     "CANDIDATES",

@@ -23,6 +23,7 @@ use super::{
     pins::Pins,
     quotas::Quotas,
     services::ServiceTables,
+    short_counts::ShortCounters,
     sys,
 };
 
@@ -98,6 +99,7 @@ pub struct Tables {
     listeners: Mutex<SockHash<MapData, Listener>>,
     sockets: Mutex<SkStorage<MapData, SocketState>>,
     services: Arc<ServiceTables>,
+    short: ShortCounters,
     losses: Mutex<Losses>,
     lost_alarms: Mutex<Losses>,
     isolated: [Mutex<SockHash<MapData, Isolated>>; 2],
@@ -127,6 +129,10 @@ impl Tables {
             map.map(Mutex::new)
                 .map_err(|error| KernelError::map(name, error))
         };
+        // Where flows are short-circuited this is no more the object's.
+        let short_flows = MapData::from_pin(pins.map("SHORT_FLOWS"))
+            .and_then(|data| HashMap::try_from(Map::HashMap(data)))
+            .map_err(|error| KernelError::map("SHORT_FLOWS", error))?;
         let pods: HashMap<MapData, u64, Pod> = table!("PODS");
         let quotas = Quotas::open(table!("QUOTAS"), pods.iter().flatten());
         Ok(Self {
@@ -143,6 +149,7 @@ impl Tables {
             listeners: Mutex::new(table!("LISTENERS")),
             sockets: Mutex::new(table!("SOCKETS")),
             services: Arc::new(ServiceTables::open(take("SERVICES")?, take("SLOTS")?)?),
+            short: ShortCounters::new(short_flows, table!("SHORT_ENDED")),
             losses: Mutex::default(),
             lost_alarms: Mutex::default(),
             isolated: [isolated("ISOLATED_CLIENTS")?, isolated("ISOLATED_SERVERS")?],
@@ -366,6 +373,11 @@ impl Tables {
         Some(OpenFlow { key: *key, flow })
     }
 
+    /// What short-circuited flows have carried.
+    pub fn short(&self) -> &ShortCounters {
+        &self.short
+    }
+
     /// How many direct flows are open.
     pub fn open_flows(&self) -> u64 {
         lock(&self.quotas).flows_of_node()
@@ -524,7 +536,7 @@ impl Losses {
 }
 
 /// Everything in a table.
-fn all<K: aya::Pod, V: aya::Pod>(
+pub(super) fn all<K: aya::Pod, V: aya::Pod>(
     name: &'static str,
     table: &HashMap<MapData, K, V>,
     reads: sys::BatchReads,

@@ -8,6 +8,7 @@ mod error;
 mod handler;
 mod knobs;
 mod limits;
+mod outcomes;
 mod pods;
 mod readiness;
 mod short_circuit;
@@ -41,6 +42,7 @@ use crate::{
 use enforcer::{Enforcer, EnforcerSettings};
 pub use error::NodeError;
 use handler::{Handler, HandlerParts};
+use outcomes::Outcomes;
 use pods::Pods;
 use readiness::Readiness;
 pub use unload::{UndonePod, Unloaded, unload};
@@ -201,6 +203,7 @@ pub async fn run(
         Arc::clone(&enforcer),
         Arc::clone(&context),
     );
+    let outcomes = Arc::new(Outcomes::default());
     {
         let feeder = direct_flows::DirectFlows::new(direct_flows::Sources {
             tables: Arc::clone(&tables),
@@ -208,6 +211,7 @@ pub async fn run(
             pods: Arc::clone(&pods),
             context: Arc::clone(&context),
             short: short.as_ref().ok().cloned(),
+            outcomes: Arc::clone(&outcomes),
             report_interval: config.flow_report_interval,
             telemetry: config.flow_telemetry,
         });
@@ -227,6 +231,7 @@ pub async fn run(
                 mesh: Arc::clone(&store),
                 enforcer: Arc::clone(&enforcer),
                 telemetry: Arc::clone(&telemetry),
+                outcomes,
             });
             let control = control.clone();
             tasks.spawn(async move {

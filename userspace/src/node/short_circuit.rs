@@ -7,7 +7,7 @@ use culvert_abi::{Candidate, news};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
-use super::{enforcer::Enforcer, pods::Pods};
+use super::{enforcer::Enforcer, outcomes::Outcomes, pods::Pods};
 use crate::{
     kernel::{Candidates, Entrant, FlowName, NetnsCookie, OpenFlow, ShortCircuit, Tables},
     mesh::{ShortCircuitMode, Store},
@@ -27,6 +27,7 @@ pub struct Sources {
     pub mesh: Arc<Store>,
     pub enforcer: Arc<Enforcer>,
     pub telemetry: Arc<Telemetry>,
+    pub outcomes: Arc<Outcomes>,
 }
 
 /// Takes flows in and out.
@@ -98,14 +99,34 @@ impl Sources {
         let flows = candidates
             .iter()
             .filter_map(|candidate| self.tables.flow(&candidate.flow, candidate.sequence));
-        let entrants: Vec<_> = flows.filter_map(|flow| self.entrant(flow)).collect();
+        let mut entrants = Vec::new();
+        for flow in flows {
+            match self.entrant(flow) {
+                Some(entrant) => entrants.push(entrant),
+                // Its pods have it on at other ports, or not any more.
+                None => self.leave_out(&flow, "off"),
+            }
+        }
         if entrants.is_empty() {
             return;
         }
-        for outcome in self.short.enter(&entrants) {
-            let outcome = outcome.map_or_else(|unfit| unfit.name(), |()| "entered");
+        let outcomes = self.short.enter(&entrants);
+        for (entrant, outcome) in entrants.iter().zip(outcomes) {
+            let outcome = match outcome {
+                Ok(()) => "entered",
+                Err(unfit) => {
+                    self.leave_out(&entrant.flow, unfit.name());
+                    unfit.name()
+                }
+            };
             self.telemetry.metrics.short_circuited(outcome);
         }
+    }
+
+    /// Remembers why, for what is told of the flow.
+    fn leave_out(&self, flow: &OpenFlow, reason: &'static str) {
+        let is_open = |(key, sequence): &FlowName| self.tables.flow(key, *sequence).is_some();
+        self.outcomes.note(flow.name(), reason, is_open);
     }
 
     /// A flow whose pods may both at its server's port, as the mesh says now.

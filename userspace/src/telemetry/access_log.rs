@@ -1,6 +1,6 @@
 //! The access log: one line per connection when it ends, target `access`, error level for failures. Field names and
 //! their order are those of ztunnel, so that parsers made for it work; `path`, `not_direct`, `end`, `connect_latency`, `rtt`,
-//! `retransmits` and `policy` are ours. Lines are rendered by the log's own thread, from a record that others share.
+//! `retransmits`, `short_circuit`, `redirected_*` and `policy` are ours. Lines are rendered by the log's own thread, from a record that others share.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -145,6 +145,15 @@ fn render(record: &FlowRecord, time: SystemTime, format: LogFormat, out: &mut St
     if let Some(retransmits) = record.retransmits {
         line.number("retransmits", retransmits.into());
     }
+    if let Some(word) = record.short_circuit_word() {
+        line.text("short_circuit", word);
+    }
+    if let Some(bytes) = record.redirected_sent {
+        line.number("redirected_sent", bytes);
+    }
+    if let Some(bytes) = record.redirected_received {
+        line.number("redirected_recv", bytes);
+    }
     if let Some(policy) = &record.policy {
         line.text("policy", policy);
     }
@@ -236,6 +245,23 @@ mod tests {
              bytes_sent=175 bytes_recv=80 duration=\"1ms\" path=\"hbone\" not_direct=\"steered_remote\" \
              end=\"reset_by_peer\" connect_latency=\"300us\" rtt=\"120us\" retransmits=2 policy=\"shop/allow\"\n"
         );
+    }
+
+    #[test]
+    fn a_short_circuit_is_told_where_somebody_asked_for_it() {
+        let record = |word: &'static str, redirected| FlowRecord {
+            short_circuit: Some(word.into()),
+            redirected_sent: redirected,
+            redirected_received: redirected,
+            ..FlowRecord::default()
+        };
+        let yes = logged(&record("yes", Some(3)), LogFormat::Text);
+        let told = " short_circuit=\"yes\" redirected_sent=3 redirected_recv=3\n";
+        assert!(yes.ends_with(told), "{yes}");
+        let blocking = logged(&record("blocking", None), LogFormat::Text);
+        assert!(blocking.ends_with(" short_circuit=\"blocking\"\n"));
+        let off = logged(&record("off", None), LogFormat::Text);
+        assert!(off.ends_with(" path=\"plaintext\"\n"), "{off}");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! One connection, as telemetry sees it. Written once when it ends (or is refused), partly known when it opens.
 //! The serialised form is what `culvert flows --json` prints: names there are stable.
 
+use std::borrow::Cow;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -258,6 +259,15 @@ pub struct FlowRecord {
     /// Segments sent again, where the kernel counted them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retransmits: Option<u32>,
+    /// Direct connections: `yes` if it was short-circuited, else why not. The words are in docs/FLOWS.md.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub short_circuit: Option<Cow<'static, str>>,
+    /// Those of `bytes_sent` that went past TCP, if it was short-circuited.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub redirected_sent: Option<u64>,
+    /// Those of `bytes_received`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub redirected_received: Option<u64>,
     /// The policy that decided.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<String>,
@@ -276,6 +286,15 @@ impl FlowPath {
 }
 
 impl FlowRecord {
+    /// What `short_circuit` says where nobody asked for it.
+    pub const NOT_SHORT_CIRCUITED: &str = "off";
+
+    /// What `short_circuit` says, where it is worth a word in a line.
+    pub fn short_circuit_word(&self) -> Option<&str> {
+        let word = self.short_circuit.as_deref();
+        word.filter(|word| *word != Self::NOT_SHORT_CIRCUITED)
+    }
+
     /// A connection of which only the addresses are known.
     pub fn new(source_addr: SocketAddr, destination_addr: SocketAddr) -> Self {
         Self {
@@ -296,6 +315,9 @@ impl FlowRecord {
             connect_latency: None,
             rtt: None,
             retransmits: None,
+            short_circuit: None,
+            redirected_sent: None,
+            redirected_received: None,
             policy: None,
             error: None,
             response_flags: ResponseFlags::default(),
@@ -422,6 +444,9 @@ mod tests {
             connect_latency: Some(Duration::from_micros(90)),
             rtt: Some(Duration::from_micros(70)),
             retransmits: Some(1),
+            short_circuit: Some("yes".into()),
+            redirected_sent: Some(5),
+            redirected_received: Some(0),
             policy: Some("ns/p".into()),
             not_direct: Some(Reason::SteeredRemote),
             error: Some("x\n\"".into()),

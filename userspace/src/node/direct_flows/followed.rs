@@ -6,7 +6,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use super::pair::{Pair, PairKey};
+use super::{
+    pair::{Pair, PairKey},
+    short::Short,
+};
 use crate::{
     kernel::{OpenFlow, SocketMeasures, sys},
     telemetry::{FlowEvent, FlowRecord, Telemetry, milliseconds},
@@ -57,6 +60,8 @@ pub struct Followed {
     pub pair: Arc<Pair>,
     pub pair_key: PairKey,
     pub counted: Totals,
+    /// As it was when its sockets were last looked at.
+    pub short: Short,
     client: SocketAddr,
     server: SocketAddr,
     /// By the clock of [`sys::monotonic_now`].
@@ -91,6 +96,7 @@ impl Followed {
                 flows: 1,
                 ..Totals::default()
             },
+            short: Short::default(),
             client: flow.client(),
             server: flow.server(),
             opened: Duration::from_nanos(flow.flow.opened_ns),
@@ -119,6 +125,7 @@ impl Followed {
     fn record(&self, now: Duration) -> FlowRecord {
         let mut record = self.pair.record(self.client, self.server);
         record.duration = now.saturating_sub(self.opened);
+        self.short.tell(&mut record);
         if let Some(measures) = &self.measures {
             let (sent, received) = bytes(measures);
             record.bytes_sent = received;

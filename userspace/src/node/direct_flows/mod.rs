@@ -7,6 +7,7 @@
 mod followed;
 mod pair;
 mod scan;
+mod short;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -17,7 +18,7 @@ use std::{
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use super::{enforcer::Enforcer, pods::Pods};
+use super::{enforcer::Enforcer, outcomes::Outcomes, pods::Pods};
 use crate::{
     kernel::{
         EventSocket, EventStream, FlowEnd as KernelEnd, FlowEvent as KernelEvent, FlowEventKind,
@@ -28,7 +29,8 @@ use crate::{
 };
 use followed::{Followed, Totals};
 use pair::{Pair, PairKey, Pairs};
-use scan::{Scan, Scanner};
+use scan::{Found, Scan, Scanner};
+use short::{Short, Shorts};
 
 /// Flows this old are followed while they are open. All others are known by their end alone.
 const LONG: Duration = Duration::from_secs(1);
@@ -53,6 +55,7 @@ pub struct Sources {
     pub context: Arc<Context>,
     /// None where no flow is short-circuited.
     pub short: Option<Arc<ShortCircuit>>,
+    pub outcomes: Arc<Outcomes>,
     pub report_interval: Duration,
     /// The kernel part tells of flows.
     pub telemetry: bool,
@@ -63,12 +66,14 @@ struct Ended {
     event: KernelEvent,
     pair: Arc<Pair>,
     end: FlowEnd,
+    short: Short,
 }
 
 pub struct DirectFlows {
     enforcer: Arc<Enforcer>,
     telemetry: Arc<Telemetry>,
     pairs: Pairs,
+    shorts: Shorts,
     scanner: Scanner,
     report_interval: Duration,
     is_told: bool,
@@ -102,6 +107,10 @@ impl DirectFlows {
             ),
             earlier: sources.tables.earlier_agent(),
             early_scans: EARLY_SCANS,
+            shorts: Shorts {
+                outcomes: sources.outcomes,
+                possible: sources.short.is_some(),
+            },
             scanner: Scanner::new(sources.tables, sources.pods, sources.short),
             enforcer: sources.enforcer,
             report_interval: sources.report_interval,
@@ -203,7 +212,8 @@ impl DirectFlows {
         let mut reports = followed::Reports::new(&self.telemetry, scan.measured);
         let mut open = HashSet::with_capacity(scan.flows.len());
         let mut unknown = false;
-        for (flow, measures) in &scan.flows {
+        for found in &scan.flows {
+            let Found { flow, measures, .. } = found;
             let name = flow.name();
             open.insert(name);
             if self.ended_during_scan.contains(&name) {
@@ -212,6 +222,7 @@ impl DirectFlows {
             if let Some(followed) = self.followed.get_mut(&name) {
                 if let Some(measures) = measures {
                     followed.update(measures);
+                    followed.short = self.shorts.of_open(&name, &followed.pair, found.redirected);
                     reports.open(followed);
                 }
                 continue;
@@ -222,11 +233,12 @@ impl DirectFlows {
                 continue;
             }
             let pair = self.pairs.of(&PairKey::of_flow(flow));
-            let followed = match (inherited, measures) {
+            let mut followed = match (inherited, measures) {
                 (true, None) => continue,
                 (true, Some(measures)) => Followed::inherited(flow, pair, measures),
                 (false, measures) => Followed::new(flow, pair, measures.as_ref()),
             };
+            followed.short = self.shorts.of_open(&name, &followed.pair, found.redirected);
             reports.first(&followed);
             self.followed.insert(name, followed);
         }
@@ -286,7 +298,7 @@ impl DirectFlows {
                 let end = ending(event.end);
                 pair.series.failed(1);
                 self.telemetry.metrics.ended(FlowPath::Direct, end, 1);
-                self.remember(event, pair, end);
+                self.remember(event, pair, end, Short::default());
             }
             FlowEventKind::Refused => self.refused(&event),
             FlowEventKind::Isolated => {
@@ -353,7 +365,8 @@ impl DirectFlows {
         metrics.measured(event.connect_latency, event.rtt);
         metrics.retransmits(FlowPath::Direct, event.retransmits.into());
         metrics.ended(FlowPath::Direct, end, 1);
-        self.remember(event, pair, end);
+        let short = self.shorts.of_ended(&event, &pair);
+        self.remember(event, pair, end, short);
     }
 
     fn refused(&self, event: &KernelEvent) {
@@ -366,8 +379,13 @@ impl DirectFlows {
         self.telemetry.failed(record);
     }
 
-    fn remember(&mut self, event: KernelEvent, pair: Arc<Pair>, end: FlowEnd) {
-        self.ended.push(Ended { event, pair, end });
+    fn remember(&mut self, event: KernelEvent, pair: Arc<Pair>, end: FlowEnd, short: Short) {
+        self.ended.push(Ended {
+            event,
+            pair,
+            end,
+            short,
+        });
         if self.ended.len() >= BATCH {
             self.tell();
         }
@@ -394,7 +412,12 @@ impl DirectFlows {
 
 impl Ended {
     fn record(self) -> FlowRecord {
-        let Self { event, pair, end } = self;
+        let Self {
+            event,
+            pair,
+            end,
+            short,
+        } = self;
         let mut record = pair.record(event.client, event.server);
         record.bytes_sent = event.bytes_received;
         record.bytes_received = event.bytes_sent;
@@ -406,6 +429,7 @@ impl Ended {
             record.response_flags = ResponseFlags::Connect;
             return record;
         }
+        short.tell(&mut record);
         record.connect_latency = Some(event.connect_latency);
         record.rtt = Some(event.rtt);
         if end == FlowEnd::Revoked {

@@ -7,7 +7,7 @@ use culvert_abi::{Address, LostKey};
 use super::{Enforcer, KernelEvent, Pods};
 use crate::{
     kernel::{NetnsCookie, OpenFlow, socket_address},
-    mesh::Mesh,
+    mesh::{Mesh, ShortCircuitMode, Workload},
     proxy::Context,
     telemetry::{
         Direction, FlowPath, FlowRecord, PairSeries, Party, Reporter, Security, ServiceName,
@@ -58,9 +58,19 @@ pub struct Pair {
     pub series: PairSeries,
     /// A record with everything that all their flows share.
     shared: FlowRecord,
+    /// The client's workload and the server's, as far as the mesh knows them.
+    workloads: [Option<Arc<Workload>>; 2],
 }
 
 impl Pair {
+    /// Whether the mesh has the short-circuit on for both at this port of the server.
+    pub fn is_on(&self, server_port: u16) -> bool {
+        self.workloads.iter().all(|workload| {
+            let mode = |workload: &Arc<Workload>| workload.short_circuit.mode(server_port);
+            workload.as_ref().map(mode) == Some(ShortCircuitMode::On)
+        })
+    }
+
     pub fn record(&self, client: SocketAddr, server: SocketAddr) -> FlowRecord {
         FlowRecord {
             source_addr: client,
@@ -131,6 +141,7 @@ impl Pairs {
         Pair {
             series: self.context.telemetry.metrics.pair(&shared),
             shared,
+            workloads: [workload.cloned(), destination.cloned()],
         }
     }
 

@@ -9,7 +9,7 @@ use std::{
 
 use culvert_abi::{Isolated, Lost, LostKey};
 
-use super::Pods;
+use super::{Pods, short::Redirected};
 use crate::kernel::{KernelError, NetnsCookie, OpenFlow, ShortCircuit, SocketMeasures, Tables};
 
 #[derive(Clone)]
@@ -23,12 +23,21 @@ pub struct Scanner {
 pub struct Scan {
     /// Taken before the flows were read: a flow whose end is in here is not among them.
     pub lost: Vec<(LostKey, Lost)>,
-    pub flows: Vec<(OpenFlow, Option<SocketMeasures>)>,
+    pub flows: Vec<Found>,
     /// Whose alarm may have been lost, and whether it is the client's end.
     pub isolated: Vec<(Isolated, bool)>,
     /// Sockets were asked.
     pub measured: bool,
     pub took: Duration,
+}
+
+/// An open flow.
+pub struct Found {
+    pub flow: OpenFlow,
+    /// What its client's socket has seen, and what was redirected past it; none where it was not asked.
+    pub measures: Option<SocketMeasures>,
+    /// None where its sockets were not entered, or not asked.
+    pub redirected: Option<Redirected>,
 }
 
 impl Scanner {
@@ -50,7 +59,12 @@ impl Scanner {
             beat.saturating_sub(Duration::from_nanos(flow.flow.opened_ns)) >= at_least
         };
         let flows = self.tables.flows()?.into_iter().filter(is_old);
-        let mut flows: Vec<_> = flows.map(|flow| (flow, None)).collect();
+        let found = |flow| Found {
+            flow,
+            measures: None,
+            redirected: None,
+        };
+        let mut flows: Vec<_> = flows.map(found).collect();
         if measured {
             self.measure(&mut flows);
         }
@@ -63,20 +77,17 @@ impl Scanner {
         })
     }
 
-    /// TCP does not know of what was redirected.
-    fn with_redirected(&self, flow: &OpenFlow, mut measures: SocketMeasures) -> SocketMeasures {
-        let short = self.short.as_deref();
-        if let Some(counted) = short.and_then(|short| short.counted(&flow.key)) {
-            let [client, server] = counted.sides;
-            measures.bytes_acked = measures.bytes_acked.saturating_add(client.redirected);
-            measures.bytes_received = measures.bytes_received.saturating_add(server.redirected);
-        }
-        measures
+    fn redirected(&self, flow: &OpenFlow) -> Option<Redirected> {
+        let [client, server] = self.short.as_deref()?.counted(&flow.key)?.sides;
+        Some(Redirected {
+            by_client: client.redirected,
+            by_server: server.redirected,
+        })
     }
 
-    fn measure(&self, flows: &mut [(OpenFlow, Option<SocketMeasures>)]) {
+    fn measure(&self, flows: &mut [Found]) {
         let mut by_netns = HashMap::<u64, (Vec<usize>, Vec<_>)>::new();
-        for (place, (flow, _)) in flows.iter().enumerate() {
+        for (place, Found { flow, .. }) in flows.iter().enumerate() {
             let (places, names) = by_netns.entry(flow.flow.client_netns).or_default();
             places.push(place);
             names.push(flow.client_end());
@@ -92,10 +103,22 @@ impl Scanner {
         for (places, asked) in asked {
             for (index, measures) in asked.wait().unwrap_or_default() {
                 let place = places.get(index).and_then(|place| flows.get_mut(*place));
-                if let Some((flow, found)) = place {
-                    *found = Some(self.with_redirected(flow, measures));
+                if let Some(found) = place {
+                    found.redirected = self.redirected(&found.flow);
+                    found.measures = Some(found.with_redirected(measures));
                 }
             }
         }
+    }
+}
+
+impl Found {
+    /// TCP does not know of what was redirected.
+    fn with_redirected(&self, mut measures: SocketMeasures) -> SocketMeasures {
+        if let Some(redirected) = self.redirected {
+            measures.bytes_acked = measures.bytes_acked.saturating_add(redirected.by_client);
+            measures.bytes_received = measures.bytes_received.saturating_add(redirected.by_server);
+        }
+        measures
     }
 }
