@@ -10,6 +10,7 @@ pub mod socket;
 pub use client::{Client, ClientError, Stream};
 pub use http::{HttpServers, HttpState};
 pub use protocol::{
-    AdminError, ErrorKind, FlowsQuery, PodAdd, PodInfo, PodRemove, PodState, Reply, Request, Status,
+    AdminError, ErrorKind, FlowsQuery, PodAdd, PodInfo, PodRemove, PodState, Reply, Request,
+    ShortCircuitStatus, Status,
 };
 pub use socket::{AdminHandler, AdminSocket};

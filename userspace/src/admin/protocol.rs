@@ -146,8 +146,28 @@ pub struct Status {
     pub mesh: String,
     /// Identities with a certificate, and until when it is valid.
     pub certificates: Vec<String>,
+    /// The short-circuit; an agent of an earlier version does not say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub short_circuit: Option<ShortCircuitStatus>,
     /// What an operator should know.
     pub warnings: Vec<String>,
+}
+
+/// What is short-circuited.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShortCircuitStatus {
+    /// Flows are, on this kernel, where both pods have it `on`.
+    pub on: bool,
+    /// They are also where the pods leave it to the agent.
+    pub auto: bool,
+    /// Why not even where it is `on`.
+    pub reason: Option<String>,
+    /// Open direct flows that have been entered.
+    pub flows: u64,
+    /// All open direct flows.
+    pub direct_flows: u64,
+    /// Pods that were seen reading in a way that does not see redirected bytes.
+    pub unfit_pods: usize,
 }
 
 /// Why a request failed.

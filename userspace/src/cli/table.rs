@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use time::OffsetDateTime;
 
-use crate::admin::{PodInfo, PodState, Status};
+use crate::admin::{PodInfo, PodState, ShortCircuitStatus, Status};
 use crate::telemetry::{FlowEvent, FlowRecord, Party};
 
 /// Text without control characters.
@@ -120,6 +120,12 @@ pub(super) fn status(status: &Status) -> String {
     ];
     rows.extend(
         status
+            .short_circuit
+            .as_ref()
+            .map(|short| row("short-circuit", short_circuit(short))),
+    );
+    rows.extend(
+        status
             .certificates
             .iter()
             .map(|held| row("certificate", held.clone())),
@@ -131,6 +137,25 @@ pub(super) fn status(status: &Status) -> String {
             .map(|warning| row("warning", warning.clone())),
     );
     columns(&rows)
+}
+
+fn short_circuit(status: &ShortCircuitStatus) -> String {
+    if let Some(reason) = &status.reason {
+        return format!("off everywhere on this kernel: {reason}");
+    }
+    let auto = if status.auto { "on" } else { "off" };
+    let mut text = format!(
+        "{} of {} open direct flows; on this kernel `auto` means {auto}",
+        status.flows, status.direct_flows
+    );
+    if status.unfit_pods > 0 {
+        let _ = write!(
+            text,
+            "; never for {} pods, by how they read",
+            status.unfit_pods
+        );
+    }
+    text
 }
 
 /// The head of `culvert flows`.

@@ -208,6 +208,48 @@ fn the_status_names_what_is_pending() {
         "{printed}"
     );
     assert!(printed.contains("warning  w"), "{printed}");
+    assert!(!printed.contains("short-circuit"), "{printed}");
+}
+
+#[test]
+fn the_status_has_the_share_of_short_circuited_flows_or_why_there_is_none() {
+    let status = |short: serde_json::Value| {
+        let answer = serde_json::json!({"ok": {
+            "version": "0.1.0", "pid": 7, "node": "n1", "uptime_seconds": 90, "pending": [], "pods": 2, "workloads": 3,
+            "services": 1, "policies": 4, "mesh": "", "certificates": [], "short_circuit": short, "warnings": [],
+        }});
+        ask(&["status"], &format!("{answer}\n")).0.unwrap()
+    };
+    let share = status(serde_json::json!({
+        "on": true, "auto": false, "reason": null, "flows": 2, "direct_flows": 5, "unfit_pods": 1,
+    }));
+    let expected = "short-circuit  2 of 5 open direct flows; on this kernel `auto` means off; never for 1 pods, by how they read\n";
+    assert!(share.contains(expected), "{share}");
+    let none = status(serde_json::json!({
+        "on": false, "auto": false, "reason": "no BTF", "flows": 0, "direct_flows": 5, "unfit_pods": 0,
+    }));
+    assert!(
+        none.contains("short-circuit  off everywhere on this kernel: no BTF\n"),
+        "{none}"
+    );
+}
+
+#[test]
+fn a_flow_is_printed_with_its_short_circuit_unless_that_is_off() {
+    let printed = |word: &'static str, redirected| {
+        let flow = FlowRecord {
+            short_circuit: Some(word.into()),
+            redirected_sent: redirected,
+            redirected_received: redirected,
+            ..FlowRecord::default()
+        };
+        let event = FlowEvent::Closed { time_ms: 0, flow };
+        let answer = format!("{{\"flow\":{}}}\n", serde_json::to_string(&event).unwrap());
+        ask(&["flows"], &answer).0.unwrap()
+    };
+    assert!(printed("yes", Some(3)).ends_with("  short_circuit=yes  redirected=3/3\n"));
+    assert!(printed("blocking", None).ends_with("  short_circuit=blocking\n"));
+    assert!(!printed("off", None).contains("short_circuit"));
 }
 
 #[test]

@@ -11,12 +11,12 @@ use super::{pods::Pods, readiness::Readiness};
 use crate::{
     admin::{
         AdminError, AdminHandler, ErrorKind, FlowsQuery, HttpState, PodAdd, PodInfo, PodRemove,
-        PodState, Status,
+        PodState, ShortCircuitStatus, Status,
     },
     config::Config,
     enrol::{EnrolError, KnownPod, LocalPod, PodSpec, PodUid},
     identity::Certificates,
-    kernel::KernelError,
+    kernel::{KernelError, ShortCircuit, Tables},
     mesh::Store,
     telemetry::{Follower, Telemetry},
 };
@@ -30,6 +30,11 @@ pub struct HandlerParts {
     pub certificates: Certificates,
     pub telemetry: Arc<Telemetry>,
     pub readiness: Arc<Readiness>,
+    pub tables: Arc<Tables>,
+    /// What short-circuits flows, or why nothing on this kernel does.
+    pub short: Result<Arc<ShortCircuit>, String>,
+    /// It does so also where the mode is `auto`.
+    pub auto_short_circuits: bool,
     pub shutdown: CancellationToken,
 }
 
@@ -62,6 +67,23 @@ impl Handler {
             .into_iter()
             .chain(pods)
             .collect()
+    }
+
+    fn short_circuit(&self) -> ShortCircuitStatus {
+        let HandlerParts { tables, short, .. } = &self.parts;
+        let is_unfit = |pod: &&Arc<LocalPod>| {
+            short
+                .as_ref()
+                .is_ok_and(|short| short.is_unfit(pod.cookie()))
+        };
+        ShortCircuitStatus {
+            on: short.is_ok(),
+            auto: short.is_ok() && self.parts.auto_short_circuits,
+            reason: short.as_ref().err().cloned(),
+            flows: tables.short().read().open,
+            direct_flows: tables.open_flows(),
+            unfit_pods: self.parts.pods.all().iter().filter(is_unfit).count(),
+        }
     }
 
     fn held(&self) -> Vec<String> {
@@ -137,6 +159,7 @@ impl AdminHandler for Handler {
             policies: mesh.policies().len(),
             mesh: self.parts.readiness.mesh(),
             certificates: self.held(),
+            short_circuit: Some(self.short_circuit()),
             warnings,
         }
     }

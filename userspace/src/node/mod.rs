@@ -2,6 +2,7 @@
 //!
 //! Control (mesh, certificates, admin, telemetry) runs on the runtime that calls [`run`]; connections run on data threads.
 
+mod counters;
 mod direct_flows;
 mod enforcer;
 mod error;
@@ -35,7 +36,7 @@ use crate::{
     mesh::{MeshDefaults, Revision, ShortCircuitMode, Store},
     policy::{DenyReason, PolicyName},
     proxy::{Context, OpenConnections, Workers, hbone},
-    telemetry::{AccessLog, KernelCounters, Telemetry},
+    telemetry::{AccessLog, Telemetry},
     xds::{LocalFile, LocalFileStatus},
 };
 
@@ -109,22 +110,8 @@ pub async fn run(
     let tables = Arc::clone(kernel.tables());
     {
         let (tables, diag) = (Arc::clone(&tables), Arc::clone(kernel.diag()));
-        telemetry.metrics.set_kernel_source(move || {
-            let counters = tables.counters();
-            let lost = culvert_abi::Reason::EventLost;
-            KernelCounters {
-                lost_events: counters
-                    .iter()
-                    .find(|(reason, _)| *reason == lost)
-                    .map_or(0, |(_, count)| *count),
-                open_flows: tables.open_flows(),
-                stuck_pods: diag.stuck() as u64,
-                decisions: counters
-                    .into_iter()
-                    .map(|(reason, count)| (reason.name(), count))
-                    .collect(),
-            }
-        });
+        let read = move || counters::read(&tables, &diag);
+        telemetry.metrics.set_kernel_source(read);
     }
     {
         let (tables, control, shutdown) = (Arc::clone(&tables), control.clone(), shutdown.clone());
@@ -222,10 +209,10 @@ pub async fn run(
         });
     }
 
-    match short {
+    match &short {
         Ok(short) => {
             let entries = short_circuit::Entries::new(short_circuit::Sources {
-                short,
+                short: Arc::clone(short),
                 tables: Arc::clone(&tables),
                 pods: Arc::clone(&pods),
                 mesh: Arc::clone(&store),
@@ -252,6 +239,9 @@ pub async fn run(
         certificates,
         telemetry,
         readiness,
+        tables: Arc::clone(&tables),
+        short,
+        auto_short_circuits: auto_short_circuits(&short_circuit),
         shutdown: shutdown.clone(),
     }));
     // Requests are answered once there is a mesh to judge them by, or a reason why there is none.
@@ -329,6 +319,11 @@ async fn try_out() -> Result<Verdicts, String> {
     }
 }
 
+/// What `auto` means on this kernel.
+fn auto_short_circuits(tried: &Result<Verdicts, String>) -> bool {
+    tried.as_ref().is_ok_and(Verdicts::nothing_differs)
+}
+
 fn certificates(config: &Config) -> Result<Certificates, NodeError> {
     let directory = config.dev_ca.as_ref().ok_or(NodeError::NoCa)?;
     let ca = DevCa::open(directory, &config.trust_domain)?;
@@ -373,9 +368,10 @@ fn mesh_source(
         trust_domain: config.trust_domain.as_str().into(),
         network: config.network.as_str().into(),
         short_circuit: config.short_circuit,
-        auto_short_circuit: match tried {
-            Ok(verdicts) if verdicts.nothing_differs() => ShortCircuitMode::On,
-            _ => ShortCircuitMode::Off,
+        auto_short_circuit: if auto_short_circuits(tried) {
+            ShortCircuitMode::On
+        } else {
+            ShortCircuitMode::Off
         },
         ..MeshDefaults::default()
     };

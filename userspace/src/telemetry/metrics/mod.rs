@@ -40,6 +40,18 @@ pub struct KernelCounters {
     pub open_flows: u64,
     /// Pods whose sockets the kernel does not come to an end with.
     pub stuck_pods: u64,
+    pub short_circuited: ShortCircuited,
+}
+
+/// What flows have carried that were entered into the short-circuit, since they were.
+#[derive(Clone, Debug, Default)]
+pub struct ShortCircuited {
+    /// Flows that are open.
+    pub open: u64,
+    /// Bytes by their way.
+    pub bytes: Vec<(&'static str, u64)>,
+    /// Messages by what was done with them.
+    pub messages: Vec<(&'static str, u64)>,
 }
 
 type KernelSource = Box<dyn Fn() -> KernelCounters + Send + Sync>;
@@ -270,9 +282,13 @@ impl Collector for Exposition {
                 .filter(|(_, value)| *value > 0)
                 .collect()
         };
+        let words = |counts: Vec<(&str, u64)>| -> Vec<_> {
+            let rows = counts.into_iter();
+            rows.map(|(word, count)| (vec![word.to_owned()], count))
+                .collect()
+        };
         let single = |value: u64| vec![(Vec::new(), value)];
         let loaded = |value: &AtomicU64| single(value.load(Ordering::Relaxed));
-        let decisions = kernel.decisions.iter();
         let open_flows = state.open_flows.read().map(|(path, count)| {
             let of_kernel = match path {
                 FlowPath::Direct => kernel.open_flows,
@@ -312,9 +328,12 @@ impl Collector for Exposition {
         put(&reference::RETRANSMITS, state.retransmits.rows())?;
         put(&reference::REVOKED, state.revoked.rows())?;
         put(&reference::SHORT_CIRCUIT, state.short_circuit.rows())?;
+        let short = kernel.short_circuited;
+        put(&reference::SHORT_OPEN, single(short.open))?;
+        put(&reference::SHORT_BYTES, words(short.bytes))?;
+        put(&reference::SHORT_MESSAGES, words(short.messages))?;
         put(&reference::STUCK_PODS, single(kernel.stuck_pods))?;
-        let decisions = decisions.map(|(reason, count)| (vec![(*reason).to_owned()], *count));
-        put(&reference::DECISIONS, decisions.collect())?;
+        put(&reference::DECISIONS, words(kernel.decisions))?;
         put(&reference::LOST_EVENTS, single(kernel.lost_events))?;
         put(&reference::MESH_UPDATES, state.mesh_updates.rows())?;
         let lost = state.lost_log_lines.get();

@@ -96,6 +96,9 @@ metrics! {
     RTT = Histogram "culvert_flow_rtt_seconds" &[], "Direct connections by their smoothed round-trip time when they ended.";
     REVOKED = Counter "culvert_revoked_flows" &["path"], "Open connections cut because policy came to forbid them.";
     SHORT_CIRCUIT = Counter "culvert_short_circuited_flows" &["outcome"], "Direct flows that were worth a short-circuit: `entered`, or why it was not to be.";
+    SHORT_OPEN = Gauge "culvert_short_circuited_flows_open" &[], "Direct flows open now whose sockets have been entered into the short-circuit.";
+    SHORT_BYTES = Counter "culvert_short_circuited_bytes" &["way"], "Bytes that direct flows have sent since they were entered into the short-circuit, counted while they are open: `redirected`, or by `tcp` after all. Since the maps of the kernel part were made, whichever agent was there.";
+    SHORT_MESSAGES = Counter "culvert_short_circuited_messages" &["outcome"], "The same in messages (what a system call sends at once): `redirected`, or why they went by TCP; the reasons are below.";
     STUCK_PODS = Gauge "culvert_stuck_pods" &[], "Pods one of whose sockets is kept busy by a process, so that the kernel can neither look at their sockets nor destroy them; connections that policy forbids are cut at their other end meanwhile.";
     DECISIONS = Counter "culvert_kernel_decisions" &["reason"], "What the hooks of the kernel part decided, by reason; the reasons are below.";
     LOST_EVENTS = Counter "culvert_flow_events_lost" &[], "Flow events that the kernel could not hand over; their connections are missing from the log; their bytes and numbers are in the metrics all the same.";
@@ -145,6 +148,13 @@ pub fn metrics_reference() -> String {
     );
     for end in FlowEnd::ALL {
         let _ = writeln!(out, "| `{}` | {} |", end.as_str(), end.describe().trim());
+    }
+    out.push_str(
+        "\n## Outcomes of `culvert_short_circuited_messages_total`\n\nWhatever is sent by TCP, the next message may be redirected again.\n\n\
+         | outcome | meaning |\n| --- | --- |\n| `redirected` | It went straight into the peer's receive queue. |\n",
+    );
+    for (name, meaning) in culvert_abi::kept::ALL {
+        let _ = writeln!(out, "| `{name}` | {} |", meaning.trim());
     }
     out.push_str(
         "\n## Reasons of `culvert_kernel_decisions_total`\n\n| reason | meaning |\n| --- | --- |\n",

@@ -215,6 +215,11 @@ fn what_is_exposed_is_what_is_listed() {
         lost_events: 2,
         open_flows: 1,
         stuck_pods: 0,
+        short_circuited: ShortCircuited {
+            open: 1,
+            bytes: vec![("redirected", 7)],
+            messages: vec![("unread", 2)],
+        },
     });
     metrics.ended(FlowPath::Direct, FlowEnd::Fin, 1);
     metrics.retransmits(FlowPath::Direct, 1);
