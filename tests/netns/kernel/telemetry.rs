@@ -30,7 +30,7 @@ fn held(scene: &Scene) -> Result<(Proc, Proc)> {
 }
 
 /// Stops a process, and waits until none of its threads runs any more.
-fn stop(process: &Proc) -> Result<()> {
+pub fn stop(process: &Proc) -> Result<()> {
     process.kill(Signal::SIGSTOP)?;
     let tasks = format!("/proc/{}/task", process.pid());
     wait_until(SOON, "every thread to stand still", || {
