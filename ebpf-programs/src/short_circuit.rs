@@ -33,7 +33,9 @@ use crate::{
         TCP_MULTIPATH_OFFSET, TCP_UPPER_LAYER_OFFSET, ZERO_COPY_FLAG, given, has_redirected,
         is_waited_for, peek, tcp_field, write_seq,
     },
-    maps::{CANDIDATES, SHORT_ENDED, SHORT_ENDS, SHORT_FLOWS, SHORT_NAMES, SHORT_SOCKETS, flag, knob},
+    maps::{
+        CANDIDATES, SHORT_ENDED, SHORT_ENDS, SHORT_FLOWS, SHORT_NAMES, SHORT_SOCKETS, flag, knob,
+    },
 };
 
 const TCP_ESTABLISHED: u8 = 1;

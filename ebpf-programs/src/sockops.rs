@@ -13,8 +13,8 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 use culvert_abi::{
-    Claim, Event, Flow, FlowKey, OWN_PORTS, Quota, Reason, SocketState, claim_kind, config_flag, end,
-    event_kind, knob, role, short_state,
+    Claim, Event, Flow, FlowKey, OWN_PORTS, Quota, Reason, SocketState, claim_kind, config_flag,
+    end, event_kind, knob, role, short_state,
 };
 
 use crate::{

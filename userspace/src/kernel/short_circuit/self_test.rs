@@ -374,7 +374,9 @@ fn wakeups(stage: &Stage<'_>) -> io::Result<Option<String>> {
     let reader = waiting(&pair.server, MsgFlags::empty(), 1)?;
     let mut buffer = vec![0; 1 << 20];
     while is_readable(&pair.client, NEVER)? {
-        (&pair.client).read(&mut buffer)?;
+        if (&pair.client).read(&mut buffer)? == 0 {
+            break;
+        }
     }
     let early = reader.within(NEVER);
     (&pair.client).write_all(b"1")?;
