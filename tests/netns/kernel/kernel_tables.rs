@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, HashMap, Map, MapData, MapError};
-use culvert_abi::{Claim, Flow, FlowKey, LAYOUT_VERSION, Pod as PodEntry, Quota};
+use culvert_abi::{Claim, Config, Flow, FlowKey, LAYOUT_VERSION, Pod as PodEntry, Quota};
 use culvert_harness::{Agent, Node, Pod, wait_until};
 use culvert_tests::scene::SOON;
 use nix::errno::Errno;
@@ -21,6 +21,12 @@ pub fn table<K: aya::Pod, V: aya::Pod>(node: &Node, name: &str) -> Result<HashMa
     Map::HashMap(data)
         .try_into()
         .with_context(|| format!("map {name}"))
+}
+
+pub fn config(node: &Node) -> Result<Config> {
+    let data = MapData::from_pin(pinned(node, "CONFIG"))?;
+    let config: Array<_, Config> = Map::Array(data).try_into().context("map CONFIG")?;
+    Ok(config.get(&0, 0)?)
 }
 
 /// What pods have used up.

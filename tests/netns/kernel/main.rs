@@ -45,6 +45,7 @@ mod several_addresses;
 mod short_circuit;
 mod short_memory;
 mod short_modes;
+mod short_readers;
 mod short_telemetry;
 mod stalled;
 mod startup;

@@ -110,3 +110,44 @@ fn an_annotation_that_is_not_understood_leaves_the_mesh_as_it_was() -> Result<()
     }
     Ok(())
 }
+
+/// The flows go on, and nothing of them is redirected any more.
+fn wait_until_nothing_is_redirected(scene: &Scene, client: &Proc) -> Result<()> {
+    let redirected = || -> Result<u64> {
+        let flows = short_flows(scene)?;
+        assert_eq!(flows.len(), COUNT);
+        let sides = flows.iter().flat_map(|(_, flow)| flow.sides);
+        Ok(sides.map(|side| side.messages).sum())
+    };
+    wait_until(SOON, "the flows to be plain TCP", || {
+        let (before, carried) = (redirected()?, bytes(client)?);
+        wait_until(SOON, "the flows to go on", || {
+            Ok((bytes(client)? > carried + 10 * COUNT as u64).then_some(()))
+        })?;
+        Ok((redirected()? == before).then_some(()))
+    })
+}
+
+#[test]
+fn flows_are_plain_tcp_again_when_their_mode_changes() -> Result<()> {
+    let mut scene = agents_with("on")?;
+    let (client, _server) = busy_pair_at(&scene, PORT)?;
+    wait_until_all_entered(&scene)?;
+    say(&mut scene, &[("server-a", "off")])?;
+    wait_until_nothing_is_redirected(&scene, &client)
+}
+
+#[test]
+fn an_agent_stops_what_the_one_before_has_entered_where_its_own_setting_says_so() -> Result<()> {
+    let mut scene = agents_with("on")?;
+    let (client, _server) = busy_pair_at(&scene, PORT)?;
+    wait_until_all_entered(&scene)?;
+    scene.agent1.kill()?;
+    let setting = (VARIABLE.to_owned(), "off".to_owned());
+    scene.agent1 = scene.node1.start_agent(AgentOptions {
+        env: [setting].into(),
+        ..AgentOptions::default()
+    })?;
+    scene.agent1.ready()?;
+    wait_until_nothing_is_redirected(&scene, &client)
+}

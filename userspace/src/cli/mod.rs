@@ -169,7 +169,7 @@ pub struct UnloadArgs {
     /// Packet mark that the agent was configured with [env: PACKET_MARK] [default: 1337]
     #[arg(long, value_name = "MARK")]
     pub packet_mark: Option<String>,
-    /// How long to wait for connections on their way and for the kernel, in seconds
+    /// How long to wait for connections on their way, for readers of short-circuited flows and for the kernel, in seconds each
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub timeout: u64,
     /// Print JSON

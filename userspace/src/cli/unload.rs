@@ -80,6 +80,12 @@ fn text(place: &str, done: Option<&Unloaded>) -> String {
             removed.open_flows
         ));
     }
+    if done.unread > 0 {
+        lines.push(format!(
+            "{} short-circuited flows were reset: what was sent last had not been read when the time was over",
+            done.unread
+        ));
+    }
     if done.in_flight > 0 {
         lines.push(format!(
             "{} connections were still on their way when the time was over",
@@ -103,6 +109,7 @@ mod tests {
                 ..Removed::default()
             },
             in_flight: 0,
+            unread: 0,
             pods: vec![UndonePod {
                 uid: "a\u{1b}[2J".to_owned(),
                 error: Some("gone".to_owned()),

@@ -141,6 +141,13 @@ impl Kernel {
         hooks::load(&mut object)?;
         load_inbound(&mut object)?;
         attach_isolation(&mut object)?;
+        Self::try_out_short_circuit()
+    }
+
+    /// The second half of it. Takes a fraction of a second.
+    pub fn try_out_short_circuit() -> Result<Result<Verdicts, String>, KernelError> {
+        let offsets = Offsets::of_this_kernel()?;
+        let mut object = load(None, &offsets, NetnsCookie(0))?;
         // Nothing of a pod's is watched: its pins are never made.
         let pins = Pins::of(Path::new("/"));
         let unknown = Verdicts::default();
@@ -371,14 +378,7 @@ fn attach_short_circuit(
     let attach = |object: &mut Ebpf| {
         let send: &mut SkMsg = program(object, SEND)?;
         send.load().map_err(|error| refused(SEND, error))?;
-        let programs = short_circuit::Programs {
-            request: loaded_classifier(object, "short_request")?,
-            readers: [
-                loaded_tracepoint(object, "splices")?,
-                loaded_tracepoint(object, "asks")?,
-                loaded_tracepoint(object, "sets")?,
-            ],
-        };
+        let short = open_short_circuit(object, pins, verdicts, eager)?;
         let map = SockHash::<_, u64>::try_from(take(object, "SHORT_SOCKETS")?)
             .map_err(|error| KernelError::map("SHORT_SOCKETS", error))?;
         let send: &mut SkMsg = program(object, SEND)?;
@@ -388,13 +388,38 @@ fn attach_short_circuit(
             .map_err(|error| not_attached(SEND, "map SHORT_SOCKETS", &error))?;
         // As with the isolated sockets.
         std::mem::forget(link);
-        let maps = ["SHORT_FLOWS", "SHORT_NAMES", "UNFIT"];
-        let [flows, names, unfit] = maps.map(|name| take(object, name));
-        ShortCircuit::open(programs, [flows?, names?, unfit?], pins, verdicts, eager)
+        Ok(short)
     };
     attach(object)
         .map(Arc::new)
         .map_err(|error: KernelError| error.to_string())
+}
+
+/// The programs that the agent runs or attaches later, loaded.
+fn open_short_circuit(
+    object: &mut Ebpf,
+    pins: &Pins,
+    verdicts: Verdicts,
+    eager: bool,
+) -> Result<ShortCircuit, KernelError> {
+    let programs = short_circuit::Programs {
+        request: loaded_classifier(object, "short_request")?,
+        readers: [
+            loaded_tracepoint(object, "splices")?,
+            loaded_tracepoint(object, "asks")?,
+            loaded_tracepoint(object, "sets")?,
+        ],
+    };
+    let maps = ["SHORT_FLOWS", "SHORT_NAMES", "UNFIT"];
+    let [flows, names, unfit] = maps.map(|name| take(object, name));
+    ShortCircuit::open(programs, [flows?, names?, unfit?], pins, verdicts, eager)
+}
+
+/// For a look at what an agent has left; nothing is attached.
+pub(super) fn left_short_circuit(pins: &Pins) -> Result<ShortCircuit, KernelError> {
+    let offsets = Offsets::of_this_kernel()?;
+    let mut object = load(Some(pins), &offsets, NetnsCookie(0))?;
+    open_short_circuit(&mut object, pins, Verdicts::default(), false)
 }
 
 fn loaded_classifier(object: &mut Ebpf, name: &'static str) -> Result<ProgramFd, KernelError> {

@@ -236,11 +236,13 @@ impl ShortCircuit {
     }
 
     /// Nothing of a flow is redirected any more. Its sockets stay in the map for as long as they live. `known` finds the namespaces of
-    /// pods whose flows an earlier agent has entered.
-    pub fn stop(&self, flow: &OpenFlow, known: impl Fn(NetnsCookie) -> Option<Arc<Netns>>) {
+    /// pods whose flows an earlier agent has entered; `false` if one is not known (yet).
+    pub fn stop(&self, flow: &OpenFlow, known: impl Fn(NetnsCookie) -> Option<Arc<Netns>>) -> bool {
+        let mut all = true;
         let sides = [flow.flow.client_netns, flow.flow.server_netns].map(NetnsCookie);
         for (side, cookie) in sides.into_iter().enumerate() {
             let Some(netns) = self.watch.netns(cookie).or_else(|| known(cookie)) else {
+                all = false;
                 continue;
             };
             let [client, server] = requests(flow);
@@ -249,6 +251,7 @@ impl ShortCircuit {
             // One that has gone redirects nothing.
             let _ = self.ask(&netns, &mut request);
         }
+        all
     }
 
     /// Whether an end of a flow has redirected bytes that its application has not read.

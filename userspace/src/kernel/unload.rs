@@ -5,17 +5,19 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
-use aya::maps::{Array, HashMap, Map, MapData, MapInfo};
+use aya::maps::{Array, HashMap, Map, MapData, MapInfo, SockHash};
 use culvert_abi::{Claim, Config, Flow, FlowKey, LAYOUT_VERSION, config_flag};
 
 use super::{
-    KernelError,
+    DiagThreads, Entrant, KernelError, Netns, OpenFlow, SocketDiag,
     attachments::{self, Place},
     configuration::Configuration,
+    object,
     owner::{self, Held, Owner, Pen},
     pins::{self, Pins},
     sys::{self, Objects},
@@ -25,6 +27,8 @@ use super::{
 const IN_FLIGHT: Duration = Duration::from_secs(3);
 /// An agent says that it lives every second.
 const SILENCE: Duration = Duration::from_millis(2500);
+/// What a system call takes that has begun to send.
+const SENDING: Duration = Duration::from_millis(100);
 const PAUSE: Duration = Duration::from_millis(20);
 /// Words for what the kernel holds beyond what fits in a message.
 const MOST_NAMED: usize = 8;
@@ -131,6 +135,68 @@ impl Unload {
         }
     }
 
+    /// Waits until what was redirected has been read: with the maps goes what is in them. A flow of these namespaces that has such
+    /// bytes when the time is over is reset, so that nobody takes the rest for all; returns how many.
+    pub fn drain(&self, pods: &[Arc<Netns>]) -> usize {
+        if !self.pins.map("SHORT_FLOWS").exists() {
+            return 0;
+        }
+        let short = match object::left_short_circuit(&self.pins) {
+            Ok(short) => short,
+            Err(error) => {
+                tracing::warn!(%error, "cannot see whether redirected bytes are unread");
+                return 0;
+            }
+        };
+        let Some(flows) =
+            open::<HashMap<MapData, FlowKey, Flow>>(&self.pins.map("FLOWS"), Map::HashMap)
+        else {
+            return 0;
+        };
+        let netns = |cookie| pods.iter().find(|pod| pod.cookie().0 == cookie).cloned();
+        let unread = || -> Vec<Entrant> {
+            let entered = short.entered().into_iter();
+            let entrants = entered.filter_map(|(key, _)| {
+                let flow = flows.get(&key, 0).ok()?;
+                Some(Entrant {
+                    client: netns(flow.client_netns)?,
+                    server: netns(flow.server_netns)?,
+                    flow: OpenFlow { key, flow },
+                })
+            });
+            entrants
+                .filter(|entrant| short.has_unread(entrant))
+                .collect()
+        };
+        let began = Instant::now();
+        loop {
+            let left = unread();
+            if left.is_empty() || began.elapsed() >= self.timeout {
+                for entrant in &left {
+                    reset(entrant);
+                }
+                self.take_out();
+                return left.len();
+            }
+            thread::sleep(PAUSE);
+        }
+    }
+
+    /// Takes the sockets out of the map: as long as one is there, it holds the program and the program the map.
+    fn take_out(&self) {
+        // Whoever was told to redirect before the hooks left has done so by then.
+        thread::sleep(SENDING);
+        let path = self.pins.map("SHORT_SOCKETS");
+        let Some(mut sockets) = open::<SockHash<MapData, u64>>(&path, Map::SockHash) else {
+            return;
+        };
+        let cookies: Vec<u64> = sockets.keys().flatten().collect();
+        for cookie in cookies {
+            // One that has closed meanwhile is not there any more.
+            let _ = sockets.remove(&cookie);
+        }
+    }
+
     /// Removes everything, and waits until the kernel has let go of it.
     pub fn remove(self) -> Result<Removed, KernelError> {
         let open_flows =
@@ -176,12 +242,13 @@ impl Unload {
             maps: maps.len(),
             open_flows,
         };
+        let began = Instant::now();
         loop {
             let left = self.left(&links, &programs)?;
             if left.is_empty() {
                 return Ok(removed);
             }
-            if self.began.elapsed() >= self.timeout {
+            if began.elapsed() >= self.timeout {
                 return Err(KernelError::StillThere {
                     pin_dir: self.pins.directory().to_owned(),
                     left: left
@@ -236,6 +303,21 @@ fn start_right(pins: &Pins, deadline: Instant) -> Result<Held, KernelError> {
             });
         }
         thread::sleep(PAUSE);
+    }
+}
+
+/// Both ends are told.
+fn reset(entrant: &Entrant) {
+    let ends = [
+        (&entrant.client, entrant.flow.client_end()),
+        (&entrant.server, entrant.flow.server_end()),
+    ];
+    for (netns, end) in ends {
+        let reset = SocketDiag::new(netns, "unload", &DiagThreads::new())
+            .map(|diag| diag.destroy(vec![end]).wait());
+        if let Err(error) = reset {
+            tracing::warn!(%error, "a flow with unread bytes could not be reset");
+        }
     }
 }
 

@@ -306,7 +306,7 @@ pub async fn run(
 
 /// What this kernel does with short-circuited sockets, or why it does nothing.
 async fn try_out() -> Result<Verdicts, String> {
-    let tried = tokio::task::spawn_blocking(Kernel::try_out).await;
+    let tried = tokio::task::spawn_blocking(Kernel::try_out_short_circuit).await;
     let verdicts = match tried {
         Ok(Ok(verdicts)) => verdicts?,
         // What the kernel refuses is told when it refuses it to the agent itself.

@@ -184,13 +184,13 @@ impl Sources {
             if self.entrant(flow).is_some() {
                 continue;
             }
-            if !stopped.contains(&name) {
-                self.short.stop(&flow, |cookie| {
-                    let pod = self.pods.by_cookie(cookie)?;
-                    Some(Arc::clone(pod.sockets.netns()))
-                });
+            let known = |cookie| {
+                let pod = self.pods.by_cookie(cookie)?;
+                Some(Arc::clone(pod.sockets.netns()))
+            };
+            if stopped.contains(&name) || self.short.stop(&flow, known) {
+                now.insert(name);
             }
-            now.insert(name);
         }
         self.short
             .keep_pods(|cookie| self.pods.by_cookie(cookie).is_some());

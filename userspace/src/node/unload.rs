@@ -1,6 +1,6 @@
 //! `culvert unload`: takes away what an agent left in the kernel and in its pods, and proves that it is gone.
 
-use std::{path::Path, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use serde::Serialize;
 
@@ -16,6 +16,8 @@ pub struct Unloaded {
     pub removed: Removed,
     /// Connections that were on their way when the time was over; they end as the kernel decides without us.
     pub in_flight: usize,
+    /// Short-circuited flows with bytes that nobody had read when the time was over; they were reset.
+    pub unread: usize,
     pub pods: Vec<UndonePod>,
 }
 
@@ -39,13 +41,16 @@ pub fn unload(
     let Some(unload) = Unload::begin(pin_dir, timeout)? else {
         return Ok(None);
     };
+    let known = Memory::beside(admin_socket).recall();
     let in_flight = unload.leave()?;
+    // One that has gone has no sockets.
+    let namespaces = known.iter().filter_map(|pod| open(pod).ok().flatten());
+    let unread = unload.drain(&namespaces.map(Arc::new).collect::<Vec<_>>());
     let settings = RoutingSettings {
         packet_mark,
         keep_fast_open: false,
     };
-    let pods = Memory::beside(admin_socket)
-        .recall()
+    let pods = known
         .into_iter()
         .map(|pod| UndonePod {
             uid: pod.spec.uid.to_string(),
@@ -56,15 +61,20 @@ pub fn unload(
     Ok(Some(Unloaded {
         removed,
         in_flight,
+        unread,
         pods,
     }))
 }
 
 fn undo(pod: KnownPod, settings: RoutingSettings) -> Result<(), KernelError> {
-    let netns = Netns::open(&pod.spec.netns)?;
-    // The path may have come to mean another namespace since it was read.
-    if netns.cookie() == pod.cookie {
+    if let Some(netns) = open(&pod)? {
         PodRouting::remembered(settings, pod.replaced).uninstall(&netns)?;
     }
     Ok(())
+}
+
+/// The path may have come to mean another namespace since it was read.
+fn open(pod: &KnownPod) -> Result<Option<Netns>, KernelError> {
+    let netns = Netns::open(&pod.spec.netns)?;
+    Ok((netns.cookie() == pod.cookie).then_some(netns))
 }

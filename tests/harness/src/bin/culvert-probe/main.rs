@@ -7,6 +7,7 @@ mod connect;
 mod crowd;
 mod fill;
 mod greet;
+mod late;
 mod load;
 mod many;
 mod pattern;
@@ -59,6 +60,8 @@ enum Probe {
     Sequences(sequences::Sequences),
     /// Write on many connections that nobody reads until nothing more is taken, then read and compare all of it
     Fill(fill::Fill),
+    /// Use a connection for a while, and then read otherwise
+    Late(late::Late),
     /// Make one connection and tell the outcome of every step
     Connect(connect::Arguments),
     /// Make one connection and keep the kernel busy with it until standard input ends
@@ -88,6 +91,7 @@ fn main() -> anyhow::Result<()> {
         Probe::ServeRing(arguments) => ring::serve(&arguments),
         Probe::Sequences(arguments) => sequences::sequences(&arguments),
         Probe::Fill(arguments) => fill::fill(&arguments),
+        Probe::Late(arguments) => late::late(&arguments),
         Probe::Connect(arguments) => connect::run(&arguments),
         Probe::Stall(arguments) => stall::stall(&arguments),
         Probe::Offer(arguments) => connect::offer(&arguments),

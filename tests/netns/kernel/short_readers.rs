@@ -1,0 +1,166 @@
+//! Readers that redirected bytes do not go with: they are recognised, their flow is reset before it hangs, and their pod left alone.
+
+use anyhow::Result;
+use culvert_abi::config_flag;
+use culvert_harness::{Proc, culvert_binary, wait_until};
+use culvert_tests::scene::{PORT, SOON, Scene, Setting, text};
+
+use crate::kernel_tables::config;
+
+/// Two pods that have the short-circuit on.
+fn scene(knobs: &'static str) -> Result<Scene> {
+    let mut scene = Scene::with(Setting {
+        knobs,
+        ..Setting::default()
+    })?;
+    scene.short_circuit("on")?;
+    scene.warm(&scene.client, &scene.server_a)?;
+    Ok(scene)
+}
+
+fn counted(scene: &Scene, outcome: &str) -> Result<f64> {
+    let label = format!("outcome=\"{outcome}\"");
+    let name = "culvert_short_circuited_flows_total";
+    scene.agent1.metric(name, &[&label])
+}
+
+/// A connection that has been used until the agent has decided about it.
+fn used(scene: &Scene, options: &[&str], outcome: &str) -> Result<Proc> {
+    let before = counted(scene, outcome)?;
+    let late = scene
+        .client
+        .probe()?
+        .args(["late", "--to", &scene.server_a.at(PORT), "--netns"])
+        .arg(scene.server_a.netns().path())
+        .args(options)
+        .stdin()
+        .spawn()?;
+    late.wait_for_event("used", SOON)?;
+    wait_until(SOON, &format!("the flow to be {outcome}"), || {
+        Ok((counted(scene, outcome)? > before).then_some(()))
+    })?;
+    Ok(late)
+}
+
+/// Has something sent, which nobody reads.
+fn send(late: &Proc) -> Result<()> {
+    late.send_line("")?;
+    late.wait_for_event("sent", SOON).map(drop)
+}
+
+/// Has the reader act; what came of it.
+fn act(late: &Proc) -> Result<String> {
+    late.send_line("")?;
+    let done = late.wait_for_event("done", SOON)?;
+    Ok(text(&done, "outcome").to_owned())
+}
+
+#[test]
+fn a_reader_that_splices_is_reset_and_its_pod_remembered() -> Result<()> {
+    let scene = scene("")?;
+    let log = scene.agent1.log();
+    let mark = log.mark();
+    let late = used(&scene, &["--act", "splice"], "entered")?;
+    send(&late)?;
+    let outcome = act(&late)?;
+    assert!(
+        ["ECONNRESET", "ECONNABORTED"].contains(&outcome.as_str()),
+        "{outcome}"
+    );
+    assert_eq!(counted(&scene, "stuck")?, 1.0);
+    log.wait_for(mark, SOON, "the warning", |line| {
+        line.text.contains("flow was reset").then_some(())
+    })?;
+    let fields = [("path", "direct"), ("end", "stuck")];
+    scene.agent1.wait_for_access(mark, &fields, SOON)?;
+    // From now on its flows are plain TCP, over which it gets what was sent.
+    let late = used(&scene, &["--act", "splice"], "reader")?;
+    send(&late)?;
+    assert_eq!(act(&late)?, "1 bytes");
+    assert_eq!(counted(&scene, "stuck")?, 1.0);
+    assert_eq!(counted(&scene, "entered")?, 1.0);
+    Ok(())
+}
+
+#[test]
+fn twin_with_nobody_watching_a_reader_that_splices_hangs() -> Result<()> {
+    let scene = scene("skip-readers")?;
+    let late = used(&scene, &["--act", "splice"], "entered")?;
+    send(&late)?;
+    assert_eq!(act(&late)?, "TIMEOUT");
+    assert_eq!(counted(&scene, "stuck")?, 0.0);
+    Ok(())
+}
+
+/// What comes by TCP beside redirected bytes would find no room, and be sent again ever later.
+#[test]
+fn a_reader_with_a_receive_buffer_of_its_own_is_left_alone() -> Result<()> {
+    let scene = scene("")?;
+    let options = ["--act", "receive", "--receive-buffer", "65536"];
+    let late = used(&scene, &options, "receive_buffer")?;
+    send(&late)?;
+    assert_eq!(act(&late)?, "1 bytes");
+    assert_eq!(counted(&scene, "entered")?, 0.0);
+    Ok(())
+}
+
+fn unload(scene: &Scene, more: &[&str]) -> Result<Proc> {
+    let node = &scene.node1;
+    node.command(culvert_binary()?)
+        .args(["unload", "--json", "--pin-dir"])
+        .arg(node.pin_directory())
+        .arg("--admin-socket")
+        .arg(node.directory().join("admin.sock"))
+        .args(more)
+        .spawn()
+}
+
+/// Flows go on over a node that is unloaded, also those that were short-circuited.
+#[test]
+fn flows_that_were_short_circuited_go_on_after_an_unload() -> Result<()> {
+    let scene = scene("")?;
+    let late = used(&scene, &["--act", "receive"], "entered")?;
+    scene.agent1.kill()?;
+    let unload = unload(&scene, &[])?;
+    assert!(unload.wait(SOON)?.success(), "{}", unload.log().tail());
+    send(&late)?;
+    assert_eq!(act(&late)?, "1 bytes");
+    Ok(())
+}
+
+/// With the map goes what is in it.
+#[test]
+fn unloading_waits_for_what_is_unread() -> Result<()> {
+    let scene = scene("")?;
+    let late = used(&scene, &["--act", "receive"], "entered")?;
+    send(&late)?;
+    scene.agent1.kill()?;
+    let unload = unload(&scene, &[])?;
+    wait_until(SOON, "the hooks to leave", || {
+        let flags = config(&scene.node1)?.flags;
+        Ok((flags & config_flag::LEAVING != 0).then_some(()))
+    })?;
+    assert_eq!(act(&late)?, "1 bytes");
+    assert!(unload.wait(SOON)?.success(), "{}", unload.log().tail());
+    let said = unload.log().tail();
+    assert!(said.contains("\"unread\":0"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn what_is_not_read_in_time_is_not_lost_in_silence() -> Result<()> {
+    let scene = scene("")?;
+    let late = used(&scene, &["--act", "receive"], "entered")?;
+    send(&late)?;
+    scene.agent1.kill()?;
+    let unload = unload(&scene, &["--timeout", "2"])?;
+    assert!(unload.wait(SOON)?.success(), "{}", unload.log().tail());
+    let said = unload.log().tail();
+    assert!(said.contains("\"unread\":1"), "{said}");
+    let outcome = act(&late)?;
+    assert!(
+        ["ECONNRESET", "ECONNABORTED"].contains(&outcome.as_str()),
+        "{outcome}"
+    );
+    Ok(())
+}
