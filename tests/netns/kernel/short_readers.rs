@@ -67,7 +67,9 @@ fn a_reader_that_splices_is_reset_and_its_pod_remembered() -> Result<()> {
         ["ECONNRESET", "ECONNABORTED"].contains(&outcome.as_str()),
         "{outcome}"
     );
-    assert_eq!(counted(&scene, "stuck")?, 1.0);
+    wait_until(SOON, "it to be counted", || {
+        Ok((counted(&scene, "stuck")? == 1.0).then_some(()))
+    })?;
     log.wait_for(mark, SOON, "the warning", |line| {
         line.text.contains("flow was reset").then_some(())
     })?;

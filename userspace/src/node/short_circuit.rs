@@ -164,7 +164,7 @@ impl Sources {
             client = %flow.client(),
             server = %flow.server(),
             reader = pod.map(|pod| pod.spec.uid.to_string()),
-            "a short-circuited flow was reset: its reader uses splice(2) or FIONREAD, which do not see redirected bytes on this kernel; no flow of that pod is short-circuited from now on"
+            "a short-circuited flow was reset: one of its programs uses splice(2), FIONREAD or SO_ZEROCOPY, which do not go with redirected bytes on this kernel; no flow of that pod is short-circuited from now on"
         );
     }
 
