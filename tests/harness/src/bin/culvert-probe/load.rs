@@ -81,8 +81,7 @@ pub fn request_response(arguments: &RequestResponse) -> anyhow::Result<()> {
     let size = usize::try_from(arguments.size)?;
     in_parallel(arguments.connections, |samples, start| {
         // Every thread meets the others, also one without a connection.
-        let connected = open(arguments.to, arguments.non_blocking).and_then(|stream| {
-            let mut stream = stream.polling_first();
+        let connected = open(arguments.to, arguments.non_blocking).and_then(|mut stream| {
             let mut buffer = vec![b'r'; size];
             for _ in 0..arguments.warmup {
                 exchange(&mut stream, &mut buffer)?;

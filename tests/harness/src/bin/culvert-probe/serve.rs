@@ -166,10 +166,6 @@ fn connection(id: u64, stream: TcpStream, peer: SocketAddr, arguments: &Argument
     let result = stream
         .set_nodelay(true)
         .and_then(|()| Waiting::new(stream, arguments.non_blocking))
-        .map(|stream| match arguments.mode {
-            Mode::Echo => stream.polling_first(),
-            _ => stream,
-        })
         .and_then(|mut stream| converse(&mut stream, arguments, &mut tally));
     event(&|| {
         let end = result

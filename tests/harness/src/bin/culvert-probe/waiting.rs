@@ -14,8 +14,6 @@ pub struct Waiting {
     stream: TcpStream,
     /// O_NONBLOCK is set.
     non_blocking: bool,
-    /// Nothing is expected to be there before somebody says so.
-    polls_first: bool,
 }
 
 impl Waiting {
@@ -26,14 +24,7 @@ impl Waiting {
         Ok(Self {
             stream,
             non_blocking,
-            polls_first: false,
         })
-    }
-
-    /// Reads only what poll(2) has announced, as programs do that serve many connections.
-    pub fn polling_first(mut self) -> Self {
-        self.polls_first = self.non_blocking;
-        self
     }
 
     pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
@@ -55,26 +46,19 @@ impl Waiting {
                 Err(error) if error.kind() == ErrorKind::WouldBlock && self.non_blocking => {}
                 outcome => return outcome,
             }
-            self.wait_for(what)?;
-        }
-    }
-
-    fn wait_for(&self, what: PollFlags) -> io::Result<()> {
-        let mut polled = [PollFd::new(self.stream.as_fd(), what)];
-        let timeout = PollTimeout::try_from(STEP).unwrap_or(PollTimeout::MAX);
-        match poll(&mut polled, timeout) {
-            Ok(0) => Err(ErrorKind::TimedOut.into()),
-            Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
-            Err(errno) => Err(errno.into()),
+            let mut polled = [PollFd::new(self.stream.as_fd(), what)];
+            let timeout = PollTimeout::try_from(STEP).unwrap_or(PollTimeout::MAX);
+            match poll(&mut polled, timeout) {
+                Ok(0) => return Err(ErrorKind::TimedOut.into()),
+                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
         }
     }
 }
 
 impl Read for Waiting {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.polls_first {
-            self.wait_for(PollFlags::POLLIN)?;
-        }
         self.until(PollFlags::POLLIN, |stream| stream.read(buffer))
     }
 }
