@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use culvert_abi::config_flag;
-use culvert_harness::{Proc, culvert_binary, wait_until};
+use culvert_harness::{AgentOptions, Proc, culvert_binary, wait_until};
 use culvert_tests::scene::{PORT, SOON, Scene, Setting, text};
 
 use crate::kernel_tables::config;
@@ -81,6 +81,21 @@ fn a_reader_that_splices_is_reset_and_its_pod_remembered() -> Result<()> {
     assert_eq!(act(&late)?, "1 bytes");
     assert_eq!(counted(&scene, "stuck")?, 1.0);
     assert_eq!(counted(&scene, "entered")?, 1.0);
+    Ok(())
+}
+
+#[test]
+fn what_is_known_of_a_pod_outlives_the_agent() -> Result<()> {
+    let mut scene = scene("")?;
+    let late = used(&scene, &["--act", "splice"], "entered")?;
+    send(&late)?;
+    act(&late)?;
+    scene.agent1.kill()?;
+    scene.agent1 = scene.node1.start_agent(AgentOptions::default())?;
+    scene.agent1.ready()?;
+    let late = used(&scene, &["--act", "splice"], "reader")?;
+    send(&late)?;
+    assert_eq!(act(&late)?, "1 bytes");
     Ok(())
 }
 

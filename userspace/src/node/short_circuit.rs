@@ -192,8 +192,11 @@ impl Sources {
                 now.insert(name);
             }
         }
-        self.short
-            .keep_pods(|cookie| self.pods.by_cookie(cookie).is_some());
+        // By the kernel part's own list: an agent that has just started does not serve the pods of the one before yet.
+        if let Ok(pods) = self.tables.pods() {
+            let pods: HashSet<_> = pods.into_iter().map(|(cookie, _)| cookie).collect();
+            self.short.keep_pods(|cookie| pods.contains(&cookie));
+        }
         now
     }
 }

@@ -115,7 +115,7 @@ impl Verdicts {
     }
 }
 
-/// Tries everything out; takes about a second.
+/// Tries everything out; takes a fraction of a second.
 pub fn try_out(short: &ShortCircuit) -> Result<Verdicts, KernelError> {
     let failed = |doing| move |source| KernelError::SelfTest { doing, source };
     let netns = scratch().map_err(failed("make a network namespace"))?;
