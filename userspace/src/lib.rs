@@ -11,4 +11,5 @@ pub mod node;
 pub mod policy;
 pub mod proxy;
 pub mod telemetry;
+pub mod wire;
 pub mod xds;
