@@ -1,5 +1,5 @@
-//! A slice of load on one way: short, bounded, from a client on one processor to a server on another. Any failed request
-//! fails the slice: errors are fast, and would look like speed.
+//! A slice of load on one way: short, bounded, from a client on one processor to a server on another, or on the same where that is
+//! said. Any failed request fails the slice: errors are fast, and would look like speed.
 
 use std::path::Path;
 use std::time::Duration;
@@ -40,7 +40,9 @@ pub fn run(
     round: usize,
 ) -> Result<Slice> {
     let slice = match load {
-        Load::Requests(size, case) => requests(station, size, case, length),
+        // The end says on which processor the client runs.
+        Load::Requests(size, case) => requests(station, End::Server, size, case, length),
+        Load::RequestsApart(size, case) => requests(station, End::Client, size, case, length),
         Load::Stream(size, case) => stream(station, size, case, length),
         Load::Pages => pages(station, round),
         Load::Connections => connections(station, length, round),
@@ -50,11 +52,11 @@ pub fn run(
     slice.with_context(|| format!("{} on the way `{}`", load.name(), station.way.name()))
 }
 
-fn requests(station: &Station, size: u32, case: Case, length: Duration) -> Result<Slice> {
+fn requests(station: &Station, at: End, size: u32, case: Case, length: Duration) -> Result<Slice> {
     let size = size.to_string();
     let options = ["--size", &size, "--warmup", WARMUP, NON_BLOCKING];
     let before = Used::now(&station.node)?;
-    let report = probe(station, "rr", ECHO, length, &options)?;
+    let report = probe(station, at, "rr", ECHO, length, &options)?;
     let spent = Used::now(&station.node)?.since(before);
     succeeded(&report)?;
     let operations = number(&report, "count")?;
@@ -78,6 +80,7 @@ fn stream(station: &Station, size: u32, case: Case, length: Duration) -> Result<
     let before = Used::now(&station.node)?;
     let report = probe(
         station,
+        End::Client,
         "stream",
         SINK,
         length,
@@ -107,7 +110,7 @@ fn connections(station: &Station, length: Duration, round: usize) -> Result<Slic
     let port = one_of(&ONCE, round)?;
     let options = ["--threads", CONNECTING_THREADS];
     let before = Used::now(&station.node)?;
-    let report = probe(station, "conn", port, length, &options)?;
+    let report = probe(station, End::Client, "conn", port, length, &options)?;
     let spent = Used::now(&station.node)?.since(before);
     succeeded(&report)?;
     let operations = number(&report, "count")?;
@@ -125,13 +128,14 @@ fn connections(station: &Station, length: Duration, round: usize) -> Result<Slic
 /// The probe as a client, for so long.
 fn probe(
     station: &Station,
+    at: End,
     what: &str,
     port: u16,
     length: Duration,
     options: &[&str],
 ) -> Result<Value> {
     let (address, port) = station.target(port);
-    let launch = pinned_probe(&station.client, End::Client)?
+    let launch = pinned_probe(&station.client, at)?
         .args([what, "--to", &format!("{address}:{port}")])
         .args(["--millis", &length.as_millis().to_string()])
         .args(options);

@@ -137,22 +137,48 @@ impl Row {
         }
     }
 
-    /// Whether the goal is reached; `None` where there is no goal or no figure.
-    pub fn reaches(&self) -> Option<bool> {
-        let (goal, ratio) = (self.case.goal()?, self.ratio_direct?);
-        Some(if self.case.is_rate() {
-            ratio >= goal
-        } else {
-            ratio <= goal
-        })
+    /// What the direct way should reach, and whether it does.
+    pub fn direct_goal(&self) -> Goal {
+        Goal::of(self.case, self.case.goal(), self.ratio_direct)
     }
 
-    /// The goal with its direction.
-    pub fn goal(&self) -> String {
-        let sign = if self.case.is_rate() { '≥' } else { '≤' };
-        self.case
-            .goal()
-            .map_or_else(|| "-".to_owned(), |goal| format!("{sign} {goal}"))
+    /// The same of the short-circuited way.
+    pub fn short_goal(&self) -> Goal {
+        Goal::of(self.case, self.case.short_goal(), self.ratio_short_circuit)
+    }
+}
+
+/// A ratio to reach.
+pub struct Goal {
+    /// With its direction.
+    pub text: String,
+    /// `None` where there is no goal or no figure.
+    pub reached: Option<bool>,
+}
+
+impl Goal {
+    fn of(case: Case, goal: Option<f64>, ratio: Option<f64>) -> Self {
+        let sign = if case.is_rate() { '≥' } else { '≤' };
+        let reached = goal.zip(ratio).map(|(goal, ratio)| {
+            if case.is_rate() {
+                ratio >= goal
+            } else {
+                ratio <= goal
+            }
+        });
+        Self {
+            text: goal.map_or_else(|| "-".to_owned(), |goal| format!("{sign} {goal}")),
+            reached,
+        }
+    }
+
+    /// As a mark in a table.
+    fn mark(&self) -> char {
+        match self.reached {
+            Some(true) => '✓',
+            Some(false) => '✗',
+            None => ' ',
+        }
     }
 }
 
@@ -192,19 +218,24 @@ pub fn spread(spread: Option<[f64; 2]>) -> String {
 impl Report {
     pub fn table(&self) -> String {
         let mut out = format!(
-            "{:<22}{:<8}{:>11}{:>11}{:>11}{:>9}  {:<18}{:<8}\n",
-            "case", "metric", "plain", "direct", "proxy", "ratio", "half of ratios", "goal"
+            "{:<22}{:<8}{:>11}{:>11}{:>11}{:>9}  {:<18}{:<9}{:>9}  {}\n",
+            "case",
+            "metric",
+            "plain",
+            "direct",
+            "proxy",
+            "direct",
+            "half of ratios",
+            "goal",
+            "short",
+            "goal"
         );
         // Writing to a String does not fail.
         for row in self.rows.iter().chain(&self.extra.beside) {
-            let verdict = match row.reaches() {
-                Some(true) => "✓",
-                Some(false) => "✗",
-                None => "",
-            };
+            let (direct, short) = (row.direct_goal(), row.short_goal());
             let _ = writeln!(
                 out,
-                "{:<22}{:<8}{:>11}{:>11}{:>11}{:>9}  {:<18}{:<8}{verdict} short-circuited {}",
+                "{:<22}{:<8}{:>11}{:>11}{:>11}{:>9}  {:<18}{:<7}{} {:>9}  {:<7}{}",
                 row.case.name(),
                 row.metric,
                 number(row.plain),
@@ -212,8 +243,11 @@ impl Report {
                 number(row.proxy),
                 number(row.ratio_direct),
                 spread(row.spread),
-                row.goal(),
+                direct.text,
+                direct.mark(),
                 number(row.ratio_short_circuit),
+                short.text,
+                short.mark(),
             );
         }
         for (name, switch) in self.switches() {
