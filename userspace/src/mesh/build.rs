@@ -1,19 +1,15 @@
-//! From resources to a [`Mesh`]: fills in defaults, checks that names and addresses are unambiguous, and indexes.
+//! From resources to a [`Mesh`] as a whole: fills in defaults, checks that names and addresses are unambiguous.
 //!
 //! Invariant: a `Mesh` is built whole or not at all. Called by the sources in `xds` after each change.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
-use std::hash::Hash;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::snapshot::{Indexes, Network};
 use super::{
-    Annotations, Mesh, Namespace, Service, ServiceName, ShortCircuit, ShortCircuitMode, Workload,
-    WorkloadSpec,
+    Annotations, Draft, Mesh, Namespace, Namespaces, Service, ServiceName, ShortCircuit,
+    ShortCircuitMode, Workload, WorkloadSpec,
 };
-use crate::policy::{Authorization, Identity, IdentityError, PolicyName, Scope, Strictness};
+use crate::policy::{Authorization, Identity, IdentityError, PolicyName, Strictness};
 
 /// What a source read.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -108,30 +104,45 @@ impl Mesh {
     /// # Errors
     /// Two resources claim one name or address, or a workload has no valid identity.
     pub fn build(resources: MeshResources, defaults: &MeshDefaults) -> Result<Self, MeshError> {
-        let mut indexes = Indexes::default();
-        for service in resources.services {
-            indexes.add_service(Arc::new(service))?;
-        }
-        let mut namespaces = HashMap::new();
+        let mut namespaces = Namespaces::new();
         for Namespace { name, annotations } in resources.namespaces {
-            insert_new(&mut namespaces, name.clone(), annotations)
-                .map_err(|_| MeshError::DuplicateNamespace(name))?;
+            if namespaces.insert(name.clone(), annotations).is_some() {
+                return Err(MeshError::DuplicateNamespace(name));
+            }
         }
-        let silent = Annotations::default();
+        let mut draft = Draft::of(&Self::default(), defaults, &namespaces);
+        for service in resources.services {
+            if draft.has_service(&service) {
+                return Err(MeshError::DuplicateService(service.id));
+            }
+            draft.put_service(service);
+        }
         for spec in resources.workloads {
-            let namespace = namespaces.get(&spec.namespace).unwrap_or(&silent);
-            let workload = Workload::new(spec, namespace, defaults)?;
-            indexes.add_workload(Arc::new(workload))?;
+            if draft.has_workload(&spec.uid) {
+                return Err(MeshError::DuplicateUid(spec.uid));
+            }
+            let workload = draft.put_workload(spec)?;
+            if let Some((other, ip)) = draft.rival(&workload) {
+                return Err(MeshError::SharedAddress {
+                    first: other,
+                    second: workload.uid.clone(),
+                    network: workload.network.clone(),
+                    ip,
+                });
+            }
         }
         for policy in resources.policies {
-            indexes.add_policy(Arc::new(policy))?;
+            if draft.has_policy(&policy.name) {
+                return Err(MeshError::DuplicatePolicy(policy.name));
+            }
+            draft.put_policy(policy);
         }
-        Ok(Self::from_indexes(indexes.settled(), defaults.strictness))
+        Ok(draft.finish())
     }
 }
 
 impl Workload {
-    fn new(
+    pub(super) fn new(
         mut spec: WorkloadSpec,
         namespace: &Annotations,
         defaults: &MeshDefaults,
@@ -175,114 +186,3 @@ impl Workload {
         })
     }
 }
-
-impl Indexes {
-    fn add_service(&mut self, service: Arc<Service>) -> Result<(), MeshError> {
-        insert_new(&mut self.services, service.id.clone(), service.clone())
-            .map_err(|_| MeshError::DuplicateService(service.id.clone()))?;
-        for vip in &service.vips {
-            let vips = &mut self.networks.entry(vip.network.clone()).or_default().vips;
-            let sharing = match vip.single() {
-                Some(ip) => vips.exact.entry(ip).or_default(),
-                None => vips
-                    .ranges
-                    .entry(vip.net.prefix_len())
-                    .or_default()
-                    .entry(vip.net)
-                    .or_default(),
-            };
-            // A service that repeats an address is still one service there.
-            if !sharing.iter().any(|other| Arc::ptr_eq(other, &service)) {
-                sharing.push(service.clone());
-            }
-        }
-        Ok(())
-    }
-
-    fn add_workload(&mut self, workload: Arc<Workload>) -> Result<(), MeshError> {
-        insert_new(&mut self.workloads, workload.uid.clone(), workload.clone())
-            .map_err(|_| MeshError::DuplicateUid(workload.uid.clone()))?;
-        let named = self.names.entry(workload.namespace.clone()).or_default();
-        named
-            .entry(workload.name.clone())
-            .or_default()
-            .push(workload.clone());
-        for (service, _) in &workload.services {
-            let endpoints = self.endpoints.entry(service.clone()).or_default();
-            if !endpoints
-                .last()
-                .is_some_and(|last| Arc::ptr_eq(last, &workload))
-            {
-                endpoints.push(workload.clone());
-            }
-        }
-        if workload.addresses.is_empty() {
-            return Ok(());
-        }
-        let network = self.networks.entry(workload.network.clone()).or_default();
-        network.add_addresses(&workload)
-    }
-
-    fn add_policy(&mut self, policy: Arc<Authorization>) -> Result<(), MeshError> {
-        insert_new(&mut self.policies, policy.name.clone(), policy.clone())
-            .map_err(|_| MeshError::DuplicatePolicy(policy.name.clone()))?;
-        match policy.scope {
-            Scope::Global => self.global_policies.push(policy),
-            Scope::Namespace => {
-                let namespace: Arc<str> = policy.name.namespace().into();
-                self.namespace_policies
-                    .entry(namespace)
-                    .or_default()
-                    .push(policy);
-            }
-            Scope::WorkloadSelector => {}
-        }
-        Ok(())
-    }
-
-    /// In an order that does not depend on that of the resources, so that a decision names the same policy each time.
-    fn settled(mut self) -> Self {
-        self.global_policies.sort_by(|a, b| a.name.cmp(&b.name));
-        for policies in self.namespace_policies.values_mut() {
-            policies.sort_by(|a, b| a.name.cmp(&b.name));
-        }
-        self
-    }
-}
-
-impl Network {
-    /// The one place that decides whether workloads may share an address.
-    fn add_addresses(&mut self, workload: &Arc<Workload>) -> Result<(), MeshError> {
-        for ip in &workload.addresses {
-            match self.workloads.entry(*ip) {
-                Entry::Vacant(free) => {
-                    free.insert(workload.clone());
-                }
-                Entry::Occupied(taken) if Arc::ptr_eq(taken.get(), workload) => {}
-                Entry::Occupied(taken) => {
-                    return Err(MeshError::SharedAddress {
-                        first: taken.get().uid.clone(),
-                        second: workload.uid.clone(),
-                        network: workload.network.clone(),
-                        ip: *ip,
-                    });
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Inserts under a key that must be free.
-fn insert_new<K: Hash + Eq, V>(map: &mut HashMap<K, V>, key: K, value: V) -> Result<(), Taken> {
-    match map.entry(key) {
-        Entry::Vacant(free) => {
-            free.insert(value);
-            Ok(())
-        }
-        Entry::Occupied(_) => Err(Taken),
-    }
-}
-
-/// The key is not free.
-struct Taken;

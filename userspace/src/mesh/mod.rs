@@ -6,6 +6,8 @@
 mod address;
 mod balance;
 mod build;
+mod draft;
+mod indexes;
 mod kernel_choice;
 mod service;
 mod short_circuit;
@@ -22,6 +24,7 @@ pub use address::{
 };
 pub use balance::{Candidate, Endpoint};
 pub use build::{MeshDefaults, MeshError, MeshResources};
+pub use draft::{Draft, Namespaces};
 pub use kernel_choice::{ClientView, KernelChoice, MOST_ENDPOINTS};
 pub use service::{
     HealthPolicy, IpFamilies, LoadBalancer, LoadBalancerMode, LocalityScope, Service,

@@ -1,22 +1,21 @@
 //! The snapshot and its look-ups.
 //!
 //! Invariants: never changes once built; all look-ups accept IPv4-mapped addresses and treat them as IPv4. A look-up costs a
-//! few hashes, whatever the size of the mesh.
+//! few hashes, whatever the size of the mesh, and a clone shares everything.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use ipnet::IpNet;
-
+use super::indexes::{Indexes, Sharing};
 use super::{Service, ServiceName, Workload};
 use crate::policy::{
     Applicable, Authorization, Connection, Evaluation, PolicyName, Strictness, evaluate,
 };
 
 /// One state of the mesh.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Mesh {
     indexes: Indexes,
     strictness: Strictness,
@@ -33,37 +32,6 @@ pub enum Destination {
     Unknown,
 }
 
-#[derive(Debug, Default)]
-pub(super) struct Indexes {
-    pub workloads: HashMap<Arc<str>, Arc<Workload>>,
-    /// By namespace, then name. Pods of two clusters may share both.
-    pub names: HashMap<Arc<str>, Names>,
-    pub services: HashMap<ServiceName, Arc<Service>>,
-    pub endpoints: HashMap<ServiceName, Vec<Arc<Workload>>>,
-    pub networks: HashMap<Arc<str>, Network>,
-    pub policies: HashMap<PolicyName, Arc<Authorization>>,
-    pub global_policies: Vec<Arc<Authorization>>,
-    pub namespace_policies: HashMap<Arc<str>, Vec<Arc<Authorization>>>,
-}
-
-/// The workloads of one namespace by name.
-type Names = HashMap<Arc<str>, Vec<Arc<Workload>>>;
-
-/// The addresses of one network.
-#[derive(Debug, Default)]
-pub(super) struct Network {
-    pub workloads: HashMap<IpAddr, Arc<Workload>>,
-    pub vips: Vips,
-}
-
-/// Services by their addresses. Several may share one.
-#[derive(Debug, Default)]
-pub(super) struct Vips {
-    pub exact: HashMap<IpAddr, Vec<Arc<Service>>>,
-    /// By length of the prefix. Lengths of both families are mixed, their ranges are not equal.
-    pub ranges: BTreeMap<u8, HashMap<IpNet, Vec<Arc<Service>>>>,
-}
-
 impl Mesh {
     pub(super) fn from_indexes(indexes: Indexes, strictness: Strictness) -> Self {
         Self {
@@ -72,13 +40,14 @@ impl Mesh {
         }
     }
 
-    /// The workload that has this address on this network.
+    pub(super) fn indexes(&self) -> &Indexes {
+        &self.indexes
+    }
+
+    /// The workload that has this address on this network: the one that came last, if several were given it.
     pub fn workload_by_ip(&self, network: &str, ip: IpAddr) -> Option<&Arc<Workload>> {
-        self.indexes
-            .networks
-            .get(network)?
-            .workloads
-            .get(&ip.to_canonical())
+        let network = self.indexes.networks.get(network)?;
+        network.workload(ip.to_canonical())
     }
 
     /// The workload with this uid.
@@ -92,7 +61,7 @@ impl Mesh {
             .names
             .get(namespace)
             .and_then(|names| names.get(name))
-            .map_or(&[], Vec::as_slice)
+            .map_or(&[], Sharing::as_slice)
     }
 
     /// The workload with this name in this namespace, if there is exactly one.
@@ -144,8 +113,7 @@ impl Mesh {
             return Destination::Service(service.clone());
         }
         network
-            .workloads
-            .get(&ip)
+            .workload(ip)
             .map_or(Destination::Unknown, |workload| {
                 Destination::Workload(workload.clone())
             })
@@ -156,8 +124,7 @@ impl Mesh {
         self.indexes
             .networks
             .get(network)
-            .and_then(|network| network.vips.exact.get(&ip.to_canonical()))
-            .map_or(&[], Vec::as_slice)
+            .map_or(&[], |network| network.vips.exactly(ip.to_canonical()))
     }
 
     /// The policies that apply to a workload, each once: those it lists, those of its namespace, those of the whole mesh.
@@ -198,19 +165,6 @@ impl Mesh {
             .endpoints
             .get(service)
             .map_or(&[], Vec::as_slice)
-    }
-}
-
-impl Vips {
-    /// The services with exactly this address, else those with the narrowest range around it.
-    fn sharing(&self, ip: IpAddr) -> Option<&[Arc<Service>]> {
-        let narrowest = || {
-            self.ranges
-                .iter()
-                .rev()
-                .find_map(|(length, ranges)| ranges.get(&IpNet::new(ip, *length).ok()?.trunc()))
-        };
-        self.exact.get(&ip).or_else(narrowest).map(Vec::as_slice)
     }
 }
 

@@ -38,6 +38,8 @@ pub struct WorkloadSpec {
     pub addresses: Vec<IpAddr>,
     /// Where the addresses mean something. Empty means the mesh's default.
     pub network: Arc<str>,
+    /// It shares the network namespace of its node, and its address with whoever else does.
+    pub host_network: bool,
     /// How it is reached.
     pub protocol: TunnelProtocol,
     /// The node it runs on.
@@ -146,6 +148,11 @@ impl Workload {
     /// Whom its certificate names.
     pub fn identity(&self) -> &Identity {
         &self.identity
+    }
+
+    /// Whether its addresses are its own, and it is found by them.
+    pub(super) fn is_indexed_by_address(&self) -> bool {
+        !self.host_network && !self.addresses.is_empty()
     }
 
     /// True if it has this address.

@@ -54,6 +54,8 @@ struct Workload {
     #[serde(default)]
     network: String,
     #[serde(default)]
+    network_mode: NetworkMode,
+    #[serde(default)]
     protocol: Protocol,
     #[serde(default)]
     node: String,
@@ -89,6 +91,15 @@ enum Protocol {
     Tcp,
     #[serde(rename = "HBONE")]
     Hbone,
+}
+
+#[derive(Deserialize, Default)]
+enum NetworkMode {
+    #[default]
+    #[serde(alias = "STANDARD")]
+    Standard,
+    #[serde(alias = "HOST_NETWORK")]
+    HostNetwork,
 }
 
 #[derive(Deserialize, Default)]
@@ -341,6 +352,7 @@ impl Workload {
             trust_domain: shared.text(&self.trust_domain),
             addresses: unwrapped(self.workload_ips),
             network: shared.text(&self.network),
+            host_network: matches!(self.network_mode, NetworkMode::HostNetwork),
             protocol: match self.protocol {
                 Protocol::Tcp => TunnelProtocol::Tcp,
                 Protocol::Hbone => TunnelProtocol::Hbone,

@@ -44,6 +44,7 @@ workloads:
     trustDomain: td.example
     workloadIps: [10.0.0.1, "::ffff:10.0.0.2", "fd00::1"]
     network: net1
+    networkMode: HostNetwork
     protocol: HBONE
     node: node-1
     hostname: front.example
@@ -123,6 +124,7 @@ fn every_documented_key_is_read() {
             .map(|ip| ip.parse().unwrap())
             .to_vec(),
         network: "net1".into(),
+        host_network: true,
         protocol: TunnelProtocol::Hbone,
         node: "node-1".into(),
         hostname: "front.example".into(),

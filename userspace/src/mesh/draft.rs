@@ -1,0 +1,105 @@
+//! A mesh that is being changed, one resource at a time.
+//!
+//! Invariants: the mesh it began with stays as it was, and shares what is equal; what is refused changes nothing. Made by the
+//! sources in `xds`, for each change.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use super::indexes::Indexes;
+use super::{Annotations, Mesh, MeshDefaults, MeshError, Service, Workload, WorkloadSpec};
+use crate::policy::{Authorization, PolicyName};
+
+/// What is said of namespaces.
+pub type Namespaces = HashMap<Arc<str>, Annotations>;
+
+/// A change of a mesh that is not in force yet.
+#[derive(Debug)]
+pub struct Draft<'a> {
+    indexes: Indexes,
+    defaults: &'a MeshDefaults,
+    namespaces: &'a Namespaces,
+}
+
+impl<'a> Draft<'a> {
+    /// Begins with `mesh`.
+    pub fn of(mesh: &Mesh, defaults: &'a MeshDefaults, namespaces: &'a Namespaces) -> Self {
+        Self {
+            indexes: mesh.indexes().clone(),
+            defaults,
+            namespaces,
+        }
+    }
+
+    /// Puts a workload in the place of the one with its uid. An address that another one has is from now on this one's: pods
+    /// come with the address of one whose end is told later.
+    ///
+    /// # Errors
+    /// It has no uid or no valid identity.
+    pub fn put_workload(&mut self, spec: WorkloadSpec) -> Result<Arc<Workload>, MeshError> {
+        let silent = Annotations::default();
+        let namespace = self.namespaces.get(&spec.namespace).unwrap_or(&silent);
+        let workload = Arc::new(Workload::new(spec, namespace, self.defaults)?);
+        self.indexes.put_workload(&workload);
+        Ok(workload)
+    }
+
+    /// Takes a workload out; false if there is none of that uid.
+    pub fn remove_workload(&mut self, uid: &str) -> bool {
+        self.indexes.remove_workload(uid)
+    }
+
+    /// Puts a service in the place of the one with its name.
+    pub fn put_service(&mut self, service: Service) {
+        self.indexes.put_service(&Arc::new(service));
+    }
+
+    /// Takes a service out; false if there is none of that name, `namespace/hostname`.
+    pub fn remove_service(&mut self, name: &str) -> bool {
+        self.indexes.remove_service(name)
+    }
+
+    /// Puts a policy in the place of the one with its name.
+    pub fn put_policy(&mut self, policy: Authorization) {
+        self.indexes.put_policy(&Arc::new(policy));
+    }
+
+    /// Takes a policy out; false if there is none of that name.
+    pub fn remove_policy(&mut self, name: &PolicyName) -> bool {
+        self.indexes.remove_policy(name)
+    }
+
+    /// The mesh as it is now.
+    pub fn finish(self) -> Mesh {
+        Mesh::from_indexes(self.indexes, self.defaults.strictness)
+    }
+
+    /// Whether there is such a workload already.
+    pub(super) fn has_workload(&self, uid: &str) -> bool {
+        self.indexes.workloads.contains_key(uid)
+    }
+
+    /// Whether there is such a service already.
+    pub(super) fn has_service(&self, service: &Service) -> bool {
+        self.indexes.services.contains_key(&service.id)
+    }
+
+    /// Whether there is such a policy already.
+    pub(super) fn has_policy(&self, name: &PolicyName) -> bool {
+        self.indexes.policies.contains_key(name)
+    }
+
+    /// Another workload that has one of this one's addresses.
+    pub(super) fn rival(&self, workload: &Workload) -> Option<(Arc<str>, IpAddr)> {
+        let network = self.indexes.networks.get(&workload.network)?;
+        workload.addresses.iter().find_map(|ip| {
+            let mut others = network.workloads.get(ip)?.as_slice().iter();
+            let other = others.find(|other| other.uid != workload.uid)?;
+            Some((Arc::clone(&other.uid), *ip))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

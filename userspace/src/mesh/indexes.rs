@@ -1,0 +1,356 @@
+//! What a mesh is looked up by, and how one resource is put in or taken out.
+//!
+//! Invariants: every index names the same resources; a clone shares all that is equal, so that a change costs what it touches,
+//! whatever the size of the mesh. Read by `snapshot`, changed by `draft`.
+
+use std::collections::BTreeMap;
+use std::hash::Hash;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use rpds::HashTrieMapSync;
+
+use super::{NetworkCidr, Service, ServiceName, Workload};
+use crate::policy::{Authorization, PolicyName, Scope};
+
+/// A map whose clones share their parts.
+type Map<K, V> = HashTrieMapSync<K, V>;
+
+#[derive(Debug, Clone, Default)]
+pub struct Indexes {
+    pub workloads: Map<Arc<str>, Arc<Workload>>,
+    /// By namespace, then name. Pods of two clusters may share both.
+    pub names: Map<Arc<str>, Map<Arc<str>, Sharing<Workload>>>,
+    pub services: Map<ServiceName, Arc<Service>>,
+    pub endpoints: Map<ServiceName, Vec<Arc<Workload>>>,
+    pub networks: Map<Arc<str>, Network>,
+    pub policies: Map<PolicyName, Arc<Authorization>>,
+    /// In the order of their names, so that a decision names the same policy each time.
+    pub global_policies: Vec<Arc<Authorization>>,
+    /// Likewise.
+    pub namespace_policies: Map<Arc<str>, Vec<Arc<Authorization>>>,
+}
+
+/// The addresses of one network.
+#[derive(Debug, Clone, Default)]
+pub struct Network {
+    /// The one that came last is first: it has the address, and the others wait for it to go.
+    pub workloads: Map<IpAddr, Sharing<Workload>>,
+    pub vips: Vips,
+}
+
+/// Services by their addresses. Several may share one.
+#[derive(Debug, Clone, Default)]
+pub struct Vips {
+    exact: Map<IpAddr, Vec<Arc<Service>>>,
+    ranges: Map<IpNet, Vec<Arc<Service>>>,
+    /// How many ranges there are of a length of prefix. Lengths of both families are mixed, their ranges are not equal.
+    lengths: BTreeMap<u8, usize>,
+}
+
+/// What goes by one name or address: nearly always one thing, which then takes no more room than itself.
+#[derive(Debug, Clone)]
+pub enum Sharing<T> {
+    One(Arc<T>),
+    Several(Arc<[Arc<T>]>),
+}
+
+impl<T> Sharing<T> {
+    pub fn as_slice(&self) -> &[Arc<T>] {
+        match self {
+            Self::One(only) => std::slice::from_ref(only),
+            Self::Several(all) => all,
+        }
+    }
+
+    fn with_first(&self, new: &Arc<T>) -> Self {
+        let all = std::iter::once(new).chain(self.as_slice()).cloned();
+        Self::Several(all.collect())
+    }
+
+    /// `None` when that was the last.
+    fn without(&self, gone: &Arc<T>) -> Option<Self> {
+        let rest = self.as_slice().iter();
+        let rest: Vec<_> = rest
+            .filter(|one| !Arc::ptr_eq(one, gone))
+            .cloned()
+            .collect();
+        match &*rest {
+            [] => None,
+            [only] => Some(Self::One(Arc::clone(only))),
+            _ => Some(Self::Several(rest.into())),
+        }
+    }
+}
+
+impl Indexes {
+    /// Puts a workload in the place of the one with its uid.
+    pub fn put_workload(&mut self, workload: &Arc<Workload>) {
+        let before = self.workloads.get(&workload.uid).cloned();
+        self.workloads
+            .insert_mut(Arc::clone(&workload.uid), Arc::clone(workload));
+        if let Some(before) = &before {
+            self.remove_name(before);
+            self.remove_addresses(before);
+        }
+        let named = entry(&mut self.names, &workload.namespace);
+        share(named, &workload.name, workload);
+        if workload.is_indexed_by_address() {
+            let network = entry(&mut self.networks, &workload.network);
+            let mut seen: &[IpAddr] = &[];
+            for (place, ip) in workload.addresses.iter().enumerate() {
+                // Some list an address twice.
+                if !seen.contains(ip) {
+                    share(&mut network.workloads, ip, workload);
+                }
+                seen = workload.addresses.get(..=place).unwrap_or_default();
+            }
+        }
+        self.put_endpoints(before.as_ref(), workload);
+    }
+
+    /// Takes a workload out; false if there is none of that uid.
+    pub fn remove_workload(&mut self, uid: &str) -> bool {
+        let Some(gone) = self.workloads.get(uid).cloned() else {
+            return false;
+        };
+        self.workloads.remove_mut(uid);
+        self.remove_name(&gone);
+        self.remove_addresses(&gone);
+        for (service, _) in &gone.services {
+            self.remove_endpoint(service, &gone);
+        }
+        true
+    }
+
+    fn remove_name(&mut self, gone: &Arc<Workload>) {
+        let Some(named) = self.names.get_mut(&gone.namespace) else {
+            return;
+        };
+        unshare(named, &gone.name, gone);
+        if named.is_empty() {
+            self.names.remove_mut(&gone.namespace);
+        }
+    }
+
+    fn remove_addresses(&mut self, gone: &Arc<Workload>) {
+        let Some(network) = self.networks.get_mut(&gone.network) else {
+            return;
+        };
+        for ip in &gone.addresses {
+            unshare(&mut network.workloads, ip, gone);
+        }
+        if network.is_empty() {
+            self.networks.remove_mut(&gone.network);
+        }
+    }
+
+    /// An endpoint keeps its place among the others of a service.
+    fn put_endpoints(&mut self, before: Option<&Arc<Workload>>, workload: &Arc<Workload>) {
+        let lists = |one: &Workload, service| one.services.iter().any(|(name, _)| name == service);
+        for (service, _) in before.iter().flat_map(|before| &before.services) {
+            if let Some(before) = before
+                && !lists(workload, service)
+            {
+                self.remove_endpoint(service, before);
+            }
+        }
+        for (place, (service, _)) in workload.services.iter().enumerate() {
+            let mut earlier = workload.services.iter().take(place);
+            if earlier.any(|(name, _)| name == service) {
+                // One that lists a service twice is still one endpoint of it.
+                continue;
+            }
+            let endpoints = entry(&mut self.endpoints, service);
+            let place = before
+                .filter(|before| lists(before, service))
+                .and_then(|before| endpoints.iter().position(|one| Arc::ptr_eq(one, before)));
+            match place.and_then(|place| endpoints.get_mut(place)) {
+                Some(place) => *place = Arc::clone(workload),
+                None => endpoints.push(Arc::clone(workload)),
+            }
+        }
+    }
+
+    fn remove_endpoint(&mut self, service: &ServiceName, gone: &Arc<Workload>) {
+        let Some(endpoints) = self.endpoints.get_mut(service) else {
+            return;
+        };
+        endpoints.retain(|endpoint| !Arc::ptr_eq(endpoint, gone));
+        if endpoints.is_empty() {
+            self.endpoints.remove_mut(service);
+        }
+    }
+
+    /// Puts a service in the place of the one with its name.
+    pub fn put_service(&mut self, service: &Arc<Service>) {
+        self.remove_service(service.id.as_str());
+        self.services
+            .insert_mut(service.id.clone(), Arc::clone(service));
+        for vip in &service.vips {
+            let network = entry(&mut self.networks, &vip.network);
+            network.vips.put(vip, service);
+        }
+    }
+
+    /// Takes a service out; false if there is none of that name.
+    pub fn remove_service(&mut self, name: &str) -> bool {
+        let Some(gone) = self.services.get(name).cloned() else {
+            return false;
+        };
+        self.services.remove_mut(name);
+        for vip in &gone.vips {
+            if let Some(network) = self.networks.get_mut(&vip.network) {
+                network.vips.remove(vip, &gone);
+                if network.is_empty() {
+                    self.networks.remove_mut(&vip.network);
+                }
+            }
+        }
+        true
+    }
+
+    /// Puts a policy in the place of the one with its name.
+    pub fn put_policy(&mut self, policy: &Arc<Authorization>) {
+        self.remove_policy(&policy.name);
+        self.policies
+            .insert_mut(policy.name.clone(), Arc::clone(policy));
+        let policies = match policy.scope {
+            Scope::Global => &mut self.global_policies,
+            Scope::Namespace => {
+                let namespace: Arc<str> = policy.name.namespace().into();
+                entry(&mut self.namespace_policies, &namespace)
+            }
+            Scope::WorkloadSelector => return,
+        };
+        let place = policies.partition_point(|other| other.name < policy.name);
+        policies.insert(place, Arc::clone(policy));
+    }
+
+    /// Takes a policy out; false if there is none of that name.
+    pub fn remove_policy(&mut self, name: &PolicyName) -> bool {
+        let Some(gone) = self.policies.get(name).cloned() else {
+            return false;
+        };
+        self.policies.remove_mut(name);
+        match gone.scope {
+            Scope::Global => self.global_policies.retain(|one| !Arc::ptr_eq(one, &gone)),
+            Scope::Namespace => {
+                if let Some(policies) = self.namespace_policies.get_mut(name.namespace()) {
+                    policies.retain(|one| !Arc::ptr_eq(one, &gone));
+                    if policies.is_empty() {
+                        self.namespace_policies.remove_mut(name.namespace());
+                    }
+                }
+            }
+            Scope::WorkloadSelector => {}
+        }
+        true
+    }
+}
+
+impl Network {
+    /// Who has this address.
+    pub fn workload(&self, ip: IpAddr) -> Option<&Arc<Workload>> {
+        self.workloads.get(&ip)?.as_slice().first()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.workloads.is_empty() && self.vips.exact.is_empty() && self.vips.ranges.is_empty()
+    }
+}
+
+impl Vips {
+    /// The services with exactly this address, else those with the narrowest range around it.
+    pub fn sharing(&self, ip: IpAddr) -> Option<&[Arc<Service>]> {
+        let narrowest = || {
+            self.lengths.keys().rev().find_map(|length| {
+                let range = IpNet::new(ip, *length).ok()?.trunc();
+                self.ranges.get(&range)
+            })
+        };
+        self.exact.get(&ip).or_else(narrowest).map(Vec::as_slice)
+    }
+
+    /// The services with exactly this address.
+    pub fn exactly(&self, ip: IpAddr) -> &[Arc<Service>] {
+        self.exact.get(&ip).map_or(&[], Vec::as_slice)
+    }
+
+    fn put(&mut self, vip: &NetworkCidr, service: &Arc<Service>) {
+        let sharing = match vip.single() {
+            Some(ip) => entry(&mut self.exact, &ip),
+            None => {
+                if !self.ranges.contains_key(&vip.net) {
+                    *self.lengths.entry(vip.net.prefix_len()).or_default() += 1;
+                }
+                entry(&mut self.ranges, &vip.net)
+            }
+        };
+        // A service that repeats an address is still one service there.
+        if !sharing.iter().any(|other| Arc::ptr_eq(other, service)) {
+            sharing.push(Arc::clone(service));
+        }
+    }
+
+    fn remove(&mut self, vip: &NetworkCidr, gone: &Arc<Service>) {
+        if let Some(ip) = vip.single() {
+            leave(&mut self.exact, &ip, gone);
+        } else if leave(&mut self.ranges, &vip.net, gone)
+            && let Some(count) = self.lengths.get_mut(&vip.net.prefix_len())
+        {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                self.lengths.remove(&vip.net.prefix_len());
+            }
+        }
+    }
+}
+
+/// The value of a key, which is there afterwards.
+fn entry<'a, K: Hash + Eq + Clone, V: Clone + Default>(
+    map: &'a mut Map<K, V>,
+    key: &K,
+) -> &'a mut V {
+    if !map.contains_key(key) {
+        map.insert_mut(key.clone(), V::default());
+    }
+    #[expect(clippy::expect_used, reason = "it was inserted above")]
+    map.get_mut(key).expect("present")
+}
+
+fn share<K: Hash + Eq + Clone, T>(map: &mut Map<K, Sharing<T>>, key: &K, new: &Arc<T>) {
+    let sharing = match map.get(key) {
+        Some(before) => before.with_first(new),
+        None => Sharing::One(Arc::clone(new)),
+    };
+    map.insert_mut(key.clone(), sharing);
+}
+
+fn unshare<K: Hash + Eq + Clone, T>(map: &mut Map<K, Sharing<T>>, key: &K, gone: &Arc<T>) {
+    match map.get(key).map(|sharing| sharing.without(gone)) {
+        Some(Some(rest)) => map.insert_mut(key.clone(), rest),
+        Some(None) => {
+            map.remove_mut(key);
+        }
+        None => {}
+    }
+}
+
+/// Takes a service out of those that share a key; true if that was the last.
+fn leave<K: Hash + Eq + Clone>(
+    map: &mut Map<K, Vec<Arc<Service>>>,
+    key: &K,
+    gone: &Arc<Service>,
+) -> bool {
+    let Some(sharing) = map.get_mut(key) else {
+        return false;
+    };
+    sharing.retain(|one| !Arc::ptr_eq(one, gone));
+    let last = sharing.is_empty();
+    if last {
+        map.remove_mut(key);
+    }
+    last
+}
