@@ -3,6 +3,7 @@
 pub mod admin;
 pub mod cli;
 pub mod config;
+pub mod control_channel;
 pub mod enrol;
 pub mod identity;
 pub mod kernel;

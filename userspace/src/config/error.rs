@@ -67,6 +67,24 @@ pub enum ConfigError {
         /// What would be valid.
         expected: String,
     },
+    /// A variable of a family, such as `XDS_HEADER_*`, with bytes that are not Unicode.
+    #[error("environment variable {name} is not Unicode text; mend or unset it")]
+    Prefixed {
+        /// The variable.
+        name: String,
+    },
+    /// Two settings of which there can be one.
+    #[error("{one} and {other} are both set; unset {variable} or {other_variable}")]
+    Contradiction {
+        /// One of them.
+        one: &'static str,
+        /// Its variable.
+        variable: &'static str,
+        /// The other.
+        other: &'static str,
+        /// Its variable.
+        other_variable: &'static str,
+    },
     /// A setting that has no value and no default on this machine.
     #[error("{key} is not set and {reason}; {mend}")]
     Missing {

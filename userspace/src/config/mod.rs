@@ -13,12 +13,14 @@ mod values;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::control_channel::{Address, RootSource};
 use crate::mesh::ShortCircuitMode;
 
 pub use environment::{Environment, Variable};
@@ -35,6 +37,10 @@ pub const DEFAULT_ADMIN_SOCKET: &str = "/run/culvert/admin.sock";
 
 /// A Unix socket's path may have 107 bytes; the rest is for the temporary name it is bound under first.
 const MAX_SOCKET_PATH: usize = 90;
+
+/// Istio's control plane in a cluster, and where its DaemonSets mount what vouches for it.
+const ISTIOD: &str = "https://istiod.istio-system.svc:15012";
+const ISTIOD_ROOTS: &str = "./var/run/secrets/istio/root-cert.pem";
 
 const DAY: u64 = 86_400;
 
@@ -65,6 +71,31 @@ pub struct Config {
     /// The mesh from a local file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub local_xds_path: Option<PathBuf>,
+    /// The control plane that tells the mesh, unless a local file does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub xds_address: Option<Address>,
+    /// Who vouches for it.
+    pub xds_root_ca: RootSource,
+    /// The name in its certificate.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alt_xds_hostname: Option<String>,
+    /// The certificate authority, unless it is a development CA.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_address: Option<Address>,
+    /// Who vouches for its server.
+    pub ca_root_ca: RootSource,
+    /// The name in that server's certificate.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alt_ca_hostname: Option<String>,
+    /// More headers for the control plane: `XDS_HEADER_*` without that beginning. They may be secrets.
+    #[serde(skip)]
+    pub xds_headers: Vec<(String, String)>,
+    /// The same for the authority: `CA_HEADER_*`.
+    #[serde(skip)]
+    pub ca_headers: Vec<(String, String)>,
+    /// What the agent tells of itself beside its names: `ISTIO_META_*` without that beginning.
+    #[serde(skip)]
+    pub node_metadata: BTreeMap<String, String>,
     /// Directory of the development CA.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dev_ca: Option<PathBuf>,
@@ -175,7 +206,39 @@ impl Config {
         let pod_namespace = layers.or(&settings::POD_NAMESPACE, name_or_nothing, String::new());
         let instance_ip = layers.take(&settings::INSTANCE_IP, values::ip);
         let local_xds_path = layers.take(&settings::LOCAL_XDS_PATH, values::path);
+        let address = |text: &str| Address::parse(text).ok();
+        let in_cluster = match environment.variable("KUBERNETES_SERVICE_HOST") {
+            Variable::Unset => None,
+            _ => address(ISTIOD),
+        };
+        let roots = || RootSource::File(PathBuf::from(ISTIOD_ROOTS));
+        let xds_address = layers.take(&settings::XDS_ADDRESS, address);
+        // Who names a file means it; who names both has to choose.
+        let xds_address = match (&local_xds_path, xds_address) {
+            (Some(_), Some(_)) => {
+                layers.contradiction(&settings::LOCAL_XDS_PATH, &settings::XDS_ADDRESS);
+                None
+            }
+            (Some(_), None) => None,
+            (None, given) => given.or_else(|| in_cluster.clone()),
+        };
+        let xds_root_ca = layers.or(&settings::XDS_ROOT_CA, RootSource::parse, roots());
+        let alt_xds_hostname = layers.take(&settings::ALT_XDS_HOSTNAME, values::host);
         let dev_ca = layers.take(&settings::DEV_CA, values::path);
+        let ca_address = layers.take(&settings::CA_ADDRESS, address);
+        let ca_address = match (&dev_ca, ca_address) {
+            (Some(_), Some(_)) => {
+                layers.contradiction(&settings::DEV_CA, &settings::CA_ADDRESS);
+                None
+            }
+            (Some(_), None) => None,
+            (None, given) => given.or(in_cluster),
+        };
+        let ca_root_ca = layers.or(&settings::CA_ROOT_CA, RootSource::parse, roots());
+        let alt_ca_hostname = layers.take(&settings::ALT_CA_HOSTNAME, values::host);
+        let mut with = |prefix| layers.beginning_with(environment, prefix);
+        let (xds_headers, ca_headers) = (with("XDS_HEADER_"), with("CA_HEADER_"));
+        let node_metadata = with("ISTIO_META_").into_iter().collect();
         let secret_ttl = layers.or(
             &settings::SECRET_TTL,
             |text| values::duration_within(text, 10, 365 * DAY),
@@ -275,7 +338,7 @@ impl Config {
         let auth_token = layers.or(
             &settings::AUTH_TOKEN,
             AuthToken::parse,
-            AuthToken::File(PathBuf::from("./var/run/secrets/tokens/istio-token")),
+            AuthToken::Usual(PathBuf::from("./var/run/secrets/tokens/istio-token")),
         );
 
         Some(Self {
@@ -289,6 +352,15 @@ impl Config {
             pod_namespace,
             instance_ip,
             local_xds_path,
+            xds_address,
+            xds_root_ca,
+            alt_xds_hostname,
+            ca_address,
+            ca_root_ca,
+            alt_ca_hostname,
+            xds_headers,
+            ca_headers,
+            node_metadata,
             dev_ca,
             secret_ttl,
             packet_mark,

@@ -120,6 +120,38 @@ impl Resolver {
         None
     }
 
+    /// Notes that two settings were given of which there can be one.
+    pub fn contradiction(&mut self, one: &'static Setting, other: &'static Setting) {
+        self.errors.push(ConfigError::Contradiction {
+            one: one.key,
+            variable: one.variable,
+            other: other.key,
+            other_variable: other.variable,
+        });
+    }
+
+    /// The variables that begin so, without that beginning.
+    pub fn beginning_with(
+        &mut self,
+        environment: &Environment,
+        prefix: &'static str,
+    ) -> Vec<(String, String)> {
+        let mut found = Vec::new();
+        for name in environment.variables.keys() {
+            let Some(rest) = name.strip_prefix(prefix).filter(|rest| !rest.is_empty()) else {
+                continue;
+            };
+            match environment.variable(name) {
+                Variable::Unset => {}
+                Variable::Text(text) => found.push((rest.to_owned(), text)),
+                Variable::NotUnicode => self
+                    .errors
+                    .push(ConfigError::Prefixed { name: quoted(name) }),
+            }
+        }
+        found
+    }
+
     /// In a build without test knobs asking for one is an error: a test must not believe that it has switched one off.
     #[cfg(not(feature = "test-knobs"))]
     pub fn refuse_knobs(&mut self, setting: &Setting) {

@@ -67,6 +67,24 @@ settings! {
     LOCAL_XDS_PATH = "localXdsPath", "LOCAL_XDS_PATH", "local-xds-path",
         "the path of a YAML file with workloads, services and policies",
         "Mesh file, reloaded when it changes [none]";
+    XDS_ADDRESS = "xdsAddress", "XDS_ADDRESS", "xds-address",
+        "an address such as https://istiod.istio-system.svc:15012",
+        "The control plane that tells the mesh [https://istiod.istio-system.svc:15012 in a cluster]";
+    XDS_ROOT_CA = "xdsRootCa", "XDS_ROOT_CA", "xds-root-ca",
+        "a path, `SYSTEM`, or certificates as PEM",
+        "Who vouches for that control plane; a file is read anew for every connection [./var/run/secrets/istio/root-cert.pem]";
+    ALT_XDS_HOSTNAME = "altXdsHostname", "ALT_XDS_HOSTNAME", "alt-xds-hostname",
+        "a DNS name or an IP address",
+        "The name in that control plane's certificate [the address's]";
+    CA_ADDRESS = "caAddress", "CA_ADDRESS", "ca-address",
+        "an address such as https://istiod.istio-system.svc:15012",
+        "The certificate authority [https://istiod.istio-system.svc:15012 in a cluster]";
+    CA_ROOT_CA = "caRootCa", "CA_ROOT_CA", "ca-root-ca",
+        "a path, `SYSTEM`, or certificates as PEM",
+        "Who vouches for that authority's server [./var/run/secrets/istio/root-cert.pem]";
+    ALT_CA_HOSTNAME = "altCaHostname", "ALT_CA_HOSTNAME", "alt-ca-hostname",
+        "a DNS name or an IP address",
+        "The name in the certificate of that authority's server [the address's]";
     DEV_CA = "devCa", "CULVERT_DEV_CA", "dev-ca",
         "the path of a directory",
         "Issue certificates from a development CA kept in this directory; unsafe for production [none]";

@@ -1,12 +1,14 @@
 //! From text to the types of the settings. Pure; every parser refuses what it does not fully understand.
 //! Called by the configuration for values of all three layers, so that a value means the same in each.
 
+use std::io::Read;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 
+use crate::control_channel::TokenSource;
 use crate::mesh::ShortCircuitMode;
 
 /// How log lines are written.
@@ -38,11 +40,16 @@ impl LogFilter {
     }
 }
 
+/// The largest token, in bytes.
+const MOST_TOKEN: u64 = 64 << 10;
+
 /// The token for istiod: a file that is read for every call, or the token itself. Never shown.
 #[derive(Clone, PartialEq, Eq)]
 pub enum AuthToken {
     /// A file with the token.
     File(PathBuf),
+    /// A file that may not be there: then no token is shown.
+    Usual(PathBuf),
     /// The token.
     Inline(String),
 }
@@ -66,10 +73,37 @@ impl AuthToken {
     }
 }
 
+impl TokenSource for AuthToken {
+    fn token(&self) -> Result<Option<String>, String> {
+        let (path, needed) = match self {
+            Self::Inline(token) => return Ok(Some(token.clone())),
+            Self::File(path) => (path, true),
+            Self::Usual(path) => (path, false),
+        };
+        let failed = |error: std::io::Error| format!("{}: {error}", path.display());
+        let file = match std::fs::File::open(path) {
+            Ok(file) => file,
+            Err(error) if !needed && error.kind() == std::io::ErrorKind::NotFound => {
+                return Ok(None);
+            }
+            Err(error) => return Err(failed(error)),
+        };
+        let mut text = String::new();
+        file.take(MOST_TOKEN)
+            .read_to_string(&mut text)
+            .map_err(failed)?;
+        let token = text.trim();
+        if token.is_empty() || token.chars().any(char::is_control) {
+            return Err(format!("{} holds no token", path.display()));
+        }
+        Ok(Some(token.to_owned()))
+    }
+}
+
 impl std::fmt::Debug for AuthToken {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::File(path) => write!(f, "File({})", path.display()),
+            Self::File(path) | Self::Usual(path) => write!(f, "File({})", path.display()),
             Self::Inline(_) => f.write_str(Self::SHOWN),
         }
     }
@@ -78,10 +112,16 @@ impl std::fmt::Debug for AuthToken {
 impl Serialize for AuthToken {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
-            Self::File(path) => path.serialize(serializer),
+            Self::File(path) | Self::Usual(path) => path.serialize(serializer),
             Self::Inline(_) => serializer.serialize_str(Self::SHOWN),
         }
     }
+}
+
+/// A name or address that a certificate can have.
+pub fn host(text: &str) -> Option<String> {
+    let name = rustls::pki_types::ServerName::try_from(text).ok()?;
+    Some(name.to_str().into_owned())
 }
 
 /// A duration: `86400s`, `24h`, `1h30m`, `500ms`, or a plain number of seconds.

@@ -6,6 +6,7 @@ use std::fmt;
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use arc_swap::ArcSwap;
 use rustls::RootCertStore;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -101,15 +102,20 @@ fn at(unix_seconds: i64) -> Option<SystemTime> {
     }
 }
 
-/// The trust anchors that peers' certificates must lead to.
+/// The trust anchors that peers' certificates must lead to. Clones are the same: whoever holds one sees the issuer's latest.
 #[derive(Debug, Clone)]
 pub struct Roots {
+    anchors: Arc<ArcSwap<Anchors>>,
+}
+
+#[derive(Debug)]
+struct Anchors {
     store: Arc<RootCertStore>,
     certificates: Arc<[CertificateDer<'static>]>,
 }
 
-impl Roots {
-    pub fn new(certificates: Vec<CertificateDer<'static>>) -> Result<Self, MalformedCertificate> {
+impl Anchors {
+    fn new(certificates: Vec<CertificateDer<'static>>) -> Result<Self, MalformedCertificate> {
         if certificates.is_empty() {
             return Err(MalformedCertificate::NoRoots);
         }
@@ -124,13 +130,44 @@ impl Roots {
             certificates: certificates.into(),
         })
     }
+}
 
-    pub fn store(&self) -> &Arc<RootCertStore> {
-        &self.store
+impl Roots {
+    pub fn new(certificates: Vec<CertificateDer<'static>>) -> Result<Self, MalformedCertificate> {
+        Ok(Self {
+            anchors: Arc::new(ArcSwap::from_pointee(Anchors::new(certificates)?)),
+        })
     }
 
-    pub fn certificates(&self) -> &[CertificateDer<'static>] {
-        &self.certificates
+    /// None are known yet: nobody is trusted.
+    pub fn unknown() -> Self {
+        let nobody = Anchors {
+            store: Arc::new(RootCertStore::empty()),
+            certificates: Arc::default(),
+        };
+        Self {
+            anchors: Arc::new(ArcSwap::from_pointee(nobody)),
+        }
+    }
+
+    /// Trusts these from now on, and no others.
+    ///
+    /// # Errors
+    /// There are none, or one cannot be used; then nothing changes.
+    pub fn replace(
+        &self,
+        certificates: Vec<CertificateDer<'static>>,
+    ) -> Result<(), MalformedCertificate> {
+        self.anchors.store(Arc::new(Anchors::new(certificates)?));
+        Ok(())
+    }
+
+    pub fn store(&self) -> Arc<RootCertStore> {
+        Arc::clone(&self.anchors.load().store)
+    }
+
+    pub fn certificates(&self) -> Arc<[CertificateDer<'static>]> {
+        Arc::clone(&self.anchors.load().certificates)
     }
 }
 

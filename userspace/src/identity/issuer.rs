@@ -21,6 +21,8 @@ pub enum IssueError {
         identity: Identity,
         error: MalformedCertificate,
     },
+    #[error("the issuer's answer for {identity} is unusable: {reason}")]
+    Unusable { identity: Identity, reason: String },
     #[error("the issuer answered the request for {asked} with a certificate for {got}")]
     WrongIdentity { asked: Identity, got: Identity },
     #[error(

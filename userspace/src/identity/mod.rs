@@ -2,6 +2,7 @@
 //!
 //! Nothing here opens a connection between pods; `proxy::tls` builds its configurations from what this module holds.
 
+pub mod ca_client;
 pub mod certificate;
 pub mod certificates;
 pub mod dev_ca;
@@ -9,6 +10,7 @@ pub mod issuer;
 pub mod renewal;
 pub mod spiffe;
 
+pub use ca_client::CaClient;
 pub use certificate::{MalformedCertificate, Roots, Validity, WorkloadCertificate};
 pub use certificates::{CertificateError, Certificates};
 pub use dev_ca::{DevCa, DevCaError};

@@ -105,6 +105,21 @@ impl ServiceName {
         Ok(Self(joined.into()))
     }
 
+    /// Takes the whole name, which may be shared with others.
+    ///
+    /// # Errors
+    /// It is not two parts with a slash between them.
+    pub fn whole(name: Arc<str>) -> Result<Self, ServiceNameError> {
+        match name.split_once('/') {
+            Some((namespace, hostname))
+                if !namespace.is_empty() && !hostname.is_empty() && !hostname.contains('/') =>
+            {
+                Ok(Self(name))
+            }
+            _ => Err(ServiceNameError(name.to_string())),
+        }
+    }
+
     /// The namespace of the service.
     pub fn namespace(&self) -> &str {
         self.0

@@ -1,6 +1,12 @@
 //! Where the mesh comes from. A source turns what it reads into `mesh::MeshResources` and puts the mesh built of them into
 //! the `mesh::Store`; what it cannot read it reports, and the mesh stays as it was.
 
+mod client;
+mod decode;
+mod feed;
 pub mod local_file;
+mod session;
 
+pub use client::{Termination, XdsClient, XdsCounts, XdsStatus};
 pub use local_file::{LocalFile, LocalFileError, LocalFileStatus, LocalFileWatcher};
+pub use session::ResourceType;

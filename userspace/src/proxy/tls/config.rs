@@ -75,7 +75,7 @@ pub fn server_config(
     let own = OwnCertificate::new(certificate)?;
     let verifier = ClientVerifier {
         chain: Chain {
-            roots: Arc::clone(certificate.roots().store()),
+            roots: certificate.roots().store(),
             knobs,
         },
         trust_domain: certificate.identity().trust_domain().to_owned(),
@@ -101,7 +101,7 @@ pub fn client_config(
     let own = OwnCertificate::new(certificate)?;
     let verifier = ServerVerifier {
         chain: Chain {
-            roots: Arc::clone(certificate.roots().store()),
+            roots: certificate.roots().store(),
             knobs,
         },
         expected: expected.clone(),

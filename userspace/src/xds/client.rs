@@ -1,0 +1,328 @@
+//! Delta xDS from the control plane: connects, asks, puts in force, answers, and connects again.
+//!
+//! Invariants: the mesh stays as it is while nobody answers, and [`XdsStatus`] says since when; one push is put in force at a time and
+//! answered before the next is read, so that a slow agent slows its control plane and grows no queue. Run by `node` as a task.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Status};
+
+use super::feed::Feed;
+use super::session::{ProtocolError, Push, ResourceType, Session, Taken};
+use crate::control_channel::{ChannelError, ControlChannel};
+use crate::mesh::{MeshDefaults, Revision, Store};
+use crate::wire::envoy::config::core::v3::Node;
+use crate::wire::envoy::service::discovery::v3::DeltaDiscoveryRequest;
+use crate::wire::envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
+
+#[cfg(test)]
+mod tests;
+
+/// The largest response, in bytes.
+const MOST_BYTES: usize = 200 << 20;
+/// Waits between attempts, as other clients of this control plane have them.
+const FIRST_WAIT: Duration = Duration::from_millis(10);
+const LONGEST_WAIT: Duration = Duration::from_secs(15);
+/// A connection that lasted so long was a good one: the next attempt is the first again.
+const GOOD: Duration = Duration::from_secs(30);
+/// A control plane that restarts with a large mesh may take a minute.
+const FIRST_ANSWER: Duration = Duration::from_secs(120);
+/// Requests that may be under way.
+const REQUESTS: usize = 16;
+/// Pushes of more resources are put in force on a thread where that stops nobody else.
+const FEW: usize = 64;
+
+/// What is known about the connection, for readiness, `culvert status` and metrics.
+#[derive(Debug, Clone, Default)]
+pub struct XdsStatus {
+    /// What is in force came last from there, at this revision and time; none before every type was answered.
+    pub in_force: Option<(Revision, SystemTime)>,
+    /// Types that were never answered.
+    pub unanswered: Vec<ResourceType>,
+    /// Since when there has been no connection; none while there is one.
+    pub lost_at: Option<SystemTime>,
+    /// Why there is none, or what was refused last. None when all is well.
+    pub error: Option<String>,
+    /// Since the start.
+    pub counts: XdsCounts,
+}
+
+/// Grow only.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct XdsCounts {
+    /// Responses about workloads and services, and about policies.
+    pub messages: [u64; ResourceType::ALL.len()],
+    /// Their bytes, likewise.
+    pub bytes: [u64; ResourceType::ALL.len()],
+    /// Resources that were refused.
+    pub refused: u64,
+    /// Connections that ended, by [`Termination`].
+    pub terminations: [u64; Termination::ALL.len()],
+}
+
+/// How a connection ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Termination {
+    /// There was none.
+    ConnectionError,
+    /// The control plane said so, with an error.
+    Error,
+    /// The control plane ended it in good order, as it does every half hour.
+    Complete,
+    /// The other end just went.
+    Reconnect,
+}
+
+impl Termination {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; 4] = [
+        Self::ConnectionError,
+        Self::Error,
+        Self::Complete,
+        Self::Reconnect,
+    ];
+
+    /// How metrics name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::ConnectionError => "ConnectionError",
+            Self::Error => "Error",
+            Self::Complete => "Complete",
+            Self::Reconnect => "Reconnect",
+        }
+    }
+}
+
+/// Why a connection ended that had begun.
+#[derive(Debug, thiserror::Error)]
+enum Ended {
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    #[error("the control plane ended the stream: {}", told(.0))]
+    Status(Status),
+    #[error("the control plane closed the stream")]
+    Closed,
+    #[error("the control plane took the connection and said nothing for {} s", FIRST_ANSWER.as_secs())]
+    Silent,
+    #[error("the control plane does not speak delta xDS: {0}")]
+    Protocol(#[from] ProtocolError),
+    #[error("putting a push in force ended unexpectedly: {0}")]
+    Internal(String),
+}
+
+impl Ended {
+    fn termination(&self) -> Termination {
+        match self {
+            Self::Channel(_) => Termination::ConnectionError,
+            Self::Status(status) if status.code() == tonic::Code::Unavailable => {
+                Termination::Reconnect
+            }
+            Self::Status(_) | Self::Silent | Self::Protocol(_) | Self::Internal(_) => {
+                Termination::Error
+            }
+            Self::Closed => Termination::Complete,
+        }
+    }
+}
+
+/// Bounded, on one line: it comes from outside.
+fn told(status: &Status) -> String {
+    let text = format!("{:?}: {}", status.code(), status.message());
+    text.chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .take(512)
+        .collect()
+}
+
+/// The client.
+pub struct XdsClient {
+    channel: ControlChannel,
+    session: Session,
+    /// Away while a push is put in force.
+    feed: Option<Feed>,
+    status: watch::Sender<XdsStatus>,
+}
+
+impl XdsClient {
+    /// Asks as `node` for everything. Nothing happens before [`Self::run`].
+    pub fn new(
+        channel: ControlChannel,
+        node: Node,
+        defaults: MeshDefaults,
+        store: Arc<Store>,
+    ) -> (Self, watch::Receiver<XdsStatus>) {
+        let (status, receiver) = watch::channel(XdsStatus {
+            unanswered: ResourceType::ALL.to_vec(),
+            lost_at: Some(SystemTime::now()),
+            ..XdsStatus::default()
+        });
+        let client = Self {
+            channel,
+            session: Session::new(node, false),
+            feed: Some(Feed::new(store, defaults)),
+            status,
+        };
+        (client, receiver)
+    }
+
+    /// Keeps the store at what the control plane says, until `shutdown`.
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        let mut wait = FIRST_WAIT;
+        loop {
+            let began = tokio::time::Instant::now();
+            let Some(ended) = shutdown.run_until_cancelled(self.connection()).await else {
+                return;
+            };
+            if began.elapsed() >= GOOD {
+                wait = FIRST_WAIT;
+            }
+            self.lost(&ended);
+            if self.feed.is_none() {
+                // Lost with the thread that had it; whoever runs this sees it end.
+                return;
+            }
+            if shutdown
+                .run_until_cancelled(tokio::time::sleep(wait))
+                .await
+                .is_none()
+            {
+                return;
+            }
+            wait = wait.saturating_mul(2).min(LONGEST_WAIT);
+        }
+    }
+
+    /// One connection, from its beginning to its end.
+    async fn connection(&mut self) -> Ended {
+        match self.talk().await {
+            Ok(never) => match never {},
+            Err(ended) => ended,
+        }
+    }
+
+    async fn talk(&mut self) -> Result<std::convert::Infallible, Ended> {
+        let channel = self.channel.connect().await?;
+        let mut service =
+            AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MOST_BYTES);
+        let (requests, stream) = mpsc::channel(REQUESTS);
+        for request in self.session.opening() {
+            send(&requests, request).await?;
+        }
+        let mut request = Request::new(ReceiverStream::new(stream));
+        *request.metadata_mut() = self.channel.metadata().await?;
+        // Some control planes say nothing at all before the first answer.
+        let call = service.delta_aggregated_resources(request);
+        let response = tokio::time::timeout(FIRST_ANSWER, call).await;
+        let response = response.map_err(|_| Ended::Silent)?;
+        let mut responses = response.map_err(Ended::Status)?.into_inner();
+        self.found();
+        loop {
+            // Later there may be nothing to say for hours.
+            let patience = match self.session.is_answered() {
+                true => Duration::MAX,
+                false => FIRST_ANSWER,
+            };
+            let response = tokio::time::timeout(patience, responses.message()).await;
+            let response = response.map_err(|_| Ended::Silent)?;
+            let response = response.map_err(Ended::Status)?.ok_or(Ended::Closed)?;
+            let bytes = prost::Message::encoded_len(&response);
+            let push = self.session.receive(response)?;
+            let taken = self.put_in_force(push).await?;
+            self.report(&taken, bytes);
+            let answer = self.session.answer(taken);
+            send(&requests, answer).await?;
+        }
+    }
+
+    async fn put_in_force(&mut self, push: Push) -> Result<Taken, Ended> {
+        let lost = || Ended::Internal("the mesh is not there".to_owned());
+        if push.resources.len() <= FEW {
+            return Ok(self.feed.as_mut().ok_or_else(lost)?.take(push));
+        }
+        let mut feed = self.feed.take().ok_or_else(lost)?;
+        let work = tokio::task::spawn_blocking(move || {
+            let taken = feed.take(push);
+            (feed, taken)
+        });
+        let (feed, taken) = work
+            .await
+            .map_err(|error| Ended::Internal(error.to_string()))?;
+        self.feed = Some(feed);
+        Ok(taken)
+    }
+
+    fn found(&self) {
+        let address = &self.channel.address;
+        self.status.send_modify(|status| {
+            tracing::info!(%address, "connected to the control plane");
+            status.lost_at = None;
+            status.error = None;
+        });
+    }
+
+    fn lost(&self, ended: &Ended) {
+        let termination = ended.termination();
+        let text = ended.to_string();
+        self.status.send_modify(|status| {
+            if let Some(count) = status.counts.terminations.get_mut(termination as usize) {
+                *count += 1;
+            }
+            // Once for each reason: attempts go on all the time.
+            if status.error.as_deref() != Some(&text) {
+                match ended {
+                    Ended::Closed => tracing::info!("{text}; connecting again"),
+                    _ => {
+                        tracing::warn!("{text}; the mesh stays as it is, and the agent tries again")
+                    }
+                }
+            }
+            status.error = Some(text);
+            status.lost_at.get_or_insert_with(SystemTime::now);
+        });
+    }
+
+    fn report(&self, taken: &Taken, bytes: usize) {
+        for refused in taken.refused.iter().take(10) {
+            tracing::warn!(name = %refused.name, reason = %refused.reason, "a resource of the control plane was refused; it stays as it was");
+        }
+        tracing::debug!(
+            kind = taken.kind.url(),
+            accepted = taken.accepted.len(),
+            refused = taken.refused.len(),
+            removed = taken.removed.len(),
+            "push"
+        );
+        self.status.send_modify(|status| {
+            let place = taken.kind as usize;
+            if let Some(count) = status.counts.messages.get_mut(place) {
+                *count += 1;
+            }
+            if let Some(count) = status.counts.bytes.get_mut(place) {
+                *count += bytes as u64;
+            }
+            status.counts.refused += taken.refused.len() as u64;
+            status.in_force = self.feed.as_ref().and_then(Feed::in_force);
+            status.unanswered.retain(|kind| *kind != taken.kind);
+            status.error = taken.refused.first().map(|refused| {
+                format!(
+                    "{} resources were refused, such as {}: it {}",
+                    taken.refused.len(),
+                    refused.name,
+                    refused.reason
+                )
+            });
+        });
+    }
+}
+
+async fn send(
+    requests: &mpsc::Sender<DeltaDiscoveryRequest>,
+    request: DeltaDiscoveryRequest,
+) -> Result<(), Ended> {
+    // The other end of this queue lives as long as the stream.
+    requests.send(request).await.map_err(|_| Ended::Closed)
+}

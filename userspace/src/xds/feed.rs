@@ -1,0 +1,175 @@
+//! Puts what the control plane sends into force.
+//!
+//! Invariants: of one push everything that is good is in force at once or, before every type was answered for the first time, once
+//! that has happened: workloads without their policies would be open to everybody. What is not good is refused by its name and
+//! leaves the resource as it was. Called by `client`, for each push.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use prost::Message;
+
+use super::decode::{self, ResourceError, Shared};
+use super::session::{Push, Refused, ResourceType, Taken};
+use crate::mesh::{Draft, Mesh, MeshDefaults, Namespaces, Revision, Store};
+use crate::policy::PolicyName;
+use crate::wire::envoy::service::discovery::v3::Resource;
+use crate::wire::istio::{security, workload, workload::address::Type};
+
+/// Where pushes go.
+#[derive(Debug)]
+pub struct Feed {
+    store: Arc<Store>,
+    defaults: MeshDefaults,
+    namespaces: Namespaces,
+    shared: Shared,
+    /// What is known but not in force.
+    held_back: Option<Mesh>,
+    answered: [bool; ResourceType::ALL.len()],
+    in_force: Option<(Revision, SystemTime)>,
+}
+
+impl Feed {
+    /// `store` is written by nobody else.
+    pub fn new(store: Arc<Store>, defaults: MeshDefaults) -> Self {
+        Self {
+            store,
+            defaults,
+            namespaces: Namespaces::new(),
+            shared: Shared::default(),
+            held_back: Some(Mesh::default()),
+            answered: [false; ResourceType::ALL.len()],
+            in_force: None,
+        }
+    }
+
+    /// What is in force, and since when; none before every type was answered.
+    pub fn in_force(&self) -> Option<(Revision, SystemTime)> {
+        self.in_force
+    }
+
+    /// Takes a push; the answer is to be sent. Takes some microseconds for each resource.
+    pub fn take(&mut self, push: Push) -> Taken {
+        let Push {
+            kind,
+            resources,
+            removed,
+            nonce,
+        } = push;
+        let mesh = match self.held_back.take() {
+            Some(mesh) => mesh,
+            None => Mesh::clone(&self.store.load()),
+        };
+        let mut draft = Draft::of(&mesh, &self.defaults, &self.namespaces);
+        // First what goes: an address may be given to another in the same push.
+        for name in &removed {
+            remove(&mut draft, kind, name);
+        }
+        let (mut accepted, mut refused) = (Vec::with_capacity(resources.len()), Vec::new());
+        for resource in resources {
+            let (name, version) = (resource.name.clone(), resource.version.clone());
+            match put(&mut draft, &mut self.shared, kind, resource) {
+                Ok(name) => accepted.push((name, version)),
+                Err(error) => refused.push(Refused {
+                    name,
+                    reason: error.to_string(),
+                }),
+            }
+        }
+        let mesh = draft.finish();
+        for (known, answered) in ResourceType::ALL.iter().zip(&mut self.answered) {
+            *answered |= *known == kind;
+        }
+        if self.answered.iter().all(|answered| *answered) {
+            self.in_force = Some((self.store.replace(mesh), SystemTime::now()));
+        } else {
+            self.held_back = Some(mesh);
+        }
+        Taken {
+            kind,
+            nonce,
+            removed,
+            accepted,
+            refused,
+        }
+    }
+}
+
+fn remove(draft: &mut Draft<'_>, kind: ResourceType, name: &str) {
+    match kind {
+        // What is gone is not said to be a workload or a service.
+        ResourceType::Address => {
+            if !draft.remove_workload(name) {
+                draft.remove_service(name);
+            }
+        }
+        ResourceType::Authorization => {
+            if let Ok(name) = name.parse::<PolicyName>() {
+                draft.remove_policy(&name);
+            }
+        }
+    }
+}
+
+/// Returns the name, as the mesh holds it.
+fn put(
+    draft: &mut Draft<'_>,
+    shared: &mut Shared,
+    kind: ResourceType,
+    resource: Resource,
+) -> Result<Arc<str>, ResourceError> {
+    let content = resource.resource.ok_or(ResourceError::Missing("content"))?;
+    if content.type_url != kind.url() {
+        return Err(ResourceError::OtherType {
+            expected: kind.url(),
+            found: content.type_url,
+        });
+    }
+    match kind {
+        ResourceType::Address => {
+            let address: workload::Address = message("workload or service", &content.value)?;
+            match address.r#type {
+                Some(Type::Workload(message)) => {
+                    check_name(&resource.name, &message.uid)?;
+                    let spec = decode::workload(message, shared)?;
+                    Ok(Arc::clone(&draft.put_workload(spec)?.uid))
+                }
+                Some(Type::Service(message)) => {
+                    let service = decode::service(message, shared)?;
+                    check_name(&resource.name, service.id.as_str())?;
+                    draft.put_service(service);
+                    Ok(shared.text(&resource.name))
+                }
+                None => Err(ResourceError::Missing("workload or service")),
+            }
+        }
+        ResourceType::Authorization => {
+            let message: security::Authorization = message("policy", &content.value)?;
+            let policy = decode::policy(message)?;
+            check_name(&resource.name, policy.name.as_str())?;
+            draft.put_policy(policy);
+            Ok(shared.text(&resource.name))
+        }
+    }
+}
+
+fn message<M: Message + Default>(expected: &'static str, bytes: &[u8]) -> Result<M, ResourceError> {
+    M::decode(bytes).map_err(|error| ResourceError::Malformed {
+        expected,
+        reason: error.to_string(),
+    })
+}
+
+/// What goes by another name could never be taken away.
+fn check_name(name: &str, content: &str) -> Result<(), ResourceError> {
+    if name == content {
+        Ok(())
+    } else {
+        Err(ResourceError::OtherName {
+            content: content.chars().take(256).collect(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;
