@@ -3,6 +3,7 @@
 //! Invariants: the directory holds at most one root, whole or not at all, readable by its owner only; all agents that open the directory
 //! share it. Key and certificate are one file, so that one rename publishes both.
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -10,7 +11,7 @@ use std::{fmt, io};
 
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
+    KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType,
 };
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -21,14 +22,23 @@ use super::certificate::{MalformedCertificate, Roots, Validity, WorkloadCertific
 use super::spiffe;
 use crate::policy::Identity;
 
+mod request;
 mod store;
 #[cfg(test)]
 mod tests;
+
+pub use request::{RequestError, SigningRequest};
 
 const ROOT_NAME: &str = "Culvert development CA";
 const ROOT_LIFETIME: Duration = Duration::from_secs(3652 * 24 * 3600);
 /// Clocks of two nodes differ a little: a new certificate already holds this long ago.
 const BACK_DATED: Duration = Duration::from_secs(60);
+const SERVER_USES: &[ExtendedKeyUsagePurpose] = &[ExtendedKeyUsagePurpose::ServerAuth];
+/// A workload is the server of some connections and the client of others.
+const WORKLOAD_USES: &[ExtendedKeyUsagePurpose] = &[
+    ExtendedKeyUsagePurpose::ServerAuth,
+    ExtendedKeyUsagePurpose::ClientAuth,
+];
 
 /// Why the development CA cannot be used or issued nothing.
 #[derive(Debug, thiserror::Error)]
@@ -100,24 +110,55 @@ impl DevCa {
         ttl: Duration,
         now: SystemTime,
     ) -> Result<WorkloadCertificate, DevCaError> {
-        if identity.trust_domain() != &*self.trust_domain {
-            return Err(DevCaError::ForeignIdentity {
-                identity: identity.clone(),
-                trust_domain: self.trust_domain.to_string(),
-            });
-        }
-        let not_before = now.checked_sub(BACK_DATED).ok_or(DevCaError::Time)?;
-        let not_after = now.checked_add(ttl).ok_or(DevCaError::Time)?;
-        let validity = Validity {
-            not_before,
-            not_after: not_after.min(self.validity.not_after),
-        };
+        self.require_own(identity)?;
+        let validity = self.validity_from(now, ttl)?;
         let (leaf, key) = self.sign(vec![uri(&identity.to_string())?], validity)?;
         Ok(WorkloadCertificate::new(
             vec![leaf],
             key,
             self.roots.clone(),
         )?)
+    }
+
+    /// A leaf for `identity` with the key of `request`, which may have asked for another one: that is for the caller to compare.
+    pub fn sign_request(
+        &self,
+        request: &SigningRequest,
+        identity: &Identity,
+        validity: Validity,
+    ) -> Result<CertificateDer<'static>, DevCaError> {
+        self.require_own(identity)?;
+        let names = vec![uri(&identity.to_string())?];
+        self.certify(request.key(), names, WORKLOAD_USES, validity)
+    }
+
+    /// A certificate with a fresh key for a server that is no workload. `names` are DNS names and addresses.
+    pub fn issue_server(
+        &self,
+        names: &[String],
+        validity: Validity,
+    ) -> Result<(CertificateDer<'static>, PrivateKeyDer<'static>), DevCaError> {
+        let names = names.iter().map(|name| match name.parse::<IpAddr>() {
+            Ok(ip) => Ok(SanType::IpAddress(ip)),
+            Err(_) => match name.as_str().try_into() {
+                Ok(dns) => Ok(SanType::DnsName(dns)),
+                Err(_) => Err(DevCaError::BadName(name.clone())),
+            },
+        });
+        let names = names.collect::<Result<_, _>>()?;
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let leaf = self.certify(&key, names, SERVER_USES, validity)?;
+        Ok((leaf, PrivatePkcs8KeyDer::from(key.serialize_der()).into()))
+    }
+
+    /// From shortly before `now` until `ttl` after it, or until the root expires.
+    pub fn validity_from(&self, now: SystemTime, ttl: Duration) -> Result<Validity, DevCaError> {
+        let not_before = now.checked_sub(BACK_DATED).ok_or(DevCaError::Time)?;
+        let not_after = now.checked_add(ttl).ok_or(DevCaError::Time)?;
+        Ok(Validity {
+            not_before,
+            not_after: not_after.min(self.validity.not_after),
+        })
     }
 
     /// A leaf with any names, also ones that no workload may have: what a hostile peer with this root could hold.
@@ -144,22 +185,36 @@ impl DevCa {
         validity: Validity,
     ) -> Result<(CertificateDer<'static>, PrivateKeyDer<'static>), DevCaError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let leaf = self.certify(&key, names, WORKLOAD_USES, validity)?;
+        Ok((leaf, PrivatePkcs8KeyDer::from(key.serialize_der()).into()))
+    }
+
+    fn certify(
+        &self,
+        key: &impl PublicKeyData,
+        names: Vec<SanType>,
+        uses: &[ExtendedKeyUsagePurpose],
+        validity: Validity,
+    ) -> Result<CertificateDer<'static>, DevCaError> {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         params.subject_alt_names = names;
         params.not_before = calendar(validity.not_before)?;
         params.not_after = calendar(validity.not_after)?;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![
-            ExtendedKeyUsagePurpose::ServerAuth,
-            ExtendedKeyUsagePurpose::ClientAuth,
-        ];
+        params.extended_key_usages = uses.to_vec();
         params.use_authority_key_identifier_extension = true;
-        let leaf = params.signed_by(&key, &self.issuer)?;
-        Ok((
-            leaf.der().clone(),
-            PrivatePkcs8KeyDer::from(key.serialize_der()).into(),
-        ))
+        Ok(params.signed_by(key, &self.issuer)?.der().clone())
+    }
+
+    fn require_own(&self, identity: &Identity) -> Result<(), DevCaError> {
+        if identity.trust_domain() == &*self.trust_domain {
+            return Ok(());
+        }
+        Err(DevCaError::ForeignIdentity {
+            identity: identity.clone(),
+            trust_domain: self.trust_domain.to_string(),
+        })
     }
 
     fn from_pem(
