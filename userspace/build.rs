@@ -40,6 +40,8 @@ fn messages() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         // Slices of the message as it arrived, not copies.
         .bytes(".")
+        // In order, so that one workload has one encoding, of which the development control plane makes its version.
+        .btree_map(".istio.workload.Workload.services")
         .compile_fds(descriptors)?;
     Ok(())
 }

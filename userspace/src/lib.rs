@@ -4,6 +4,7 @@ pub mod admin;
 pub mod cli;
 pub mod config;
 pub mod control_channel;
+pub mod dev_control_plane;
 pub mod enrol;
 pub mod identity;
 pub mod kernel;

@@ -20,6 +20,7 @@ fn main() -> ExitCode {
             &environment,
             &mut std::io::stdout().lock(),
         )),
+        Command::DevControlPlane(args) => ended(cli::dev_control_plane(args, &environment)),
         Command::Client(command) => ended(cli::run(
             &command,
             &environment,

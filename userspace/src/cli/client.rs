@@ -7,7 +7,9 @@ use crate::admin::{
     Client, ClientError, FlowsQuery, PodAdd, PodInfo, PodRemove, Reply, Request, Status,
 };
 use crate::config::{self, ConfigErrors, Environment};
+use crate::dev_control_plane::ControlPlaneError;
 use crate::kernel::KernelError;
+use crate::telemetry::logging::LoggingError;
 
 use super::{
     Agent, ClientCommand, EXIT_CONFIG, EXIT_FAILED, EXIT_NO_AGENT, FlowsArgs, PodCommand, table,
@@ -28,6 +30,12 @@ pub enum CliError {
     /// The kernel part could not be taken away.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// The development control plane.
+    #[error(transparent)]
+    ControlPlane(#[from] ControlPlaneError),
+    /// Its log.
+    #[error(transparent)]
+    Log(#[from] LoggingError),
     /// The terminal or pipe.
     #[error("cannot print the answer: {0}")]
     Output(#[from] io::Error),
@@ -40,7 +48,7 @@ impl CliError {
     /// The exit status that tells it.
     pub fn exit_status(&self) -> u8 {
         match self {
-            Self::Config(_) => EXIT_CONFIG,
+            Self::Config(_) | Self::Log(LoggingError::Filter(_)) => EXIT_CONFIG,
             Self::Agent(ClientError::NotRunning { .. }) => EXIT_NO_AGENT,
             _ => EXIT_FAILED,
         }

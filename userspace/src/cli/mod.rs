@@ -3,6 +3,7 @@
 
 mod check;
 mod client;
+mod dev_control_plane;
 mod node_args;
 mod table;
 mod unload;
@@ -10,12 +11,14 @@ mod unload;
 #[cfg(test)]
 mod tests;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
 pub use check::check;
 pub use client::{CliError, run};
+pub use dev_control_plane::dev_control_plane;
 pub use node_args::NodeArgs;
 pub use unload::unload;
 
@@ -47,6 +50,8 @@ pub enum Command {
     Check(CheckArgs),
     /// Detach and remove everything the agent left in the kernel and in its pods; open direct flows go on
     Unload(UnloadArgs),
+    /// Serve a mesh file over xDS, and certificates, to agents: for development, demos and tests
+    DevControlPlane(DevControlPlaneArgs),
     /// A command for a running agent.
     #[command(flatten)]
     Client(ClientCommand),
@@ -178,4 +183,30 @@ pub struct UnloadArgs {
     /// Where the agent was; the pods that it served are remembered beside its socket.
     #[command(flatten)]
     pub agent: Agent,
+}
+
+/// `culvert dev-control-plane`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Prints a line {\"event\":\"listening\",\"address\":...,\"root\":...} when agents can connect. They need XDS_ADDRESS and CA_ADDRESS (https://ADDRESS), XDS_ROOT_CA and CA_ROOT_CA (the file that `root` names) and AUTH_TOKEN."
+)]
+pub struct DevControlPlaneArgs {
+    /// The mesh file, in the format of LOCAL_XDS_PATH; followed as it changes
+    #[arg(long, value_name = "FILE")]
+    pub mesh: PathBuf,
+    /// Directory of the development CA, made on first use; root-cert.pem in it is for clients
+    #[arg(long, value_name = "DIR")]
+    pub dev_ca: PathBuf,
+    /// Where to listen; port 0 is any that is free
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:15012")]
+    pub listen: SocketAddr,
+    /// DNS name or address in the server's certificate, repeatable [default: localhost, 127.0.0.1, ::1 and the address of --listen]
+    #[arg(long = "name", value_name = "NAME")]
+    pub names: Vec<String>,
+    /// File with the bearer token that agents must send; without it everybody is admitted
+    #[arg(long, value_name = "FILE")]
+    pub token: Option<PathBuf>,
+    /// Trust domain of the CA and of workloads that name none
+    #[arg(long, value_name = "NAME", default_value = "cluster.local")]
+    pub trust_domain: String,
 }

@@ -1,0 +1,181 @@
+//! The xDS service: hands what clients send to their `session`, and sends them what that wants sent.
+//!
+//! Invariant: a stream is driven by whoever reads its responses, so that a client that does not read costs what it was sent last and no
+//! more. Served by `dev_control_plane::run`.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use futures_util::Stream;
+use futures_util::stream::unfold;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::gate::Gate;
+use super::publish::Published;
+use super::session::{Feedback, Session, SessionError};
+use super::snapshot::Snapshot;
+use crate::wire::envoy::service::discovery::v3::aggregated_discovery_service_server::AggregatedDiscoveryService;
+use crate::wire::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+
+/// How much of a client's text is logged, in characters.
+const MOST_LOGGED: usize = 1000;
+
+/// The service.
+#[derive(Debug)]
+pub struct Discovery {
+    published: Published,
+    gate: Gate,
+    shutdown: CancellationToken,
+}
+
+impl Discovery {
+    /// Tells clients of what is published, until `shutdown`.
+    pub fn new(published: Published, gate: Gate, shutdown: CancellationToken) -> Self {
+        Self {
+            published,
+            gate,
+            shutdown,
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl AggregatedDiscoveryService for Discovery {
+    type DeltaAggregatedResourcesStream =
+        Pin<Box<dyn Stream<Item = Result<DeltaDiscoveryResponse, Status>> + Send>>;
+
+    async fn delta_aggregated_resources(
+        &self,
+        request: Request<Streaming<DeltaDiscoveryRequest>>,
+    ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
+        self.gate.admit(request.metadata()).await?;
+        let client = Client {
+            requests: request.into_inner(),
+            published: self.published.clone(),
+            session: Session::default(),
+            snapshot: None,
+            node: String::new(),
+            shutdown: self.shutdown.clone(),
+        };
+        let responses = unfold(Some(client), |client| async {
+            let mut client = client?;
+            match client.next().await {
+                Ok(response) => Some((Ok(response), Some(client))),
+                Err(End::ByClient) => None,
+                Err(End::ByServer(status)) => Some((Err(status), None)),
+            }
+        });
+        Ok(Response::new(Box::pin(responses)))
+    }
+}
+
+/// One client's stream.
+struct Client {
+    requests: Streaming<DeltaDiscoveryRequest>,
+    published: Published,
+    session: Session,
+    /// What the client is told of.
+    snapshot: Option<Arc<Snapshot>>,
+    /// What it calls itself.
+    node: String,
+    shutdown: CancellationToken,
+}
+
+/// How a stream ends.
+enum End {
+    ByClient,
+    ByServer(Status),
+}
+
+impl Client {
+    /// Waits for the next response.
+    async fn next(&mut self) -> Result<DeltaDiscoveryResponse, End> {
+        loop {
+            if let Some(response) = self.session.response() {
+                tracing::debug!(
+                    node = self.node,
+                    type_url = response.type_url,
+                    nonce = response.nonce,
+                    resources = response.resources.len(),
+                    removed = response.removed_resources.len(),
+                    "sent"
+                );
+                return Ok(response);
+            }
+            let shutdown = self.shutdown.clone();
+            tokio::select! {
+                () = shutdown.cancelled() => {
+                    return Err(End::ByServer(Status::unavailable("the control plane stops")));
+                }
+                changed = self.published.changed() => {
+                    changed.map_err(|_| End::ByServer(Status::unavailable("nothing is published any more")))?;
+                    self.snapshot = self.published.borrow_and_update().clone();
+                    if let Some(snapshot) = &self.snapshot {
+                        self.session.change(snapshot);
+                    }
+                }
+                request = self.requests.message(), if self.snapshot.is_some() => match request {
+                    Ok(Some(request)) => self.hear(request)?,
+                    Ok(None) => return Err(End::ByClient),
+                    Err(status) => {
+                        tracing::debug!(node = self.node, %status, "a client's stream broke off");
+                        return Err(End::ByClient);
+                    }
+                },
+            }
+        }
+    }
+
+    fn hear(&mut self, request: DeltaDiscoveryRequest) -> Result<(), End> {
+        let Some(snapshot) = &self.snapshot else {
+            return Ok(());
+        };
+        if let Some(node) = &request.node
+            && self.node.is_empty()
+        {
+            self.node = shortened(&node.id);
+            tracing::info!(node = self.node, "a client of xDS");
+        }
+        let (type_url, nonce) = (
+            shortened(&request.type_url),
+            shortened(&request.response_nonce),
+        );
+        match self.session.request(request, snapshot) {
+            Ok(None) => {}
+            Ok(Some(Feedback::Ack)) => {
+                tracing::debug!(node = self.node, type_url, nonce, "accepted");
+            }
+            Ok(Some(Feedback::Nack(reason))) => {
+                let reason = shortened(&reason);
+                tracing::warn!(
+                    node = self.node,
+                    type_url,
+                    nonce,
+                    reason,
+                    "a client refuses what it was sent"
+                );
+            }
+            Ok(Some(Feedback::Unknown)) => {
+                tracing::warn!(
+                    node = self.node,
+                    type_url,
+                    nonce,
+                    "a client answers what it was not sent"
+                );
+            }
+            // As istiod does: a client may know of more types than the server.
+            Err(error @ SessionError::UnknownType(_)) => {
+                tracing::warn!(node = self.node, %error, "a request is not answered");
+            }
+            Err(error @ SessionError::TooManyNames) => {
+                return Err(End::ByServer(Status::resource_exhausted(error.to_string())));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn shortened(text: &str) -> String {
+    text.chars().take(MOST_LOGGED).collect()
+}
