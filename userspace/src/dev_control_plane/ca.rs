@@ -58,7 +58,10 @@ impl Authority {
             validity.and_then(|validity| self.ca.sign_request(&signing, &impersonated, validity));
         let leaf = leaf.map_err(|error| refusal(&error))?;
         let roots = self.ca.roots().certificates();
-        Ok(std::iter::once(&leaf).chain(roots).map(pem).collect())
+        Ok(std::iter::once(&leaf)
+            .chain(roots.iter())
+            .map(pem)
+            .collect())
     }
 }
 

@@ -6,7 +6,7 @@
 //! `encode` turns resources into messages, `snapshot` names and versions them, `session` decides what a client is sent, `xds` and `ca` are
 //! the two services, `server` the TLS in front of them.
 
-mod ca;
+pub(crate) mod ca;
 mod encode;
 mod gate;
 mod publish;
@@ -15,6 +15,8 @@ mod session;
 mod snapshot;
 mod xds;
 
+#[cfg(test)]
+pub mod fixture;
 #[cfg(test)]
 mod tests;
 

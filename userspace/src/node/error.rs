@@ -12,11 +12,11 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
     #[error(
-        "no source of certificates: give --dev-ca DIR (a development CA; istiod's comes in a later version)"
+        "no source of certificates: set CA_ADDRESS to a certificate authority such as istiod, or give --dev-ca DIR for a development CA"
     )]
     NoCa,
     #[error(
-        "no source of the mesh: set LOCAL_XDS_PATH to a mesh file (istiod's xDS comes in a later version)"
+        "no source of the mesh: set XDS_ADDRESS to a control plane such as istiod, or LOCAL_XDS_PATH to a mesh file"
     )]
     NoMesh,
     #[error("CULVERT_TEST_KNOBS: unknown knob `{0}`")]

@@ -9,6 +9,7 @@ mod error;
 mod handler;
 mod knobs;
 mod limits;
+mod mesh_source;
 mod outcomes;
 mod pods;
 mod readiness;
@@ -23,7 +24,6 @@ use std::{
 
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::watch,
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
@@ -31,18 +31,18 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     admin::{AdminSocket, HttpServers, http},
     config::Config,
-    identity::{Certificates, DevCa, DevCaIssuer, RenewalSettings},
+    identity::{CaClient, Certificates, DevCa, DevCaIssuer, Issuer, RenewalSettings},
     kernel::{HostProcesses, Kernel, KernelSettings, RoutingSettings, Verdicts},
     mesh::{MeshDefaults, Revision, ShortCircuitMode, Store},
     policy::{DenyReason, PolicyName},
     proxy::{Context, OpenConnections, Workers, hbone},
     telemetry::{AccessLog, Telemetry},
-    xds::{LocalFile, LocalFileStatus},
 };
 
 use enforcer::{Enforcer, EnforcerSettings};
 pub use error::NodeError;
 use handler::{Handler, HandlerParts};
+use mesh_source::MeshSource;
 use outcomes::Outcomes;
 use pods::Pods;
 use readiness::Readiness;
@@ -103,7 +103,13 @@ pub async fn run(
     }
 
     let store = Arc::new(Store::new());
-    let source = mesh_source(&config, &short_circuit, &store, &control, &mut tasks)?;
+    let source = MeshSource::start(
+        &config,
+        defaults(&config, &short_circuit),
+        &store,
+        &control,
+        &mut tasks,
+    )?;
 
     let (kernel, events, candidates) = Kernel::attach(&kernel)?;
     let short = kernel.short_circuit();
@@ -172,7 +178,15 @@ pub async fn run(
     let workers = Workers::start(threads, pool, knobs.proxy.tls).map_err(NodeError::Threads)?;
 
     let readiness = Arc::new(Readiness::new(source.clone()));
-    count_mesh_updates(&mut tasks, &control, source.clone(), Arc::clone(&telemetry));
+    {
+        let counting = source
+            .clone()
+            .count(Arc::clone(&telemetry), control.clone());
+        tasks.spawn(async move {
+            counting.await;
+            "mesh counter"
+        });
+    }
     let pods = Arc::new(Pods::new(
         kernel,
         Arc::clone(&enforcer),
@@ -245,7 +259,7 @@ pub async fn run(
         shutdown: shutdown.clone(),
     }));
     // Requests are answered once there is a mesh to judge them by, or a reason why there is none.
-    wait_for_mesh(source).await;
+    source.first_word().await;
     pods.restore().await;
     {
         let enforcer = Arc::clone(&enforcer);
@@ -325,17 +339,19 @@ fn auto_short_circuits(tried: &Result<Verdicts, String>) -> bool {
 }
 
 fn certificates(config: &Config) -> Result<Certificates, NodeError> {
-    let directory = config.dev_ca.as_ref().ok_or(NodeError::NoCa)?;
-    let ca = DevCa::open(directory, &config.trust_domain)?;
-    tracing::warn!(
-        directory = %directory.display(),
-        "certificates come from a development CA whose key lies on this disk: not for production"
-    );
-    let issuer = DevCaIssuer::new(Arc::new(ca), config.secret_ttl);
-    Ok(Certificates::new(
-        Arc::new(issuer),
-        RenewalSettings::default(),
-    ))
+    let issuer: Arc<dyn Issuer> = match (&config.dev_ca, mesh_source::authority(config)) {
+        (Some(directory), _) => {
+            let ca = DevCa::open(directory, &config.trust_domain)?;
+            tracing::warn!(
+                directory = %directory.display(),
+                "certificates come from a development CA whose key lies on this disk: not for production"
+            );
+            Arc::new(DevCaIssuer::new(Arc::new(ca), config.secret_ttl))
+        }
+        (None, Some(channel)) => Arc::new(CaClient::new(channel, config.secret_ttl)),
+        (None, None) => return Err(NodeError::NoCa),
+    };
+    Ok(Certificates::new(issuer, RenewalSettings::default()))
 }
 
 /// Which processes are kubelet and the like.
@@ -356,15 +372,8 @@ fn host_processes(
     Ok(Some(HostProcesses::find(&config.host_netns, &pods)?))
 }
 
-fn mesh_source(
-    config: &Config,
-    tried: &Result<Verdicts, String>,
-    store: &Arc<Store>,
-    control: &CancellationToken,
-    tasks: &mut JoinSet<&'static str>,
-) -> Result<watch::Receiver<LocalFileStatus>, NodeError> {
-    let path = config.local_xds_path.as_ref().ok_or(NodeError::NoMesh)?;
-    let defaults = MeshDefaults {
+fn defaults(config: &Config, tried: &Result<Verdicts, String>) -> MeshDefaults {
+    MeshDefaults {
         trust_domain: config.trust_domain.as_str().into(),
         network: config.network.as_str().into(),
         short_circuit: config.short_circuit,
@@ -374,38 +383,7 @@ fn mesh_source(
             ShortCircuitMode::Off
         },
         ..MeshDefaults::default()
-    };
-    let (watcher, status) = LocalFile::new(path).watch(defaults, Arc::clone(store))?;
-    let control = control.clone();
-    tasks.spawn(async move {
-        watcher.run(control).await;
-        "mesh file"
-    });
-    Ok(status)
-}
-
-/// Counts the mesh files that came into force and those that could not.
-fn count_mesh_updates(
-    tasks: &mut JoinSet<&'static str>,
-    control: &CancellationToken,
-    mut source: watch::Receiver<LocalFileStatus>,
-    telemetry: Arc<Telemetry>,
-) {
-    let control = control.clone();
-    tasks.spawn(async move {
-        while let Some(Ok(())) = control.run_until_cancelled(source.changed()).await {
-            let accepted = source.borrow_and_update().error.is_none();
-            telemetry.metrics.mesh_update(accepted);
-        }
-        "mesh counter"
-    });
-}
-
-async fn wait_for_mesh(mut source: watch::Receiver<LocalFileStatus>) {
-    // An error means that the watcher has ended, which the supervisor notices.
-    let _ = source
-        .wait_for(|status| status.revision.is_some() || status.error.is_some())
-        .await;
+    }
 }
 
 /// Brings kernel and open connections in line with each new mesh.

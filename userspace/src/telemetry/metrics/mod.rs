@@ -71,6 +71,13 @@ impl Tally {
         self.with(word, |count| count.saturating_add(by));
     }
 
+    /// Makes no row of what has not happened.
+    fn add_some(&self, word: &'static str, by: u64) {
+        if by > 0 {
+            self.add(word, by);
+        }
+    }
+
     fn rows(&self) -> Vec<(Vec<String>, u64)> {
         let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         counts
@@ -129,6 +136,7 @@ struct State {
     short_circuit: Tally,
     mesh_updates: Tally,
     xds_messages: Tally,
+    xds_bytes: Tally,
     xds_terminations: Tally,
     active_pods: AtomicU64,
     pending_pods: AtomicU64,
@@ -222,14 +230,19 @@ impl Metrics {
         self.state.mesh_updates.add(result, 1);
     }
 
-    /// A message of this resource type came from istiod.
-    pub fn xds_message(&self, type_url: &'static str) {
-        self.state.xds_messages.add(type_url, 1);
+    /// So many messages of this resource type came from the control plane.
+    pub fn xds_messages(&self, type_url: &'static str, count: u64) {
+        self.state.xds_messages.add_some(type_url, count);
     }
 
-    /// The connection to istiod ended.
-    pub fn xds_terminated(&self, reason: &'static str) {
-        self.state.xds_terminations.add(reason, 1);
+    /// They had so many bytes.
+    pub fn xds_bytes(&self, type_url: &'static str, count: u64) {
+        self.state.xds_bytes.add_some(type_url, count);
+    }
+
+    /// So many connections to the control plane ended for this reason.
+    pub fn xds_terminated(&self, reason: &'static str, count: u64) {
+        self.state.xds_terminations.add_some(reason, count);
     }
 
     /// How many pods are served, and how many wait to be.
@@ -319,6 +332,7 @@ impl Collector for Exposition {
         put(&reference::RECEIVED, traffic(|series| &series.received))?;
         put(&reference::BUILD, vec![(build, 1)])?;
         put(&reference::XDS_MESSAGES, state.xds_messages.rows())?;
+        put(&reference::XDS_BYTES, state.xds_bytes.rows())?;
         put(&reference::XDS_TERMINATIONS, state.xds_terminations.rows())?;
         put(&reference::ACTIVE_PODS, loaded(&state.active_pods))?;
         put(&reference::PENDING_PODS, loaded(&state.pending_pods))?;

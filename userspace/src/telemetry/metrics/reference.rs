@@ -85,6 +85,7 @@ metrics! {
     RECEIVED = Counter "istio_tcp_received_bytes" TRAFFIC_LABELS, "Bytes from client to server (received during request), counted while connections are open.";
     BUILD = Gauge "istio_build" &["component", "tag"], "Always 1; the labels name this build.";
     XDS_MESSAGES = Counter "istio_xds_message" &["url"], "Messages received from istiod, by resource type.";
+    XDS_BYTES = Counter "istio_xds_message_bytes" &["url"], "Bytes of those messages.";
     XDS_TERMINATIONS = Counter "istio_xds_connection_terminations" &["reason"], "Ends of the connection to istiod.";
     ACTIVE_PODS = Gauge "workload_manager_active_proxy_count" &[], "Pods that are served.";
     PENDING_PODS = Gauge "workload_manager_pending_proxy_count" &[], "Pods whose enrolment is not complete.";

@@ -207,8 +207,9 @@ fn what_is_exposed_is_what_is_listed() {
     metrics.opened(&record("a", "b")).close(&record("a", "b"));
     metrics.revoked(FlowPath::Hbone);
     metrics.mesh_update(false);
-    metrics.xds_message("type");
-    metrics.xds_terminated("error");
+    metrics.xds_messages("type", 1);
+    metrics.xds_bytes("type", 1);
+    metrics.xds_terminated("error", 1);
     metrics.pods(1, 0);
     metrics.set_kernel_source(|| KernelCounters {
         decisions: vec![("no_claim", 3)],
