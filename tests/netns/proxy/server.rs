@@ -7,7 +7,7 @@ use culvert::{
     identity::DevCa,
     policy::Identity,
     proxy::{
-        hbone::{ServerSettings, Stop, serve},
+        hbone::{Incoming, ServerSettings, Stop, serve},
         tls,
     },
 };
@@ -24,8 +24,25 @@ pub struct Impostor {
 }
 
 impl Impostor {
-    /// Presents a certificate of `identity`.
+    /// Presents a certificate of `identity`, and sends back what it is sent.
     pub fn start(pod: &Pod, ca: &DevCa, identity: &Identity) -> Result<Self> {
+        Self::with(pod, ca, identity, echo)
+    }
+
+    /// Sends what it was asked to connect to, as a waypoint would have to know it.
+    pub fn telling(pod: &Pod, ca: &DevCa, identity: &Identity) -> Result<Self> {
+        Self::with(pod, ca, identity, tell)
+    }
+
+    fn with<F>(
+        pod: &Pod,
+        ca: &DevCa,
+        identity: &Identity,
+        handler: impl Fn(Incoming) -> F + Clone + Send + 'static,
+    ) -> Result<Self>
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
         let listener = pod.in_netns(|| StdListener::bind(("0.0.0.0", TUNNEL_PORT)))??;
         listener.set_nonblocking(true)?;
         let certificate = std::sync::Arc::new(ca.issue(identity, SOON * 20, SystemTime::now())?);
@@ -43,11 +60,12 @@ impl Impostor {
                     until.close.run_until_cancelled(listener.accept()).await
                 {
                     let (config, stop) = (config.clone(), until.clone());
+                    let handler = handler.clone();
                     tunnels.spawn(async move {
                         if let Ok(accepted) =
                             tls::accept(stream, config, SOON, tls::TestKnobs::default()).await
                         {
-                            serve(accepted.stream, ServerSettings::default(), stop, echo).await;
+                            serve(accepted.stream, ServerSettings::default(), stop, handler).await;
                         }
                     });
                 }
@@ -69,10 +87,18 @@ impl Drop for Impostor {
     }
 }
 
-async fn echo(incoming: culvert::proxy::hbone::Incoming) {
+async fn echo(incoming: Incoming) {
     if let Ok(stream) = incoming.accept() {
         let (mut read, mut write) = tokio::io::split(stream);
         let _ = tokio::io::copy(&mut read, &mut write).await;
         let _ = tokio::io::AsyncWriteExt::shutdown(&mut write).await;
+    }
+}
+
+async fn tell(incoming: Incoming) {
+    let target = incoming.connect().target.to_string();
+    if let Ok(mut stream) = incoming.accept() {
+        let _ = tokio::io::AsyncWriteExt::write_all(&mut stream, target.as_bytes()).await;
+        let _ = tokio::io::AsyncWriteExt::shutdown(&mut stream).await;
     }
 }

@@ -17,6 +17,7 @@ mod passthrough;
 mod pod;
 pub mod relay;
 mod report;
+mod route;
 pub mod tls;
 mod workers;
 

@@ -1,14 +1,7 @@
-//! Out of a pod: which way a connection goes, and taking it there.
+//! Out of a pod: taking a connection the way that `route` says.
 
-use std::{
-    collections::hash_map::RandomState,
-    hash::{BuildHasher as _, Hasher as _},
-    net::SocketAddr,
-    sync::Arc,
-    time::Duration,
-};
+use std::{net::SocketAddr, time::Duration};
 
-use culvert_abi::{HBONE_PORT, OWN_PORTS};
 use tokio::{net::TcpStream, time::timeout};
 
 use super::{
@@ -18,35 +11,17 @@ use super::{
     passthrough,
     pod::Ours,
     report::Report,
+    route::{Route, Tunnel, TunnelEnd, route},
     tls::ExpectedServer,
 };
 use crate::{
-    mesh::{Destination, LoadBalancerMode, Mesh, Revision, Service, TunnelProtocol, Workload},
+    mesh::{Revision, Workload},
     policy::{Decision, DenyReason},
     telemetry::{Direction, FlowPath, Reporter, ResponseFlags},
 };
 
 /// How long a connection waits for its pod's first certificate.
 const CERTIFICATE_DEADLINE: Duration = Duration::from_secs(10);
-
-/// Where a connection goes.
-#[derive(Debug)]
-enum Route {
-    /// Through a tunnel to this workload.
-    Tunnel {
-        workload: Arc<Workload>,
-        target: SocketAddr,
-        service: Option<Arc<Service>>,
-    },
-    /// As plain TCP.
-    Plain {
-        workload: Option<Arc<Workload>>,
-        target: SocketAddr,
-        service: Option<Arc<Service>>,
-    },
-    /// Nowhere.
-    Nowhere(&'static str),
-}
 
 pub(super) async fn handle(ours: Ours, stream: TcpStream) {
     let Ok(Arrival {
@@ -99,15 +74,17 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream) {
             report.service(service.as_deref());
             passthrough::carry(&ours, stream, source, target, report).await;
         }
-        Route::Tunnel {
-            workload,
-            target,
-            service,
-        } => {
+        Route::Tunnel(tunnel) => {
             report.describe(Direction::Outbound, Reporter::Source, FlowPath::Hbone);
-            report.destination(Some(&workload), Some(workload.identity()));
-            report.service(service.as_deref());
-            if let Some(evaluation) = ours.context.judge.judge(&ours.pod, source.ip(), target)
+            let end = &tunnel.end;
+            report.destination(Some(&end.workload), Some(end.workload.identity()));
+            report.service(tunnel.service.as_deref());
+            // What a waypoint lets through is the waypoint's to say.
+            if !tunnel.is_waypoint
+                && let Some(evaluation) =
+                    ours.context
+                        .judge
+                        .judge(&ours.pod, source.ip(), tunnel.target)
                 && let Decision::Deny(reason) = evaluation.decision
                 && ours.context.knobs.asks_policy()
             {
@@ -119,115 +96,22 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream) {
                 report.denied(&format!("policy denies: {reason}"), policy);
                 return;
             }
-            tunnel(
-                &ours,
-                stream,
-                source,
-                &workload,
-                target,
-                service.as_deref(),
-                client.as_deref(),
-                report,
-            )
-            .await;
+            carry(&ours, stream, source, &tunnel, client.as_deref(), report).await;
         }
     }
 }
 
-/// Decides the way: service by its rules, workload by what it speaks, everything else as it is.
-///
-/// `chosen` is the endpoint that the kernel part has chosen already, so that the shares are those of one choice, not of two.
-fn route(
-    mesh: &Mesh,
-    network: &str,
-    destination: SocketAddr,
-    client: Option<&Workload>,
-    chosen: Option<SocketAddr>,
-) -> Route {
-    match mesh.lookup(network, destination.ip(), client) {
-        Destination::Unknown => Route::Plain {
-            workload: None,
-            target: destination,
-            service: None,
-        },
-        Destination::Workload(workload) => to_workload(workload, destination, network, None),
-        Destination::Service(service) if service.waypoint.is_some() => {
-            Route::Nowhere("the service is behind a waypoint, which this version cannot reach yet")
-        }
-        Destination::Service(service)
-            if service.load_balancer.mode == LoadBalancerMode::Passthrough =>
-        {
-            Route::Plain {
-                workload: None,
-                target: destination,
-                service: Some(service),
-            }
-        }
-        Destination::Service(service) => {
-            // The mesh may have changed since: what is not a candidate any more is not taken.
-            let chosen = chosen.and_then(|chosen| {
-                let workload = mesh.endpoint_at(&service, destination, client, chosen)?;
-                Some((workload, chosen))
-            });
-            match chosen
-                .or_else(|| mesh.choose_endpoint(&service, destination, client, &mut random))
-            {
-                Some((workload, target)) => to_workload(workload, target, network, Some(service)),
-                None => Route::Nowhere("the service has no healthy endpoint for this port"),
-            }
-        }
-    }
-}
-
-fn to_workload(
-    workload: Arc<Workload>,
-    target: SocketAddr,
-    network: &str,
-    service: Option<Arc<Service>>,
-) -> Route {
-    if service.is_none() && workload.waypoint.is_some() {
-        return Route::Nowhere(
-            "the workload is behind a waypoint, which this version cannot reach yet",
-        );
-    }
-    if *workload.network != *network {
-        return Route::Nowhere(
-            "the workload is on another network, which this version cannot reach yet",
-        );
-    }
-    if OWN_PORTS.contains(&target.port()) && workload.protocol == TunnelProtocol::Hbone {
-        return Route::Nowhere("the port belongs to the agent of the destination");
-    }
-    match workload.protocol {
-        TunnelProtocol::Hbone => Route::Tunnel {
-            workload,
-            target,
-            service,
-        },
-        TunnelProtocol::Tcp => Route::Plain {
-            workload: Some(workload),
-            target,
-            service,
-        },
-    }
-}
-
-#[expect(
-    clippy::too_many_arguments,
-    reason = "each is one thing that the request or the report names"
-)]
-async fn tunnel(
+/// Carries a connection through a tunnel.
+async fn carry(
     ours: &Ours,
     stream: TcpStream,
     source: SocketAddr,
-    workload: &Workload,
-    target: SocketAddr,
-    service: Option<&Service>,
+    tunnel: &Tunnel,
     client: Option<&Workload>,
     mut report: Report,
 ) {
-    let tunnel_address = SocketAddr::new(target.ip(), HBONE_PORT);
-    report.through_tunnel(tunnel_address, target);
+    let Tunnel { end, target, .. } = tunnel;
+    report.through_tunnel(end.address, *target);
     let ready = timeout(
         CERTIFICATE_DEADLINE,
         ours.context.certificates.ready(&ours.pod.identity),
@@ -253,13 +137,13 @@ async fn tunnel(
             );
         }
     };
-    let from = dial::tunnel_source(&ours.pod, source.ip(), target.ip());
+    let from = dial::tunnel_source(&ours.pod, source.ip(), end.address.ip());
     let key = PoolKey {
         from,
         source: ours.pod.uid().as_str().into(),
         identity: ours.pod.identity.clone(),
-        destination: tunnel_address,
-        expected: expected(workload, service),
+        destination: end.address,
+        expected: expected(end),
     };
     let request = ConnectRequest {
         authority: target.to_string(),
@@ -268,7 +152,8 @@ async fn tunnel(
         traceparent: None,
     };
     let sockets = ours.pod.sockets.clone();
-    let dial = move || dial::tunnel(sockets.clone(), from, tunnel_address);
+    let to = end.address;
+    let dial = move || dial::tunnel(sockets.clone(), from, to);
     let connecting = ours.worker.pool.connect(&key, &certificate, &request, dial);
     let connected = tokio::select! {
         connected = connecting => connected,
@@ -291,11 +176,9 @@ async fn tunnel(
 }
 
 /// Whom the tunnel's other end may be.
-fn expected(workload: &Workload, service: Option<&Service>) -> ExpectedServer {
-    let mut identities = vec![workload.identity().clone()];
-    let names = service
-        .into_iter()
-        .flat_map(|service| service.subject_alt_names.iter());
+fn expected(end: &TunnelEnd) -> ExpectedServer {
+    let mut identities = vec![end.workload.identity().clone()];
+    let names = end.service.iter().flat_map(|it| &it.subject_alt_names);
     identities.extend(names.filter_map(|name| crate::policy::Identity::parse(name).ok()));
     ExpectedServer::any_of(identities)
 }
@@ -336,9 +219,4 @@ fn baggage(client: &Workload) -> String {
     .map(|(name, value)| format!("{name}={}", encoded(value)))
     .collect::<Vec<_>>()
     .join(",")
-}
-
-/// Good enough to balance load; not for secrets.
-fn random() -> u64 {
-    RandomState::new().build_hasher().finish()
 }

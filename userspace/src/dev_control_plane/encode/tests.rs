@@ -1,6 +1,5 @@
 //! From the mesh file through encoding and decoding, field by field.
 
-
 use super::*;
 use crate::mesh::{Mesh, MeshDefaults, ServiceName};
 use crate::policy::PolicyName;
