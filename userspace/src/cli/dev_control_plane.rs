@@ -47,6 +47,7 @@ pub fn dev_control_plane(
         trust_domain: args.trust_domain,
         names: args.names,
         token: args.token,
+        behaviour: args.behaviour,
     };
     runtime.block_on(serve(options))
 }

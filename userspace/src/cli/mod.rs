@@ -206,6 +206,9 @@ pub struct DevControlPlaneArgs {
     /// File with the bearer token that agents must send; without it everybody is admitted
     #[arg(long, value_name = "FILE")]
     pub token: Option<PathBuf>,
+    /// For tests: file that says what to do wrong, followed as it changes; without the file it behaves
+    #[arg(long, value_name = "FILE")]
+    pub behaviour: Option<PathBuf>,
     /// Trust domain of the CA and of workloads that name none
     #[arg(long, value_name = "NAME", default_value = "cluster.local")]
     pub trust_domain: String,

@@ -6,11 +6,13 @@ use std::time::{Duration, SystemTime};
 
 use prost_types::value::Kind;
 use rustls::pki_types::CertificateDer;
+use tokio::sync::watch;
 use tonic::{Request, Response, Status};
 
+use super::behaviour::{Behaviour, CaFault};
 use super::gate::Gate;
-use crate::identity::DevCa;
 use crate::identity::dev_ca::{DevCaError, SigningRequest};
+use crate::identity::{DevCa, Validity};
 use crate::policy::Identity;
 use crate::wire::istio::v1::auth::istio_certificate_service_server::IstioCertificateService;
 use crate::wire::istio::v1::auth::{IstioCertificateRequest, IstioCertificateResponse};
@@ -28,40 +30,97 @@ const MOST_REQUEST_BYTES: usize = 16 * 1024;
 pub struct Authority {
     ca: Arc<DevCa>,
     gate: Gate,
+    behaviour: watch::Receiver<Arc<Behaviour>>,
+}
+
+/// What is to be signed and handed out.
+struct Grant {
+    ca: Arc<DevCa>,
+    identity: Identity,
+    validity: Validity,
+    with_roots: bool,
 }
 
 impl Authority {
     /// Signs with `ca`.
-    pub fn new(ca: Arc<DevCa>, gate: Gate) -> Self {
-        Self { ca, gate }
+    pub fn new(ca: Arc<DevCa>, gate: Gate, behaviour: watch::Receiver<Arc<Behaviour>>) -> Self {
+        Self {
+            ca,
+            gate,
+            behaviour,
+        }
     }
 
-    fn certificate(&self, request: &IstioCertificateRequest) -> Result<Vec<String>, Status> {
-        let invalid = |error: &dyn std::fmt::Display| Status::invalid_argument(error.to_string());
+    /// The chain for a request, leaf first.
+    fn chain(
+        &self,
+        request: &IstioCertificateRequest,
+        faults: &[CaFault],
+    ) -> Result<Vec<String>, Status> {
         if request.csr.len() > MOST_REQUEST_BYTES {
-            let reason = format!(
+            return Err(Status::invalid_argument(format!(
                 "a certificate signing request of {} bytes; {MOST_REQUEST_BYTES} are allowed",
                 request.csr.len()
-            );
-            return Err(invalid(&reason));
+            )));
         }
-        let signing = SigningRequest::from_pem(&request.csr).map_err(|error| invalid(&error))?;
-        let impersonated = impersonated(request)?;
-        if *signing.identity() != impersonated {
-            return Err(invalid(&format!(
-                "the certificate signing request asks for {}, {IMPERSONATED} for {impersonated}; they must be the same",
+        let signing = SigningRequest::from_pem(&request.csr)
+            .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let identity = impersonated(request)?;
+        if *signing.identity() != identity {
+            return Err(Status::invalid_argument(format!(
+                "the certificate signing request asks for {}, {IMPERSONATED} for {identity}; they must be the same",
                 signing.identity()
             )));
         }
         let validity = self.ca.validity_from(SystemTime::now(), lifetime(request));
-        let leaf =
-            validity.and_then(|validity| self.ca.sign_request(&signing, &impersonated, validity));
-        let leaf = leaf.map_err(|error| refusal(&error))?;
+        let mut grant = Grant {
+            ca: Arc::clone(&self.ca),
+            identity,
+            validity: validity.map_err(|error| refusal(&error))?,
+            with_roots: true,
+        };
+        for fault in faults {
+            grant.distort(fault)?;
+        }
+        grant.carry_out(&signing).map_err(|error| refusal(&error))
+    }
+}
+
+impl Grant {
+    fn distort(&mut self, fault: &CaFault) -> Result<(), Status> {
+        let impossible = || Status::internal("cannot misbehave as told");
+        match fault {
+            CaFault::DelayMs(_) => {}
+            CaFault::Refuse => return Err(Status::permission_denied("told to refuse")),
+            CaFault::OtherIdentity => {
+                self.identity = Identity::new(self.ca.trust_domain(), "somewhere", "else")
+                    .map_err(|_| impossible())?;
+            }
+            CaFault::Expired => {
+                let ago =
+                    |hours: u64| SystemTime::now().checked_sub(Duration::from_secs(hours * 3600));
+                let (not_before, not_after) = ago(2).zip(ago(1)).ok_or_else(impossible)?;
+                self.validity = Validity {
+                    not_before,
+                    not_after,
+                };
+            }
+            CaFault::OtherRoot => {
+                let other = DevCa::in_memory(self.ca.trust_domain(), SystemTime::now());
+                self.ca = Arc::new(other.map_err(|error| refusal(&error))?);
+            }
+            CaFault::LeafOnly => self.with_roots = false,
+        }
+        Ok(())
+    }
+
+    fn carry_out(&self, signing: &SigningRequest) -> Result<Vec<String>, DevCaError> {
+        let leaf = self
+            .ca
+            .sign_request(signing, &self.identity, self.validity)?;
         let roots = self.ca.roots().certificates();
-        Ok(std::iter::once(&leaf)
-            .chain(roots.iter())
-            .map(pem)
-            .collect())
+        let roots = roots.iter().filter(|_| self.with_roots);
+        Ok(std::iter::once(&leaf).chain(roots).map(pem).collect())
     }
 }
 
@@ -72,13 +131,20 @@ impl IstioCertificateService for Authority {
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
         self.gate.admit(request.metadata()).await?;
-        let outcome = self.certificate(request.get_ref());
-        match &outcome {
-            Ok(_) => tracing::debug!("a certificate was issued"),
-            Err(status) => tracing::warn!(reason = status.message(), "a certificate was refused"),
+        let behaviour = Arc::clone(&self.behaviour.borrow());
+        if let Some(delay) = behaviour.ca_delay() {
+            tokio::time::sleep(delay).await;
         }
-        let cert_chain = outcome?;
-        Ok(Response::new(IstioCertificateResponse { cert_chain }))
+        match self.chain(request.get_ref(), &behaviour.ca) {
+            Ok(cert_chain) => {
+                tracing::debug!("a certificate was issued");
+                Ok(Response::new(IstioCertificateResponse { cert_chain }))
+            }
+            Err(status) => {
+                tracing::warn!(reason = status.message(), "a certificate was refused");
+                Err(status)
+            }
+        }
     }
 }
 

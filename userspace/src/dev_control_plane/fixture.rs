@@ -42,6 +42,7 @@ impl ControlPlane {
             trust_domain: "cluster.local".to_owned(),
             names: Vec::new(),
             token,
+            behaviour: None,
         };
         Stopped { directory, options }.start(mesh).await
     }

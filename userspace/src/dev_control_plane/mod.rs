@@ -4,9 +4,11 @@
 //! the disk. Called by `cli::dev_control_plane`; nothing of the agent depends on it.
 //!
 //! `encode` turns resources into messages, `snapshot` names and versions them, `session` decides what a client is sent, `xds` and `ca` are
-//! the two services, `server` the TLS in front of them.
+//! the two services, `server` the TLS in front of them. `behaviour` says what tests want it to do wrong, `distort` does that to resources.
 
+mod behaviour;
 pub(crate) mod ca;
+mod distort;
 mod encode;
 mod gate;
 mod publish;
@@ -27,14 +29,17 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use futures_util::stream::unfold;
+use rustls::ServerConfig;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 
+use self::behaviour::{Behaviour, BehaviourError};
 use self::ca::Authority;
 use self::gate::Gate;
+use self::server::Connection;
 use self::xds::Discovery;
 use crate::identity::{DevCa, DevCaError};
 use crate::mesh::{MeshDefaults, Store};
@@ -69,6 +74,8 @@ pub struct Options {
     pub names: Vec<String>,
     /// The file with the bearer token that clients must send; without one everybody is admitted.
     pub token: Option<PathBuf>,
+    /// The file that says what to do wrong.
+    pub behaviour: Option<PathBuf>,
 }
 
 /// What clients need to know.
@@ -100,6 +107,9 @@ pub enum ControlPlaneError {
     /// The mesh file.
     #[error(transparent)]
     Mesh(#[from] LocalFileError),
+    /// The behaviour file.
+    #[error(transparent)]
+    Behaviour(#[from] BehaviourError),
     /// The server's certificate.
     #[error("TLS cannot be set up: {0}")]
     Tls(#[from] rustls::Error),
@@ -118,57 +128,34 @@ pub async fn run(
     shutdown: CancellationToken,
 ) -> Result<(), ControlPlaneError> {
     let ca = Arc::new(DevCa::open(&options.dev_ca, &options.trust_domain)?);
-    let root = options.dev_ca.join(ROOT);
-    write_root(&ca, &root).map_err(|error| ControlPlaneError::Root {
-        path: root.clone(),
-        error,
-    })?;
-    let failed = |error| ControlPlaneError::Listen(options.listen, error);
-    let listener = TcpListener::bind(options.listen).await.map_err(failed)?;
-    let address = listener.local_addr().map_err(failed)?;
-    let validity = ca.validity_from(SystemTime::now(), SERVER_LIFETIME)?;
-    let (certificate, key) = ca.issue_server(&names(&options.names, address), validity)?;
-    let tls = server::tls_config(certificate, key)?;
-
-    let mut tasks = JoinSet::new();
+    let root = write_root(&ca, &options.dev_ca)?;
+    let (listener, address) = listen(options.listen).await?;
+    let tls = tls(&ca, &names(&options.names, address))?;
+    let behaviour = options.behaviour.as_deref().map(Behaviour::load);
+    let (behaves, behaviour) = watch::channel(Arc::new(behaviour.transpose()?.unwrap_or_default()));
+    let (publishes, published) = watch::channel(None);
+    let (accepts, accepted) = mpsc::channel(MOST_ACCEPTED);
     let store = Arc::new(Store::new());
     let defaults = MeshDefaults {
         trust_domain: options.trust_domain.as_str().into(),
         ..MeshDefaults::default()
     };
     let (watcher, _status) = LocalFile::new(&options.mesh).watch(defaults, Arc::clone(&store))?;
-    let (sender, published) = watch::channel(None);
-    let (accepted, connections) = mpsc::channel(MOST_ACCEPTED);
-    tasks.spawn(named("mesh file", watcher.run(shutdown.clone())));
-    tasks.spawn(named(
-        "publisher",
-        publish::run(store, sender, shutdown.clone()),
-    ));
-    tasks.spawn(named(
-        "listener",
-        server::accept(listener, tls, accepted, shutdown.clone()),
-    ));
 
     let gate = Gate::new(options.token);
     let discovery = Discovery::new(published, gate.clone(), shutdown.clone());
-    let discovery = AggregatedDiscoveryServiceServer::new(discovery)
-        .max_decoding_message_size(MOST_REQUEST_BYTES);
-    let serving = Server::builder()
-        .http2_keepalive_interval(Some(KEEPALIVE))
-        .add_service(discovery)
-        .add_service(IstioCertificateServiceServer::new(Authority::new(ca, gate)))
-        .serve_with_incoming_shutdown(
-            unfold(connections, |mut connections| async {
-                let connection = connections.recv().await?;
-                Some((Ok::<_, io::Error>(connection), connections))
-            }),
-            shutdown.clone().cancelled_owned(),
-        );
-    tasks.spawn(named("services", async {
-        if let Err(error) = serving.await {
-            tracing::error!(%error, "the services ended");
-        }
-    }));
+    let authority = Authority::new(ca, gate, behaviour.clone());
+    let mut tasks = JoinSet::new();
+    let end = || shutdown.clone();
+    tasks.spawn(named("mesh file", watcher.run(end())));
+    let follow = behaviour::follow(options.behaviour, behaves, end());
+    tasks.spawn(named("behaviour file", follow));
+    let publish = publish::run(store, behaviour, publishes, end());
+    tasks.spawn(named("publisher", publish));
+    let accept = server::accept(listener, tls, accepts, end());
+    tasks.spawn(named("listener", accept));
+    let serve = serve(discovery, authority, accepted, end());
+    tasks.spawn(named("services", serve));
     listening(Listening { address, root });
 
     let outcome = tokio::select! {
@@ -186,6 +173,29 @@ pub async fn run(
     // Who still holds a connection then loses it with the tasks.
     let _ = tokio::time::timeout(GRACE, all_ended).await;
     outcome
+}
+
+async fn serve(
+    discovery: Discovery,
+    authority: Authority,
+    accepted: mpsc::Receiver<Connection>,
+    shutdown: CancellationToken,
+) {
+    let discovery = AggregatedDiscoveryServiceServer::new(discovery)
+        .max_decoding_message_size(MOST_REQUEST_BYTES);
+    let connections = unfold(accepted, |mut accepted| async {
+        let connection = accepted.recv().await?;
+        Some((Ok::<_, io::Error>(connection), accepted))
+    });
+    let served = Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .add_service(discovery)
+        .add_service(IstioCertificateServiceServer::new(authority))
+        .serve_with_incoming_shutdown(connections, shutdown.cancelled_owned())
+        .await;
+    if let Err(error) = served {
+        tracing::error!(%error, "the services ended");
+    }
 }
 
 /// The part's name, once it has ended.
@@ -210,13 +220,29 @@ fn names(asked: &[String], address: SocketAddr) -> Vec<String> {
     names
 }
 
-/// By a rename, so that nobody reads half of it. Public, unlike what else lies in that directory.
-fn write_root(ca: &DevCa, path: &Path) -> io::Result<()> {
+async fn listen(at: SocketAddr) -> Result<(TcpListener, SocketAddr), ControlPlaneError> {
+    let failed = |error| ControlPlaneError::Listen(at, error);
+    let listener = TcpListener::bind(at).await.map_err(failed)?;
+    let address = listener.local_addr().map_err(failed)?;
+    Ok((listener, address))
+}
+
+fn tls(ca: &DevCa, names: &[String]) -> Result<Arc<ServerConfig>, ControlPlaneError> {
+    let validity = ca.validity_from(SystemTime::now(), SERVER_LIFETIME)?;
+    let (certificate, key) = ca.issue_server(names, validity)?;
+    Ok(server::tls_config(certificate, key)?)
+}
+
+/// Writes the root certificate beside the CA's key, and returns where. By a rename, so that nobody reads half of it.
+fn write_root(ca: &DevCa, directory: &Path) -> Result<PathBuf, ControlPlaneError> {
+    let path = directory.join(ROOT);
     let text: String = ca.roots().certificates().iter().map(ca::pem).collect();
-    if std::fs::read_to_string(path).is_ok_and(|known| known == text) {
-        return Ok(());
+    if std::fs::read_to_string(&path).is_ok_and(|known| known == text) {
+        return Ok(path);
     }
     let new = path.with_extension(format!("pem.{}", std::process::id()));
-    std::fs::write(&new, text)?;
-    std::fs::rename(&new, path)
+    match std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, &path)) {
+        Ok(()) => Ok(path),
+        Err(error) => Err(ControlPlaneError::Root { path, error }),
+    }
 }

@@ -159,6 +159,14 @@ impl Snapshot {
             Kind::Authorization => &self.authorizations,
         }
     }
+
+    /// Those of one type, to change them.
+    pub fn resources_mut(&mut self, kind: Kind) -> &mut Resources {
+        match kind {
+            Kind::Address => &mut self.addresses,
+            Kind::Authorization => &mut self.authorizations,
+        }
+    }
 }
 
 /// The version of this encoding. The hasher's keys are fixed; another release of the compiler may hash otherwise, and then everything

@@ -20,7 +20,7 @@ use tonic::{Code, Request, Status, Streaming};
 
 use super::*;
 use crate::identity::certificate::PROVIDER;
-use crate::identity::{Roots, WorkloadCertificate};
+use crate::identity::{Roots, Validity, WorkloadCertificate, spiffe};
 use crate::wire::envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use crate::wire::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use crate::wire::istio::v1::auth::istio_certificate_service_client::IstioCertificateServiceClient;
@@ -54,6 +54,7 @@ impl ControlPlane {
             trust_domain: "cluster.local".to_owned(),
             names: Vec::new(),
             token,
+            behaviour: Some(path("behaviour.yaml")),
         };
         let shutdown = CancellationToken::new();
         let (told, listening) = oneshot::channel();
@@ -123,6 +124,68 @@ fn write_mesh(directory: &Path, node: &str) {
     let new = directory.join("mesh.yaml.new");
     std::fs::write(&new, text).unwrap();
     std::fs::rename(&new, directory.join("mesh.yaml")).unwrap();
+}
+
+fn misbehave(plane: &ControlPlane, text: &str) {
+    let new = plane.directory.path().join("behaviour.new");
+    std::fs::write(&new, text).unwrap();
+    std::fs::rename(&new, plane.directory.path().join("behaviour.yaml")).unwrap();
+}
+
+/// Asks until the answer is what the behaviour makes of it.
+async fn certificate_becomes(plane: &ControlPlane, expected: impl Fn(&Leaf) -> bool) {
+    let became = async {
+        loop {
+            let answer = plane.certificate(signing_request(CART).0).await;
+            if expected(&Leaf::of(plane, answer)) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, became).await.unwrap();
+}
+
+/// What is to be seen of an answer of the CA.
+#[derive(Debug, PartialEq)]
+enum Leaf {
+    Refused(Code),
+    Given {
+        identity: String,
+        expired: bool,
+        certificates: usize,
+        own_root: bool,
+    },
+}
+
+impl Leaf {
+    fn of(plane: &ControlPlane, answer: Result<IstioCertificateResponse, Status>) -> Self {
+        let chain = match answer {
+            Ok(answer) => answer.cert_chain,
+            Err(status) => return Self::Refused(status.code()),
+        };
+        let root = CertificateDer::from_pem_file(&plane.listening.root).unwrap();
+        let der: Vec<_> = chain
+            .iter()
+            .map(|pem| CertificateDer::from_pem_slice(pem.as_bytes()).unwrap())
+            .collect();
+        let leaf = spiffe::parse(&der[0]).unwrap();
+        Self::Given {
+            identity: spiffe::identity_in(&leaf).unwrap().to_string(),
+            expired: Validity::of(&leaf).unwrap().expired(SystemTime::now()),
+            certificates: der.len(),
+            own_root: der.last() == Some(&root),
+        }
+    }
+
+    fn given(identity: &str, expired: bool, certificates: usize, own_root: bool) -> Self {
+        Self::Given {
+            identity: identity.to_owned(),
+            expired,
+            certificates,
+            own_root,
+        }
+    }
 }
 
 /// A stream of xDS that asks for all addresses.
@@ -303,5 +366,65 @@ async fn only_who_has_the_token_is_admitted() {
     assert_eq!(refused.code(), Code::Unauthenticated);
     let mut agent = Agent::connect(&plane, Some("s3cret")).await.unwrap();
     assert_eq!(agent.next().await.unwrap().resources.len(), 2);
+    plane.end().await;
+}
+
+#[tokio::test]
+async fn the_ca_misbehaves_as_told_and_then_no_more() {
+    let plane = ControlPlane::start(None).await;
+    let other = "spiffe://cluster.local/ns/somewhere/sa/else";
+    for (fault, expected) in [
+        ("refuse", Leaf::Refused(Code::PermissionDenied)),
+        ("other-identity", Leaf::given(other, false, 2, true)),
+        ("expired", Leaf::given(CART, true, 2, true)),
+        ("other-root", Leaf::given(CART, false, 2, false)),
+        ("leaf-only", Leaf::given(CART, false, 1, false)),
+    ] {
+        misbehave(&plane, &format!("ca: [{fault}]"));
+        certificate_becomes(&plane, |leaf| *leaf == expected).await;
+    }
+    std::fs::remove_file(plane.directory.path().join("behaviour.yaml")).unwrap();
+    certificate_becomes(&plane, |leaf| *leaf == Leaf::given(CART, false, 2, true)).await;
+    plane.end().await;
+}
+
+#[tokio::test]
+async fn xds_misbehaves_as_told_and_then_no_more() {
+    let plane = ControlPlane::start(None).await;
+    let mut agent = Agent::connect(&plane, None).await.unwrap();
+    assert_eq!(agent.next().await.unwrap().resources.len(), 2);
+
+    // One resource is spoilt, and then whole again; the other is left alone.
+    misbehave(&plane, "xds: [{garbage: web}]");
+    let spoilt = agent.next().await.unwrap().resources;
+    assert_eq!(spoilt.len(), 1);
+    let value = &spoilt[0].resource.as_ref().unwrap().value;
+    assert!(workload::Address::decode(value.as_slice()).is_err());
+    misbehave(&plane, "");
+    let whole = [("web".to_owned(), "n1".to_owned())];
+    assert_eq!(workloads(&agent.next().await.unwrap()), whole);
+
+    // Nothing is heard while the stream is stalled; then what was missed.
+    // A behaviour that the CA shows is that of each later mesh.
+    misbehave(&plane, "xds: [stall]\nca: [leaf-only]");
+    certificate_becomes(&plane, |leaf| *leaf == Leaf::given(CART, false, 1, false)).await;
+    write_mesh(plane.directory.path(), "n2");
+    let silence = tokio::time::timeout(Duration::from_millis(500), agent.responses.message());
+    assert!(silence.await.is_err());
+    misbehave(&plane, "xds: [wrong-version, wrong-response-type]");
+    let late = agent.next().await.unwrap();
+    assert_eq!(late.resources.len(), 2);
+    assert_ne!(late.type_url, ADDRESS);
+    assert!(
+        late.resources
+            .iter()
+            .all(|resource| resource.version == "0")
+    );
+
+    // Four responses were sent.
+    misbehave(&plane, "xds: [{reset-after: 4}]\nca: [expired]");
+    certificate_becomes(&plane, |leaf| *leaf == Leaf::given(CART, true, 2, true)).await;
+    write_mesh(plane.directory.path(), "n3");
+    assert_eq!(agent.next().await.unwrap_err().code(), Code::Unavailable);
     plane.end().await;
 }

@@ -11,10 +11,10 @@ use futures_util::stream::unfold;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::distort;
 use super::gate::Gate;
-use super::publish::Published;
+use super::publish::{Published, View};
 use super::session::{Feedback, Session, SessionError};
-use super::snapshot::Snapshot;
 use crate::wire::envoy::service::discovery::v3::aggregated_discovery_service_server::AggregatedDiscoveryService;
 use crate::wire::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
@@ -54,8 +54,9 @@ impl AggregatedDiscoveryService for Discovery {
             requests: request.into_inner(),
             published: self.published.clone(),
             session: Session::default(),
-            snapshot: None,
+            view: None,
             node: String::new(),
+            sent: 0,
             shutdown: self.shutdown.clone(),
         };
         let responses = unfold(Some(client), |client| async {
@@ -75,10 +76,12 @@ struct Client {
     requests: Streaming<DeltaDiscoveryRequest>,
     published: Published,
     session: Session,
-    /// What the client is told of.
-    snapshot: Option<Arc<Snapshot>>,
+    /// What the client is told.
+    view: Option<Arc<View>>,
     /// What it calls itself.
     node: String,
+    /// How many responses it got.
+    sent: u32,
     shutdown: CancellationToken,
 }
 
@@ -91,31 +94,25 @@ enum End {
 impl Client {
     /// Waits for the next response.
     async fn next(&mut self) -> Result<DeltaDiscoveryResponse, End> {
+        let shutdown = self.shutdown.clone();
         loop {
-            if let Some(response) = self.session.response() {
-                tracing::debug!(
-                    node = self.node,
-                    type_url = response.type_url,
-                    nonce = response.nonce,
-                    resources = response.resources.len(),
-                    removed = response.removed_resources.len(),
-                    "sent"
-                );
-                return Ok(response);
+            let stalls = self
+                .view
+                .as_ref()
+                .is_none_or(|view| view.behaviour.stalls());
+            if !stalls && let Some(response) = self.session.response() {
+                return self.send(response).await;
             }
-            let shutdown = self.shutdown.clone();
             tokio::select! {
-                () = shutdown.cancelled() => {
-                    return Err(End::ByServer(Status::unavailable("the control plane stops")));
-                }
+                () = shutdown.cancelled() => return Err(ending()),
                 changed = self.published.changed() => {
-                    changed.map_err(|_| End::ByServer(Status::unavailable("nothing is published any more")))?;
-                    self.snapshot = self.published.borrow_and_update().clone();
-                    if let Some(snapshot) = &self.snapshot {
-                        self.session.change(snapshot);
+                    changed.map_err(|_| ending())?;
+                    self.view.clone_from(&self.published.borrow_and_update());
+                    if let Some(view) = &self.view {
+                        self.session.change(&view.snapshot);
                     }
                 }
-                request = self.requests.message(), if self.snapshot.is_some() => match request {
+                request = self.requests.message(), if !stalls => match request {
                     Ok(Some(request)) => self.hear(request)?,
                     Ok(None) => return Err(End::ByClient),
                     Err(status) => {
@@ -127,8 +124,43 @@ impl Client {
         }
     }
 
+    /// Lets a response go, unless the behaviour has something against it.
+    async fn send(
+        &mut self,
+        mut response: DeltaDiscoveryResponse,
+    ) -> Result<DeltaDiscoveryResponse, End> {
+        let behaviour = self
+            .view
+            .as_ref()
+            .map(|view| Arc::clone(&view.behaviour))
+            .unwrap_or_default();
+        if behaviour
+            .reset_after()
+            .is_some_and(|most| self.sent >= most)
+        {
+            return Err(End::ByServer(Status::unavailable("told to break off")));
+        }
+        if let Some(delay) = behaviour.xds_delay() {
+            let late = self.shutdown.run_until_cancelled(tokio::time::sleep(delay));
+            late.await.ok_or_else(ending)?;
+        }
+        distort::response(&mut response, &behaviour.xds);
+        self.sent = self.sent.saturating_add(1);
+        let (type_url, nonce) = (&response.type_url, &response.nonce);
+        let (resources, removed) = (response.resources.len(), response.removed_resources.len());
+        tracing::debug!(
+            node = self.node,
+            type_url,
+            nonce,
+            resources,
+            removed,
+            "sent"
+        );
+        Ok(response)
+    }
+
     fn hear(&mut self, request: DeltaDiscoveryRequest) -> Result<(), End> {
-        let Some(snapshot) = &self.snapshot else {
+        let Some(view) = &self.view else {
             return Ok(());
         };
         if let Some(node) = &request.node
@@ -141,7 +173,7 @@ impl Client {
             shortened(&request.type_url),
             shortened(&request.response_nonce),
         );
-        match self.session.request(request, snapshot) {
+        match self.session.request(request, &view.snapshot) {
             Ok(None) => {}
             Ok(Some(Feedback::Ack)) => {
                 tracing::debug!(node = self.node, type_url, nonce, "accepted");
@@ -174,6 +206,10 @@ impl Client {
         }
         Ok(())
     }
+}
+
+fn ending() -> End {
+    End::ByServer(Status::unavailable("the control plane stops"))
 }
 
 fn shortened(text: &str) -> String {

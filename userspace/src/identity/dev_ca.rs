@@ -103,6 +103,12 @@ impl DevCa {
         Self::from_pem(store.path(), &pem, trust_domain, now)
     }
 
+    /// A CA of its own that is kept nowhere.
+    pub fn in_memory(trust_domain: &str, now: SystemTime) -> Result<Self, DevCaError> {
+        let pem = new_root(trust_domain, now)?;
+        Self::from_pem(Path::new("(memory)"), &pem, trust_domain, now)
+    }
+
     /// A leaf with a fresh P-256 key for `identity`, valid from shortly before `now` until `ttl` after it.
     pub fn issue(
         &self,
