@@ -66,6 +66,14 @@ impl Scene {
         })
     }
 
+    /// All pods have the short-circuit on, and the first connection of `client` to `server-a` has been.
+    pub fn short(knobs: &'static str) -> Result<Self> {
+        let mut scene = Self::without(knobs)?;
+        scene.short_circuit("on")?;
+        scene.warm(&scene.client, &scene.server_a)?;
+        Ok(scene)
+    }
+
     pub fn with(setting: Setting) -> Result<Self> {
         let fabric = Fabric::with(FabricOptions { ipv6: setting.ipv6 })?;
         let node1 = fabric.node()?;
@@ -154,8 +162,21 @@ impl Scene {
 
     /// How many flows have been short-circuited so far, on the first node.
     pub fn short_circuited(&self) -> Result<f64> {
+        self.proposed("entered")
+    }
+
+    /// Of how many flows that were worth a short-circuit this came, on the first node.
+    pub fn proposed(&self, outcome: &str) -> Result<f64> {
+        let label = format!("outcome=\"{outcome}\"");
         let name = "culvert_short_circuited_flows_total";
-        self.agent1.metric(name, &["outcome=\"entered\""])
+        self.agent1.metric(name, &[&label])
+    }
+
+    /// How many messages of short-circuited flows went by TCP for this reason, on the first node.
+    pub fn by_tcp(&self, reason: &str) -> Result<f64> {
+        let label = format!("outcome=\"{reason}\"");
+        let name = "culvert_short_circuited_messages_total";
+        self.agent1.metric(name, &[&label])
     }
 
     /// Lets the kernel part learn a verdict, so that the next connection of the pair is direct (or refused) at once.

@@ -26,6 +26,7 @@ mod patience;
 pub mod pod;
 pub mod process;
 pub mod processors;
+pub mod receiving;
 pub mod ring;
 pub mod run;
 pub mod sockets;

@@ -1,5 +1,5 @@
 //! The harness's unsafe code, but for `ring`'s: what neither std, nix nor socket2 offers as a safe call.
-//! Called by `process`, `packet`, `netns`, `ways`, `stalled` and `foreign`.
+//! Called by `process`, `packet`, `netns`, `ways`, `receiving`, `stalled` and `foreign`.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -120,6 +120,40 @@ pub(crate) fn netns_cookie(fd: BorrowedFd<'_>) -> io::Result<u64> {
         )
     })?;
     Ok(cookie)
+}
+
+/// SO_RCVLOWAT.
+pub(crate) fn set_low_water(fd: BorrowedFd<'_>, bytes: i32) -> io::Result<()> {
+    // SAFETY: pointer and length describe a live i32, which the kernel reads.
+    checked(unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const bytes).cast::<libc::c_void>(),
+            length_of::<i32>(),
+        )
+    })?;
+    Ok(())
+}
+
+/// The first two figures of SO_MEMINFO (the kernel's linux/sock_diag.h): memory of what is unread, and its limit.
+pub(crate) fn receive_memory(fd: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
+    let mut figures = [0u32; 2];
+    let mut length = length_of::<[u32; 2]>();
+    let pointer = (&raw mut figures).cast::<libc::c_void>();
+    // SAFETY: pointer and length describe two live integers, which the kernel fills.
+    checked(unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MEMINFO,
+            pointer,
+            &raw mut length,
+        )
+    })?;
+    let [used, most] = figures;
+    Ok((used, most))
 }
 
 /// Takes a descriptor that the kernel has just put into this process for us.

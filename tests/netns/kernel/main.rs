@@ -43,6 +43,7 @@ mod sequences;
 mod services;
 mod several_addresses;
 mod short_circuit;
+mod short_flags;
 mod short_memory;
 mod short_modes;
 mod short_readers;

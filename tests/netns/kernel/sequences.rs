@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use culvert_harness::{Fabric, Pod, stretch};
-use culvert_tests::scene::{PORT, Scene, Setting};
+use culvert_tests::scene::{PORT, Scene};
 use serde_json::Value;
 
 const A_WHILE: Duration = Duration::from_secs(300);
@@ -55,17 +55,6 @@ fn plain(count: u32) -> Result<Vec<Said>> {
     run(&node.pod("client")?, &node.pod("server-a")?, count)
 }
 
-/// Two pods that have the short-circuit on, entered as early as can be.
-fn short(knobs: &'static str) -> Result<Scene> {
-    let mut scene = Scene::with(Setting {
-        knobs,
-        ..Setting::default()
-    })?;
-    scene.short_circuit("on")?;
-    scene.warm(&scene.client, &scene.server_a)?;
-    Ok(scene)
-}
-
 fn count() -> u32 {
     if stretch(Duration::from_secs(1)) > Duration::from_secs(1) {
         COUNT / 20
@@ -106,7 +95,7 @@ fn compare(plain: &[Said], short: &[Said]) -> Result<usize> {
 fn every_call_says_what_it_says_over_plain_tcp() -> Result<()> {
     let count = count();
     let plain = plain(count)?;
-    let scene = short("eager-short-circuit")?;
+    let scene = Scene::short("eager-short-circuit")?;
     let short = run(&scene.client, &scene.server_a, count)?;
     let entered = scene.short_circuited()?;
     ensure!(entered > f64::from(count) / 20.0, "{entered} of {count}");
@@ -117,7 +106,7 @@ fn every_call_says_what_it_says_over_plain_tcp() -> Result<()> {
 
 #[test]
 fn twin_without_the_rule_of_unread_bytes_they_are_overtaken() -> Result<()> {
-    let scene = short("eager-short-circuit,skip-unread")?;
+    let scene = Scene::short("eager-short-circuit,skip-unread")?;
     let said = run(&scene.client, &scene.server_a, count());
     let error = said
         .map(|_| ())

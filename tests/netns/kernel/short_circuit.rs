@@ -57,11 +57,6 @@ pub fn short_flows(scene: &Scene) -> Result<Vec<(FlowKey, ShortFlow)>> {
         .collect())
 }
 
-pub fn entered(scene: &Scene) -> Result<f64> {
-    let name = "culvert_short_circuited_flows_total";
-    scene.agent1.metric(name, &["outcome=\"entered\""])
-}
-
 /// How many bytes were sent and received so far.
 pub fn bytes(client: &Proc) -> Result<u64> {
     let mark = client.log().mark();
@@ -75,7 +70,7 @@ fn busy_flows_are_short_circuited_where_both_pods_have_it_on() -> Result<()> {
     let scene = scene(Some("on"))?;
     let (client, _server) = busy_pair(&scene)?;
     wait_until(SOON, "all flows to be entered", || {
-        Ok((entered(&scene)? == COUNT as f64).then_some(()))
+        Ok((scene.short_circuited()? == COUNT as f64).then_some(()))
     })?;
     wait_until(SOON, "both sides of each flow to redirect", || {
         let all = short_flows(&scene)?;
@@ -106,7 +101,7 @@ fn no_flow_is_short_circuited_where_nobody_asked_or_one_pod_must_not() -> Result
         wait_until(SOON, "the flows to carry something", || {
             Ok((bytes(&client)? > 100 * COUNT as u64).then_some(()))
         })?;
-        assert_eq!(entered(&scene)?, 0.0, "{mode:?}");
+        assert_eq!(scene.short_circuited()?, 0.0, "{mode:?}");
         assert_eq!(short_flows(&scene)?, [], "{mode:?}");
     }
     Ok(())
@@ -122,9 +117,7 @@ fn blocking_programs_are_not_short_circuited() -> Result<()> {
         goes_on(&held, "again")?;
     }
     wait_until(SOON, "the flow to be refused", || {
-        let name = "culvert_short_circuited_flows_total";
-        let refused = scene.agent1.metric(name, &["outcome=\"blocking\""])?;
-        Ok((refused == 1.0).then_some(()))
+        Ok((scene.proposed("blocking")? == 1.0).then_some(()))
     })?;
     assert_eq!(short_flows(&scene)?, []);
     assert_eq!(flows(&scene.node1)?.len(), 1);

@@ -4,7 +4,7 @@ use anyhow::Result;
 use culvert_harness::{AgentOptions, Namespace, Proc, wait_until};
 use culvert_tests::scene::{NAMESPACE, PORT, SOON, Scene, Setting, mesh_status};
 
-use crate::short_circuit::{COUNT, busy_pair_at, bytes, entered, short_flows};
+use crate::short_circuit::{COUNT, busy_pair_at, bytes, short_flows};
 
 const VARIABLE: &str = "CULVERT_SHORT_CIRCUIT";
 const ANNOTATION: &str = "culvert.dev/short-circuit";
@@ -32,7 +32,7 @@ fn say(scene: &mut Scene, words: &[(&str, &str)]) -> Result<()> {
 
 fn wait_until_all_entered(scene: &Scene) -> Result<()> {
     wait_until(SOON, "all flows to be entered", || {
-        Ok((entered(scene)? == COUNT as f64).then_some(()))
+        Ok((scene.short_circuited()? == COUNT as f64).then_some(()))
     })
 }
 
@@ -71,7 +71,7 @@ fn a_pods_word_counts_before_the_agents_setting() -> Result<()> {
         say(&mut scene, &[("server-a", word)])?;
         let (client, _server) = busy_pair_at(&scene, PORT)?;
         wait_until_much_was_carried(&client)?;
-        assert_eq!(entered(&scene)?, 0.0, "{word}");
+        assert_eq!(scene.short_circuited()?, 0.0, "{word}");
         assert_eq!(short_flows(&scene)?, [], "{word}");
     }
     Ok(())

@@ -3,30 +3,13 @@
 use anyhow::Result;
 use culvert_abi::config_flag;
 use culvert_harness::{AgentOptions, Proc, culvert_binary, wait_until};
-use culvert_tests::scene::{PORT, SOON, Scene, Setting, text};
+use culvert_tests::scene::{PORT, SOON, Scene, text};
 
 use crate::kernel_tables::config;
 
-/// Two pods that have the short-circuit on.
-fn scene(knobs: &'static str) -> Result<Scene> {
-    let mut scene = Scene::with(Setting {
-        knobs,
-        ..Setting::default()
-    })?;
-    scene.short_circuit("on")?;
-    scene.warm(&scene.client, &scene.server_a)?;
-    Ok(scene)
-}
-
-fn counted(scene: &Scene, outcome: &str) -> Result<f64> {
-    let label = format!("outcome=\"{outcome}\"");
-    let name = "culvert_short_circuited_flows_total";
-    scene.agent1.metric(name, &[&label])
-}
-
 /// A connection that has been used until the agent has decided about it.
-fn used(scene: &Scene, options: &[&str], outcome: &str) -> Result<Proc> {
-    let before = counted(scene, outcome)?;
+pub fn used(scene: &Scene, options: &[&str], outcome: &str) -> Result<Proc> {
+    let before = scene.proposed(outcome)?;
     let late = scene
         .client
         .probe()?
@@ -37,19 +20,19 @@ fn used(scene: &Scene, options: &[&str], outcome: &str) -> Result<Proc> {
         .spawn()?;
     late.wait_for_event("used", SOON)?;
     wait_until(SOON, &format!("the flow to be {outcome}"), || {
-        Ok((counted(scene, outcome)? > before).then_some(()))
+        Ok((scene.proposed(outcome)? > before).then_some(()))
     })?;
     Ok(late)
 }
 
 /// Has something sent, which nobody reads.
-fn send(late: &Proc) -> Result<()> {
+pub fn send(late: &Proc) -> Result<()> {
     late.send_line("")?;
     late.wait_for_event("sent", SOON).map(drop)
 }
 
 /// Has the reader act; what came of it.
-fn act(late: &Proc) -> Result<String> {
+pub fn act(late: &Proc) -> Result<String> {
     late.send_line("")?;
     let done = late.wait_for_event("done", SOON)?;
     Ok(text(&done, "outcome").to_owned())
@@ -57,7 +40,7 @@ fn act(late: &Proc) -> Result<String> {
 
 #[test]
 fn a_reader_that_splices_is_reset_and_its_pod_remembered() -> Result<()> {
-    let scene = scene("")?;
+    let scene = Scene::short("")?;
     let log = scene.agent1.log();
     let mark = log.mark();
     let late = used(&scene, &["--act", "splice"], "entered")?;
@@ -68,7 +51,7 @@ fn a_reader_that_splices_is_reset_and_its_pod_remembered() -> Result<()> {
         "{outcome}"
     );
     wait_until(SOON, "it to be counted", || {
-        Ok((counted(&scene, "stuck")? == 1.0).then_some(()))
+        Ok((scene.proposed("stuck")? == 1.0).then_some(()))
     })?;
     log.wait_for(mark, SOON, "the warning", |line| {
         line.text.contains("flow was reset").then_some(())
@@ -79,14 +62,14 @@ fn a_reader_that_splices_is_reset_and_its_pod_remembered() -> Result<()> {
     let late = used(&scene, &["--act", "splice"], "reader")?;
     send(&late)?;
     assert_eq!(act(&late)?, "1 bytes");
-    assert_eq!(counted(&scene, "stuck")?, 1.0);
-    assert_eq!(counted(&scene, "entered")?, 1.0);
+    assert_eq!(scene.proposed("stuck")?, 1.0);
+    assert_eq!(scene.proposed("entered")?, 1.0);
     Ok(())
 }
 
 #[test]
 fn what_is_known_of_a_pod_outlives_the_agent() -> Result<()> {
-    let mut scene = scene("")?;
+    let mut scene = Scene::short("")?;
     let late = used(&scene, &["--act", "splice"], "entered")?;
     send(&late)?;
     act(&late)?;
@@ -101,23 +84,23 @@ fn what_is_known_of_a_pod_outlives_the_agent() -> Result<()> {
 
 #[test]
 fn twin_with_nobody_watching_a_reader_that_splices_hangs() -> Result<()> {
-    let scene = scene("skip-readers")?;
+    let scene = Scene::short("skip-readers")?;
     let late = used(&scene, &["--act", "splice"], "entered")?;
     send(&late)?;
     assert_eq!(act(&late)?, "TIMEOUT");
-    assert_eq!(counted(&scene, "stuck")?, 0.0);
+    assert_eq!(scene.proposed("stuck")?, 0.0);
     Ok(())
 }
 
 /// What comes by TCP beside redirected bytes would find no room, and be sent again ever later.
 #[test]
 fn a_reader_with_a_receive_buffer_of_its_own_is_left_alone() -> Result<()> {
-    let scene = scene("")?;
+    let scene = Scene::short("")?;
     let options = ["--act", "receive", "--receive-buffer", "65536"];
     let late = used(&scene, &options, "receive_buffer")?;
     send(&late)?;
     assert_eq!(act(&late)?, "1 bytes");
-    assert_eq!(counted(&scene, "entered")?, 0.0);
+    assert_eq!(scene.proposed("entered")?, 0.0);
     Ok(())
 }
 
@@ -135,7 +118,7 @@ fn unload(scene: &Scene, more: &[&str]) -> Result<Proc> {
 /// Flows go on over a node that is unloaded, also those that were short-circuited.
 #[test]
 fn flows_that_were_short_circuited_go_on_after_an_unload() -> Result<()> {
-    let scene = scene("")?;
+    let scene = Scene::short("")?;
     let late = used(&scene, &["--act", "receive"], "entered")?;
     scene.agent1.kill()?;
     let unload = unload(&scene, &[])?;
@@ -148,7 +131,7 @@ fn flows_that_were_short_circuited_go_on_after_an_unload() -> Result<()> {
 /// With the map goes what is in it.
 #[test]
 fn unloading_waits_for_what_is_unread() -> Result<()> {
-    let scene = scene("")?;
+    let scene = Scene::short("")?;
     let late = used(&scene, &["--act", "receive"], "entered")?;
     send(&late)?;
     scene.agent1.kill()?;
@@ -166,7 +149,7 @@ fn unloading_waits_for_what_is_unread() -> Result<()> {
 
 #[test]
 fn what_is_not_read_in_time_is_not_lost_in_silence() -> Result<()> {
-    let scene = scene("")?;
+    let scene = Scene::short("")?;
     let late = used(&scene, &["--act", "receive"], "entered")?;
     send(&late)?;
     scene.agent1.kill()?;

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::{
     agent_gone::goes_on,
-    short_circuit::{COUNT, busy_pair_at, bytes, entered},
+    short_circuit::{COUNT, busy_pair_at, bytes},
     telemetry::{flows, stop},
 };
 
@@ -62,7 +62,7 @@ fn short_circuited_flows_are_told_with_what_was_redirected() -> Result<()> {
     let mut scene = scene("on")?;
     let (client, server) = busy_pair_at(&scene, PORT)?;
     wait_until(SOON, "all flows to be entered", || {
-        Ok((entered(&scene)? == COUNT as f64).then_some(()))
+        Ok((scene.short_circuited()? == COUNT as f64).then_some(()))
     })?;
     assert_eq!(metric(&scene, "flows_open", &[])?, COUNT as u64);
     let shown = flows(&scene)?;

@@ -5,6 +5,7 @@ mod alternate;
 mod burst;
 mod connect;
 mod crowd;
+mod early;
 mod fill;
 mod greet;
 mod late;
@@ -62,6 +63,8 @@ enum Probe {
     Fill(fill::Fill),
     /// Use a connection for a while, and then read otherwise
     Late(late::Late),
+    /// Wait for a byte on a connection that is used meanwhile
+    Early(early::Early),
     /// Make one connection and tell the outcome of every step
     Connect(connect::Arguments),
     /// Make one connection and keep the kernel busy with it until standard input ends
@@ -92,6 +95,7 @@ fn main() -> anyhow::Result<()> {
         Probe::Sequences(arguments) => sequences::sequences(&arguments),
         Probe::Fill(arguments) => fill::fill(&arguments),
         Probe::Late(arguments) => late::late(&arguments),
+        Probe::Early(arguments) => early::early(&arguments),
         Probe::Connect(arguments) => connect::run(&arguments),
         Probe::Stall(arguments) => stall::stall(&arguments),
         Probe::Offer(arguments) => connect::offer(&arguments),

@@ -1,0 +1,129 @@
+//! What a program does to its socket while that is short-circuited, or has done before: its reads are as over TCP. Each with what
+//! comes of it where nobody looks.
+
+use anyhow::Result;
+use culvert_harness::{lacks, wait_until};
+use culvert_tests::scene::{PORT, SOON, Scene};
+
+use crate::short_readers::{act, send, used};
+
+/// What comes of a read on a flow that is short-circuited before the reader prepares for it, and a byte is sent.
+fn read_late(scene: &Scene, how: &str) -> Result<String> {
+    let late = used(scene, &["--act", how], "entered")?;
+    send(&late)?;
+    act(&late)
+}
+
+#[test]
+fn a_call_that_waits_for_all_gets_all_on_a_socket_that_was_made_blocking() -> Result<()> {
+    let scene = Scene::short("")?;
+    assert_eq!(read_late(&scene, "wait-all")?, "2 bytes");
+    assert!(scene.by_tcp("reader")? >= 1.0);
+    Ok(())
+}
+
+#[test]
+fn twin_without_the_readers_flags_a_call_that_waits_for_all_returns_with_less() -> Result<()> {
+    let scene = Scene::short("skip-reader-flags")?;
+    assert_eq!(read_late(&scene, "wait-all")?, "1 bytes");
+    Ok(())
+}
+
+#[test]
+fn a_socket_with_a_low_water_mark_is_not_readable_below_it() -> Result<()> {
+    let scene = Scene::short("")?;
+    assert_eq!(read_late(&scene, "low-water")?, "2 bytes");
+    assert!(scene.by_tcp("reader")? >= 1.0);
+    Ok(())
+}
+
+#[test]
+fn twin_without_the_readers_flags_a_socket_is_readable_below_its_low_water_mark() -> Result<()> {
+    let scene = Scene::short("skip-reader-flags")?;
+    assert_eq!(read_late(&scene, "low-water")?, "1 bytes");
+    Ok(())
+}
+
+#[test]
+fn a_receive_buffer_that_is_made_small_holds_little() -> Result<()> {
+    let scene = Scene::short("")?;
+    assert_eq!(read_late(&scene, "small-buffer")?, "0 bytes");
+    assert!(scene.by_tcp("reader")? >= 1.0);
+    Ok(())
+}
+
+#[test]
+fn twin_without_the_readers_flags_a_small_receive_buffer_holds_much_more() -> Result<()> {
+    let scene = Scene::short("skip-reader-flags")?;
+    let outcome = read_late(&scene, "small-buffer")?;
+    let beyond: u64 = outcome.trim_end_matches(" bytes").parse()?;
+    assert!(beyond > 1 << 20, "{outcome}");
+    Ok(())
+}
+
+/// Has a thread wait on a socket from before that does not block, until the agent has decided about the flow; what it then gets.
+fn wait_early(scene: &Scene, outcome: &str) -> Result<String> {
+    let early = scene
+        .client
+        .probe()?
+        .args(["early", "--to", &scene.server_a.at(PORT), "--netns"])
+        .arg(scene.server_a.netns().path())
+        .stdin()
+        .spawn()?;
+    early.wait_for_event("used", SOON)?;
+    wait_until(SOON, &format!("the flow to be {outcome}"), || {
+        Ok((scene.proposed(outcome)? == 1.0).then_some(()))
+    })?;
+    act(&early)
+}
+
+#[test]
+fn a_thread_that_waits_since_before_its_socket_did_not_block_gets_what_comes() -> Result<()> {
+    let scene = Scene::short("")?;
+    assert_eq!(wait_early(&scene, "blocking")?, "1 bytes");
+    assert_eq!(scene.short_circuited()?, 0.0);
+    Ok(())
+}
+
+#[test]
+fn twin_without_looking_for_threads_that_wait_one_waits_for_ever() -> Result<()> {
+    let scene = Scene::short("skip-waiters")?;
+    assert_eq!(wait_early(&scene, "entered")?, "TIMEOUT");
+    Ok(())
+}
+
+/// Says that this kernel has no TLS, if the probe said so.
+fn is_without_tls(error: &anyhow::Error) -> bool {
+    let text = format!("{error:#}");
+    let is_without = text.contains("no tls");
+    if is_without {
+        lacks("TLS on top of TCP", "setsockopt(TCP_ULP) refuses it");
+    }
+    is_without
+}
+
+#[test]
+fn a_socket_with_tls_in_the_kernel_is_left_alone() -> Result<()> {
+    let scene = Scene::short("")?;
+    let late = match used(&scene, &["--act", "receive", "--tls"], "upper_layer") {
+        Err(error) if is_without_tls(&error) => return Ok(()),
+        late => late?,
+    };
+    send(&late)?;
+    assert_eq!(act(&late)?, "1 bytes");
+    assert_eq!(scene.short_circuited()?, 0.0);
+    Ok(())
+}
+
+#[test]
+fn a_socket_that_gets_tls_in_the_kernel_goes_on_by_tcp() -> Result<()> {
+    let scene = Scene::short("")?;
+    let late = used(&scene, &["--act", "tls"], "entered")?;
+    match send(&late) {
+        Err(error) if is_without_tls(&error) => return Ok(()),
+        sent => sent?,
+    }
+    assert_eq!(act(&late)?, "1 bytes");
+    assert!(scene.by_tcp("changed")? >= 1.0);
+    Ok(())
+}
