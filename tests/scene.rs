@@ -167,9 +167,7 @@ impl Scene {
 
     /// Of how many flows that were worth a short-circuit this came, on the first node.
     pub fn proposed(&self, outcome: &str) -> Result<f64> {
-        let label = format!("outcome=\"{outcome}\"");
-        let name = "culvert_short_circuited_flows_total";
-        self.agent1.metric(name, &[&label])
+        proposed_to(&self.agent1, outcome)
     }
 
     /// How many messages of short-circuited flows went by TCP for this reason, on the first node.
@@ -183,6 +181,12 @@ impl Scene {
     pub fn warm(&self, from: &Pod, to: &Pod) -> Result<()> {
         connect(from, to, &["--send", "x", "--read", "1"]).map(drop)
     }
+}
+
+/// Of how many flows that an agent was told of this came since it started.
+pub fn proposed_to(agent: &Agent, outcome: &str) -> Result<f64> {
+    let label = format!("outcome=\"{outcome}\"");
+    agent.metric("culvert_short_circuited_flows_total", &[&label])
 }
 
 /// What `culvert status` says of the mesh.
