@@ -29,6 +29,14 @@ fn twin_without_the_readers_flags_a_call_that_waits_for_all_returns_with_less() 
     Ok(())
 }
 
+/// It began when everything went by TCP, and sees nothing else until it ends.
+#[test]
+fn a_call_that_waits_for_all_gets_all_when_its_socket_does_not_block_any_more() -> Result<()> {
+    let scene = Scene::short("")?;
+    assert_eq!(read_late(&scene, "wait-all-meanwhile")?, "2 bytes");
+    Ok(())
+}
+
 #[test]
 fn a_socket_with_a_low_water_mark_is_not_readable_below_it() -> Result<()> {
     let scene = Scene::short("")?;

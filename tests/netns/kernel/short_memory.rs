@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use culvert_harness::wait_until;
+use culvert_harness::{Proc, stretch, wait_until};
 use culvert_tests::scene::{PORT, SOON, Scene};
 
 /// What a flow may hold more than it does without the short-circuit.
@@ -13,6 +13,8 @@ const MORE: u64 = 4 << 20;
 /// Bytes that one may have unread and be redirected more.
 const SHORT_LIMIT: u64 = 3 << 20;
 const A_WHILE: Duration = Duration::from_secs(300);
+/// Far more than reading takes, on a busy machine too.
+const NO_STALL: Duration = Duration::from_secs(30);
 /// Who uses up the kernel's memory for TCP changes what others measure.
 static ALONE: Mutex<()> = Mutex::new(());
 
@@ -27,10 +29,8 @@ struct Parked {
     pressure: f64,
 }
 
-/// Fills so many flows, and has everything read and compared.
-fn fill(knobs: &'static str, mode: &str, count: u16) -> Result<Parked> {
-    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut scene = Scene::without(knobs)?;
+/// Flows that are in use, and short-circuited where the mode is `on`.
+fn used(scene: &mut Scene, mode: &str, count: u16, options: &[&str]) -> Result<Proc> {
     scene.short_circuit(mode)?;
     scene.warm(&scene.client, &scene.server_a)?;
     let filling = scene
@@ -39,6 +39,7 @@ fn fill(knobs: &'static str, mode: &str, count: u16) -> Result<Parked> {
         .args(["fill", "--to", &scene.server_a.at(PORT), "--netns"])
         .arg(scene.server_a.netns().path())
         .args(["--count", &count.to_string()])
+        .args(options)
         .stdin()
         .spawn()?;
     filling.wait_for_event("used", A_WHILE)?;
@@ -46,6 +47,14 @@ fn fill(knobs: &'static str, mode: &str, count: u16) -> Result<Parked> {
     wait_until(SOON, "all flows to be short-circuited", || {
         Ok((scene.short_circuited()? == wanted).then_some(()))
     })?;
+    Ok(filling)
+}
+
+/// Fills so many flows, and has everything read and compared.
+fn fill(knobs: &'static str, mode: &str, count: u16) -> Result<Parked> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut scene = Scene::without(knobs)?;
+    let filling = used(&mut scene, mode, count, &[])?;
     filling.send_line("")?;
     let full = filling.wait_for_event("full", A_WHILE)?;
     let read = filling.wait_for_event("read", A_WHILE)?;
@@ -104,6 +113,40 @@ fn a_node_that_is_short_of_memory_for_tcp_goes_on_by_tcp() -> Result<()> {
     println!("{count} flows: {parked:?}");
     assert!(parked.pressure > 0.0, "{count} flows: {parked:?}");
     Ok(())
+}
+
+/// Has readers of so many flows read nothing for some seconds, twice, and then everything.
+fn goes_on_after_a_pause(mode: &str, count: u16) -> Result<()> {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut scene = Scene::new()?;
+    let options = ["--times", "2", "--pause-ms", "4000"];
+    let filling = used(&mut scene, mode, count, &options)?;
+    filling.send_line("")?;
+    filling.wait_for_event("done", A_WHILE)?;
+    let reads = filling.events("read");
+    println!("{mode}: {reads:?}");
+    assert_eq!(reads.len(), 2);
+    for read in reads {
+        let took = Duration::from_millis(read["ms"].as_u64().context("a time")?);
+        assert!(took < stretch(NO_STALL), "{mode}: {took:?}");
+    }
+    Ok(())
+}
+
+/// What goes by TCP beside redirected bytes finds room: otherwise it would be sent again, after a time that doubles each time.
+#[test]
+fn readers_that_pause_get_the_rest_without_a_stall() -> Result<()> {
+    ["off", "on"]
+        .into_iter()
+        .try_for_each(|mode| goes_on_after_a_pause(mode, 100))
+}
+
+#[test]
+#[ignore = "long: takes the kernel's memory for TCP to its limit"]
+fn five_hundred_readers_that_pause_get_the_rest_without_a_stall() -> Result<()> {
+    ["off", "on"]
+        .into_iter()
+        .try_for_each(|mode| goes_on_after_a_pause(mode, 500))
 }
 
 #[test]

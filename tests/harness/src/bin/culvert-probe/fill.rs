@@ -1,5 +1,5 @@
 //! Connections whose writers write until nothing more is taken from them, while nobody reads; then all is read, and every byte
-//! compared. One program has both ends, one of them in the namespace it runs in and one in another's.
+//! compared; and once more, if that is asked for. One program has both ends, one of them in the namespace it runs in and one in another's.
 
 use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -34,6 +34,12 @@ pub struct Fill {
     /// Bytes there and back on each, before a line on standard input says that it is to be filled
     #[arg(long, default_value_t = 40)]
     rounds: u32,
+    /// How often they are filled and read
+    #[arg(long, default_value_t = 1)]
+    times: u32,
+    /// How long nobody reads once they are full
+    #[arg(long, default_value_t = 0)]
+    pause_ms: u64,
 }
 
 pub fn fill(arguments: &Fill) -> anyhow::Result<()> {
@@ -47,62 +53,59 @@ pub fn fill(arguments: &Fill) -> anyhow::Result<()> {
     }
     report::line(&json!({"event": "used"}));
     io::stdin().read_line(&mut String::new())?;
+    for _ in 0..arguments.times {
+        fill_all(&mut flows)?;
+        let each = || flows.iter().map(|flow| flow.written.bytes);
+        let (sum, most) = (each().sum::<u64>(), each().max());
+        report::line(&json!({"event": "full", "bytes": sum, "most": most}));
+        std::thread::sleep(Duration::from_millis(arguments.pause_ms));
+        let took = read_all(&mut flows).context("reading")?;
+        report::line(&json!({"event": "read", "ms": took.as_millis()}));
+    }
+    for flow in flows {
+        flow.end().context("ending")?;
+    }
+    report::line(&json!({"event": "done"}));
+    Ok(())
+}
+
+/// Writes on all flows until nothing more is taken from any.
+fn fill_all(flows: &mut [Flow]) -> anyhow::Result<()> {
     let mut taken = Instant::now();
     while taken.elapsed() < FULL {
-        for flow in &mut flows {
+        for flow in &mut *flows {
             if flow.write_what_is_taken().context("writing")? {
                 taken = Instant::now();
             }
         }
         std::thread::sleep(LOOK);
     }
-    let each = || flows.iter().map(|flow| flow.written.bytes);
-    let (sum, most) = (each().sum::<u64>(), each().max());
-    report::line(&json!({"event": "full", "bytes": sum, "most": most}));
-    let took = read_all(flows)?;
-    report::line(&json!({"event": "read", "ms": took.as_millis()}));
     Ok(())
 }
 
-/// Reads all flows to their ends, in turns, and compares what comes; how long that took.
-fn read_all(mut flows: Vec<Flow>) -> anyhow::Result<Duration> {
-    let began = Instant::now();
-    for flow in &flows {
-        flow.writer.shutdown(Shutdown::Write)?;
-    }
-    let (mut buffer, mut came) = (vec![0; PIECE], Instant::now());
-    while !flows.is_empty() {
-        let mut outcome = Ok(());
-        flows.retain_mut(|flow| match flow.read_some(&mut buffer) {
-            Ok(Progress::Ended) => false,
-            Ok(Progress::Read) => {
+/// Reads all that was written, in turns, and compares it; how long that took.
+fn read_all(flows: &mut [Flow]) -> anyhow::Result<Duration> {
+    let (began, mut buffer) = (Instant::now(), vec![0; PIECE]);
+    let mut came = began;
+    loop {
+        let mut left = 0;
+        for flow in &mut *flows {
+            if flow.has_unread() && flow.read_some(&mut buffer)? {
                 came = Instant::now();
-                true
             }
-            Ok(Progress::Nothing) => true,
-            Err(error) => {
-                outcome = Err(error);
-                false
-            }
-        });
-        outcome.context("reading")?;
+            left += usize::from(flow.has_unread());
+        }
+        if left == 0 {
+            return Ok(began.elapsed());
+        }
         ensure!(
             came.elapsed() < ARRIVAL,
-            "nothing came on {} connections",
-            flows.len()
+            "nothing came on {left} connections"
         );
         if came.elapsed() > LOOK {
             std::thread::sleep(LOOK);
         }
     }
-    Ok(began.elapsed())
-}
-
-/// What came of a read.
-enum Progress {
-    Read,
-    Nothing,
-    Ended,
 }
 
 struct Flow {
@@ -149,17 +152,18 @@ impl Flow {
         Ok(self.written.bytes > before)
     }
 
-    /// Reads once. An error if that is not what was written.
-    fn read_some(&mut self, buffer: &mut [u8]) -> anyhow::Result<Progress> {
+    fn has_unread(&self) -> bool {
+        self.read.bytes < self.written.bytes
+    }
+
+    /// Reads once; whether something came. An error if that is not what was written.
+    fn read_some(&mut self, buffer: &mut [u8]) -> anyhow::Result<bool> {
         let length = match self.reader.read(buffer) {
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Progress::Nothing),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
             outcome => outcome?,
         };
-        if length == 0 {
-            let (written, read) = (self.written.bytes, self.read.bytes);
-            ensure!(read == written, "{read} of {written} bytes");
-            return Ok(Progress::Ended);
-        }
+        let (written, read) = (self.written.bytes, self.read.bytes);
+        ensure!(length > 0, "an end after {read} of {written} bytes");
         let mut rest = buffer.get(..length).unwrap_or_default();
         while !rest.is_empty() {
             let piece = self.read.piece();
@@ -172,7 +176,16 @@ impl Flow {
             rest = rest.get(common..).unwrap_or_default();
             self.read.pass(common);
         }
-        Ok(Progress::Read)
+        Ok(true)
+    }
+
+    /// Nothing more comes once everything was read.
+    fn end(mut self) -> anyhow::Result<()> {
+        self.writer.shutdown(Shutdown::Write)?;
+        match receive(&mut self.reader) {
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(()),
+            outcome => anyhow::bail!("{} in place of an end", report::outcome(&outcome)),
+        }
     }
 }
 

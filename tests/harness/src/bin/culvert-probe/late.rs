@@ -59,6 +59,8 @@ enum Act {
     Splice,
     /// Wait for two bytes in one call, with MSG_WAITALL on a socket that blocks since before the first was sent
     WaitAll,
+    /// The same, and the socket does not block any more when the second is sent
+    WaitAllMeanwhile,
     /// Wait until there are two bytes, with an SO_RCVLOWAT that is set since before the first was sent
     LowWater,
     /// Read late, with an SO_RCVBUF that is set since before the first was sent
@@ -96,7 +98,8 @@ pub fn late(arguments: &Late) -> anyhow::Result<()> {
     let outcome = match arguments.act {
         Act::Receive | Act::Tls => receive(&mut reader).map(usize::from),
         Act::Splice => splice_some(&reader),
-        Act::WaitAll => wait_for_both(&reader, &mut writer),
+        Act::WaitAll => wait_for_both(&reader, &mut writer, false),
+        Act::WaitAllMeanwhile => wait_for_both(&reader, &mut writer, true),
         Act::LowWater => poll_for_both(&mut reader, &mut writer),
         Act::SmallBuffer => fill(&reader, &mut writer),
     };
@@ -112,7 +115,7 @@ pub fn late(arguments: &Late) -> anyhow::Result<()> {
 fn prepare(act: Act, reader: &TcpStream) -> io::Result<()> {
     match act {
         Act::Receive | Act::Splice => Ok(()),
-        Act::WaitAll => {
+        Act::WaitAll | Act::WaitAllMeanwhile => {
             reader.set_read_timeout(Some(PATIENCE))?;
             reader.set_nonblocking(false)
         }
@@ -164,8 +167,13 @@ fn splice_some(stream: &TcpStream) -> io::Result<usize> {
     }
 }
 
-/// How many bytes one call returns that waits for two, of which the second is sent when it does not return with the first alone.
-fn wait_for_both(reader: &TcpStream, writer: &mut TcpStream) -> io::Result<usize> {
+/// How many bytes one call returns that waits for two, of which the second is sent when it does not return with the first alone. The
+/// socket may be set not to block in between.
+fn wait_for_both(
+    reader: &TcpStream,
+    writer: &mut TcpStream,
+    non_blocking: bool,
+) -> io::Result<usize> {
     let (tell, told) = mpsc::channel();
     std::thread::scope(|scope| {
         scope.spawn(move || {
@@ -176,6 +184,7 @@ fn wait_for_both(reader: &TcpStream, writer: &mut TcpStream) -> io::Result<usize
         if let Ok(early) = told.recv_timeout(NOTHING) {
             return Ok(early?);
         }
+        reader.set_nonblocking(non_blocking)?;
         writer.write_all(b"z")?;
         let late = told.recv().map_err(io::Error::other)?;
         Ok(late?)
