@@ -170,6 +170,10 @@ fn judge(sk: *mut c_void, end: &mut ShortEnd) -> Result<(), u32> {
             return Err(kept::UNREAD);
         }
     }
+    // So would who waits since before O_NONBLOCK was set.
+    if end.settled != settled && waits_since_before(peer) {
+        return Err(kept::READER);
+    }
     let unread = peek::<u32>(peer + given(&SOCK_UNREAD_OFFSET));
     if unread.is_none_or(|unread| u64::from(unread) > given(&SHORT_LIMIT))
         && !knob(knob::SKIP_LIMIT)
@@ -190,6 +194,12 @@ fn judge(sk: *mut c_void, end: &mut ShortEnd) -> Result<(), u32> {
     }
     end.settled = settled;
     Ok(())
+}
+
+/// Whether a thread waits for a socket that does not block: its call is older than that, and may know of nothing that is redirected.
+#[inline(always)]
+fn waits_since_before(sock: u64) -> bool {
+    is_waited_for(sock) && !knob(knob::SKIP_WAITERS)
 }
 
 /// Whether a socket's reads neither block nor wait for more than a byte, and its buffer may grow.
@@ -363,7 +373,7 @@ fn examine(tcp: u64) -> u32 {
         None => fit::GONE,
         Some(flags) if flags & O_NONBLOCK == 0 => fit::BLOCKING,
         // It would go on waiting for what comes by TCP.
-        Some(_) if is_waited_for(tcp) && !knob(knob::SKIP_WAITERS) => fit::BLOCKING,
+        Some(_) if waits_since_before(tcp) => fit::BLOCKING,
         Some(_) => fit::YES,
     }
 }
@@ -405,8 +415,9 @@ fn start(sk: *mut c_void, request: &ShortRequest) -> u32 {
     let Some(end) = SHORT_ENDS.find(sk) else {
         return fit::GONE;
     };
-    // A read that began before the peer was in the map knows of nothing that is redirected.
-    if peek::<u32>(request.end.peer + given(&SOCK_OWNED_OFFSET)) != Some(0) {
+    // A read that began before the peer was in the map knows of nothing that is redirected. It may have begun to wait since.
+    let peer = request.end.peer;
+    if peek::<u32>(peer + given(&SOCK_OWNED_OFFSET)) != Some(0) || waits_since_before(peer) {
         return fit::BUSY;
     }
     end.live = 1;

@@ -82,7 +82,7 @@ pub struct Pod {
 impl Pod {
     /// The pod's traffic always goes through the agent.
     pub const NO_DIRECT: u32 = 1 << 0;
-    /// Its flows may be short-circuited, where the other end's may as well.
+    /// Some of its flows may be short-circuited, where the other end's may as well: which ports' is the agent's business.
     pub const SHORT_CIRCUIT: u32 = 1 << 1;
 
     pub const DEVICES: usize = 4;
@@ -132,6 +132,6 @@ impl Endpoint {
     pub const STEER: u32 = 1 << 0;
     /// Verdicts are per source pod instead of per source identity.
     pub const BY_POD: u32 = 1 << 1;
-    /// Its flows may be short-circuited, where the other end's may as well.
+    /// As [`Pod::SHORT_CIRCUIT`].
     pub const SHORT_CIRCUIT: u32 = 1 << 2;
 }

@@ -38,6 +38,13 @@ fn a_call_that_waits_for_all_gets_all_when_its_socket_does_not_block_any_more() 
 }
 
 #[test]
+fn twin_without_looking_for_threads_that_wait_it_does_not_see_what_is_redirected() -> Result<()> {
+    let scene = Scene::short("skip-waiters")?;
+    assert_eq!(read_late(&scene, "wait-all-meanwhile")?, "1 bytes");
+    Ok(())
+}
+
+#[test]
 fn a_socket_with_a_low_water_mark_is_not_readable_below_it() -> Result<()> {
     let scene = Scene::short("")?;
     assert_eq!(read_late(&scene, "low-water")?, "2 bytes");

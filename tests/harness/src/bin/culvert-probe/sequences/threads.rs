@@ -17,7 +17,7 @@ const MOST_SENDS: usize = 12;
 const MUCH: usize = 600_000;
 
 /// How an end's socket waits.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Blocks,
     DoesNotBlock,
@@ -61,7 +61,7 @@ pub fn run([client, server]: [TcpStream; 2], dice: &mut Dice) -> anyhow::Result<
             let receiver = scope.spawn(|| own.receive(peer.name));
             (sender, receiver)
         });
-        let mut said = Vec::new();
+        let mut said = vec![format!("{:?}, {:?}", client.kind, server.kind)];
         for (sender, receiver) in begun {
             said.extend(sender.join().map_err(panicked)??);
             said.push(receiver.join().map_err(panicked)??);
