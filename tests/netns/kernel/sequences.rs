@@ -170,7 +170,7 @@ fn agents_come_and_go(which: Which) -> Result<()> {
         let (mut restarts, mut entered) = (0, 0.0);
         while !running.is_finished() {
             // Some die before they have begun.
-            thread::sleep(Duration::from_millis(137 * (restarts % 8)));
+            thread::sleep(Duration::from_millis(50 << (restarts % 6)));
             // It counts from its start.
             entered += proposed_to(agent, "entered")?;
             agent.kill()?;
