@@ -1,9 +1,10 @@
-//! `culvert-bench`: what connections between two pods of one node cost with the mesh, against the same pods without it.
-//! All ways stand at once and are measured in turns, in short slices. Started by `cargo xtask bench`.
+//! `culvert-bench`: what connections between two pods of one node cost with the mesh, against the same pods without it, all ways
+//! at once and in turns, in short slices; and what a large mesh costs the agent. Started by `cargo xtask bench`.
 //!
 //! Standard output has the result alone, a table or one JSON document; standard error tells how far it is.
 
 mod case;
+mod control_plane;
 mod cpu;
 mod figures;
 mod hooks;
@@ -24,11 +25,13 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
+use serde::Serialize;
 
 use crate::case::Load;
+use crate::control_plane::Size;
 use crate::plan::Plan;
 
-/// Connections between two pods of one node: directly, through the agent, and without the mesh
+/// What Culvert costs
 #[derive(Parser)]
 #[command(name = "culvert-bench")]
 struct Arguments {
@@ -54,7 +57,10 @@ struct Arguments {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Scenario {
+    /// Connections between two pods of one node: directly, through the agent, and without the mesh
     SameNode,
+    /// A mesh of 100,000 workloads, and single changes to it
+    ControlPlane,
 }
 
 fn main() -> ExitCode {
@@ -68,7 +74,25 @@ fn main() -> ExitCode {
 }
 
 fn bench(arguments: &Arguments) -> anyhow::Result<()> {
-    let Scenario::SameNode = arguments.scenario;
+    match arguments.scenario {
+        Scenario::SameNode => same_node(arguments),
+        Scenario::ControlPlane => control_plane(arguments),
+    }
+}
+
+fn control_plane(arguments: &Arguments) -> anyhow::Result<()> {
+    let size = if arguments.smoke {
+        Size::SMOKE
+    } else if arguments.quick {
+        Size::QUICK
+    } else {
+        Size::FULL
+    };
+    let report = control_plane::measure(size)?;
+    say(arguments, &report, || report.table())
+}
+
+fn same_node(arguments: &Arguments) -> anyhow::Result<()> {
     let plan = if arguments.smoke {
         Plan::SMOKE
     } else if arguments.quick {
@@ -78,14 +102,23 @@ fn bench(arguments: &Arguments) -> anyhow::Result<()> {
     };
     let loads = arguments.only.map_or(Load::ALL.to_vec(), |load| vec![load]);
     let report = report::measure(&plan, &loads)?;
-    let text = if arguments.json {
-        serde_json::to_string(&report).context("writing the figures as JSON")?
-    } else {
-        report.table()
-    };
-    writeln!(std::io::stdout().lock(), "{text}").context("writing to standard output")?;
+    say(arguments, &report, || report.table())?;
     if let Some(directory) = &arguments.write_docs {
         page::write(directory, &report, plan.flag)?;
     }
     Ok(())
+}
+
+/// Prints the result.
+fn say(
+    arguments: &Arguments,
+    report: &impl Serialize,
+    table: impl FnOnce() -> String,
+) -> anyhow::Result<()> {
+    let text = if arguments.json {
+        serde_json::to_string(report).context("writing the figures as JSON")?
+    } else {
+        table()
+    };
+    writeln!(std::io::stdout().lock(), "{text}").context("writing to standard output")
 }

@@ -20,6 +20,8 @@ Usage: cargo xtask <task>
   bench same-node [--quick] [--json] [--plot]
                              build, then measure two pods of one node against the same pods without the mesh, for ten
                              minutes or, quickly, two; --plot renews docs/PERFORMANCE.md and its picture
+  bench control-plane [--quick] [--json]
+                             build, then measure what 100,000 workloads and changes to them cost the agent, for a minute
   check                      formatting, clippy, dependencies and licences
   clean                      remove pins, namespaces and cgroups that tests and stopped agents left behind
 
@@ -33,7 +35,7 @@ pub enum Task {
     Test(TestOptions),
     Vm(VmOptions),
     Demo(DemoOptions),
-    BenchSameNode(BenchOptions),
+    Bench(BenchOptions),
     Check,
     Clean,
 }
@@ -61,8 +63,26 @@ pub struct DemoOptions {
     pub json: bool,
 }
 
+/// What is measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Scenario {
+    #[default]
+    SameNode,
+    ControlPlane,
+}
+
+impl Scenario {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::SameNode => "same-node",
+            Self::ControlPlane => "control-plane",
+        }
+    }
+}
+
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct BenchOptions {
+    pub scenario: Scenario,
     pub quick: bool,
     pub json: bool,
     /// Renew the page and its picture.
@@ -100,7 +120,7 @@ impl Task {
                     json: !rest.is_empty(),
                 }))
             }
-            "bench" => bench(&rest).map(Self::BenchSameNode),
+            "bench" => bench(&rest).map(Self::Bench),
             other => bail!("there is no task `{other}`\n\n{USAGE}"),
         }
     }
@@ -139,19 +159,26 @@ fn vm(arguments: &[String]) -> anyhow::Result<VmOptions> {
 }
 
 fn bench(arguments: &[String]) -> anyhow::Result<BenchOptions> {
-    let Some((scenario, flags)) = arguments.split_first() else {
-        bail!("`bench` needs a scenario: `cargo xtask bench same-node`");
+    let Some((name, flags)) = arguments.split_first() else {
+        bail!("`bench` needs a scenario: `cargo xtask bench same-node` or `control-plane`");
     };
-    if scenario != "same-node" {
-        bail!("there is no benchmark `{scenario}`: the one there is is `same-node`");
-    }
-    let mut options = BenchOptions::default();
+    let scenario = match name.as_str() {
+        "same-node" => Scenario::SameNode,
+        "control-plane" => Scenario::ControlPlane,
+        other => {
+            bail!("there is no benchmark `{other}`: there are `same-node` and `control-plane`")
+        }
+    };
+    let mut options = BenchOptions {
+        scenario,
+        ..BenchOptions::default()
+    };
     for flag in flags {
-        match flag.as_str() {
-            "--quick" => options.quick = true,
-            "--json" => options.json = true,
-            "--plot" => options.plot = true,
-            _ => refuse("bench same-node", [flag].into_iter())?,
+        match (flag.as_str(), scenario) {
+            ("--quick", _) => options.quick = true,
+            ("--json", _) => options.json = true,
+            ("--plot", Scenario::SameNode) => options.plot = true,
+            _ => refuse(&format!("bench {name}"), [flag].into_iter())?,
         }
     }
     Ok(options)
@@ -231,14 +258,17 @@ mod tests {
         assert!(parse("bench").is_err() && parse("bench moon").is_err());
         assert!(parse("bench same-node --slow").is_err());
         let options = BenchOptions {
+            scenario: Scenario::SameNode,
             quick: true,
             json: false,
             plot: true,
         };
         assert_eq!(
             parse("bench same-node --plot --quick").unwrap(),
-            Task::BenchSameNode(options)
+            Task::Bench(options)
         );
+        assert!(parse("bench control-plane --json").is_ok());
+        assert!(parse("bench control-plane --plot").is_err());
     }
 
     #[test]

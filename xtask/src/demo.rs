@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use xtask::ebpf;
 
 use crate::{
-    arguments::{BenchOptions, DemoOptions},
+    arguments::{BenchOptions, DemoOptions, Scenario},
     packages::{self, Need},
     workspace,
 };
@@ -19,11 +19,13 @@ pub fn demo(options: &DemoOptions) -> anyhow::Result<()> {
     start("culvert-demo", arguments)
 }
 
-pub fn bench_same_node(options: &BenchOptions) -> anyhow::Result<()> {
-    packages::provide(&[Need::Load])?;
+pub fn bench(options: &BenchOptions) -> anyhow::Result<()> {
+    if options.scenario == Scenario::SameNode {
+        packages::provide(&[Need::Load])?;
+    }
     let docs = ebpf::repository().join("docs");
     let flags = [
-        (true, OsStr::new("same-node")),
+        (true, OsStr::new(options.scenario.name())),
         (options.quick, OsStr::new("--quick")),
         (options.json, OsStr::new("--json")),
         (options.plot, OsStr::new("--write-docs")),

@@ -47,7 +47,7 @@ fn run(task: Task) -> anyhow::Result<()> {
         Task::Test(options) => test::test(&options),
         Task::Vm(options) => vm::vm(&options),
         Task::Demo(options) => demo::demo(&options),
-        Task::BenchSameNode(options) => demo::bench_same_node(&options),
+        Task::Bench(options) => demo::bench(&options),
         Task::Check => check::check(),
         Task::Clean => clean::clean(),
     }

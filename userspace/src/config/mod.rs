@@ -79,6 +79,8 @@ pub struct Config {
     /// The name in its certificate.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alt_xds_hostname: Option<String>,
+    /// It is only asked for what is needed.
+    pub xds_on_demand: bool,
     /// The certificate authority, unless it is a development CA.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca_address: Option<Address>,
@@ -224,6 +226,7 @@ impl Config {
         };
         let xds_root_ca = layers.or(&settings::XDS_ROOT_CA, RootSource::parse, roots());
         let alt_xds_hostname = layers.take(&settings::ALT_XDS_HOSTNAME, values::host);
+        let xds_on_demand = layers.or(&settings::XDS_ON_DEMAND, values::boolean, false);
         let dev_ca = layers.take(&settings::DEV_CA, values::path);
         let ca_address = layers.take(&settings::CA_ADDRESS, address);
         let ca_address = match (&dev_ca, ca_address) {
@@ -355,6 +358,7 @@ impl Config {
             xds_address,
             xds_root_ca,
             alt_xds_hostname,
+            xds_on_demand,
             ca_address,
             ca_root_ca,
             alt_ca_hostname,

@@ -76,6 +76,9 @@ settings! {
     ALT_XDS_HOSTNAME = "altXdsHostname", "ALT_XDS_HOSTNAME", "alt-xds-hostname",
         "a DNS name or an IP address",
         "The name in that control plane's certificate [the address's]";
+    XDS_ON_DEMAND = "xdsOnDemand", "XDS_ON_DEMAND", "xds-on-demand",
+        "`true` or `false`",
+        "Ask the control plane only for addresses that pods connect to, not for all [false]";
     CA_ADDRESS = "caAddress", "CA_ADDRESS", "ca-address",
         "an address such as https://istiod.istio-system.svc:15012",
         "The certificate authority [https://istiod.istio-system.svc:15012 in a cluster]";

@@ -7,12 +7,12 @@
 //! the two services, `server` the TLS in front of them. `behaviour` says what tests want it to do wrong, `distort` does that to resources.
 
 mod behaviour;
-pub(crate) mod ca;
+pub mod ca;
 mod distort;
 mod encode;
 mod gate;
 mod publish;
-mod server;
+pub mod server;
 mod session;
 mod snapshot;
 mod xds;

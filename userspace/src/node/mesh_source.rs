@@ -18,7 +18,10 @@ use crate::{
     mesh::{MeshDefaults, Store},
     telemetry::Telemetry,
     wire::envoy::config::core::v3::Node,
-    xds::{LocalFile, LocalFileStatus, ResourceType, Termination, XdsClient, XdsCounts, XdsStatus},
+    xds::{
+        Demand, LocalFile, LocalFileStatus, ResourceType, Termination, XdsClient, XdsCounts,
+        XdsStatus,
+    },
 };
 
 /// The one source.
@@ -29,7 +32,7 @@ pub enum MeshSource {
 }
 
 impl MeshSource {
-    /// Starts to keep `store` at what the source says.
+    /// Starts to keep `store` at what the source says. Returns by whom it is to be asked, if it has to be.
     ///
     /// # Errors
     /// None is configured, or the file cannot be followed.
@@ -39,7 +42,7 @@ impl MeshSource {
         store: &Arc<Store>,
         control: &CancellationToken,
         tasks: &mut JoinSet<&'static str>,
-    ) -> Result<Self, NodeError> {
+    ) -> Result<(Self, Option<Demand>), NodeError> {
         let control = control.clone();
         if let Some(path) = &config.local_xds_path {
             let (watcher, status) = LocalFile::new(path).watch(defaults, Arc::clone(store))?;
@@ -47,15 +50,20 @@ impl MeshSource {
                 watcher.run(control).await;
                 "mesh file"
             });
-            return Ok(Self::File(status));
+            return Ok((Self::File(status), None));
         }
         let channel = control_plane(config).ok_or(NodeError::NoMesh)?;
-        let (client, status) = XdsClient::new(channel, node(config), defaults, Arc::clone(store));
+        let (demand, demanded) = match config.xds_on_demand {
+            true => Some(Demand::new(Arc::clone(store))).unzip(),
+            false => (None, None),
+        };
+        let store = Arc::clone(store);
+        let (client, status) = XdsClient::new(channel, node(config), defaults, store, demanded);
         tasks.spawn(async move {
             client.run(control).await;
             "xDS client"
         });
-        Ok(Self::ControlPlane(status))
+        Ok((Self::ControlPlane(status), demand))
     }
 
     /// Waits until there is a mesh, or a reason why there is none.

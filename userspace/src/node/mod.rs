@@ -103,7 +103,7 @@ pub async fn run(
     }
 
     let store = Arc::new(Store::new());
-    let source = MeshSource::start(
+    let (source, demand) = MeshSource::start(
         &config,
         defaults(&config, &short_circuit),
         &store,
@@ -156,6 +156,7 @@ pub async fn run(
     let failed = CancellationToken::new();
     let context = Arc::new(Context {
         mesh: Arc::clone(&store),
+        demand,
         network: config.network.as_str().into(),
         certificates: certificates.clone(),
         judge: Arc::clone(&enforcer) as Arc<dyn crate::proxy::Judge>,

@@ -32,6 +32,7 @@ pub use workers::Workers;
 
 use crate::{
     enrol::LocalPod, identity::Certificates, mesh::Store, policy::Evaluation, telemetry::Telemetry,
+    xds::Demand,
 };
 
 /// Decides about connections to pods of this node on behalf of the kernel part, which remembers it.
@@ -50,6 +51,8 @@ pub trait Judge: Send + Sync {
 /// What every connection needs.
 pub struct Context {
     pub mesh: Arc<Store>,
+    /// Where the mesh holds only what was asked for.
+    pub demand: Option<Demand>,
     /// The network of this node.
     pub network: Arc<str>,
     pub certificates: Certificates,

@@ -5,6 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use tokio::{net::TcpStream, time::timeout};
 
 use super::{
+    Context,
     arrival::{Arrival, is_own},
     dial,
     hbone::{ConnectRequest, HboneError, PoolKey},
@@ -15,9 +16,10 @@ use super::{
     tls::ExpectedServer,
 };
 use crate::{
-    mesh::{Revision, Workload},
+    mesh::{Destination, GatewayDestination, Revision, Workload},
     policy::{Decision, DenyReason},
     telemetry::{Direction, FlowPath, Reporter, ResponseFlags},
+    xds::DemandError,
 };
 
 /// How long a connection waits for its pod's first certificate.
@@ -34,6 +36,7 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream) {
     // Before the mesh: who sees a revision finds a mesh at least that new.
     let known =
         ours.context.mesh.revision() > Revision::default() || !ours.context.knobs.awaits_mesh();
+    let asked = learn(&ours.context, destination).await;
     let mesh = ours.context.mesh.load();
     let client = ours.pod.workload(&mesh).cloned();
     let mut report = Report::new(&ours.context.telemetry, source, destination);
@@ -48,7 +51,9 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream) {
         return;
     }
     // Without a mesh nothing is known to be outside of it, and a pod of it must not be reached in plaintext.
-    let route = if known {
+    let route = if let Err(error) = asked {
+        Route::Nowhere(error.to_string().into())
+    } else if known {
         route(
             &mesh,
             &ours.context.network,
@@ -57,13 +62,13 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream) {
             steered.chosen,
         )
     } else {
-        Route::Nowhere("the mesh is not known yet")
+        Route::Nowhere("the mesh is not known yet".into())
     };
     drop(mesh);
     match route {
         Route::Nowhere(reason) => {
             dial::reset(stream);
-            report.unreachable(reason);
+            report.unreachable(&reason);
         }
         Route::Plain {
             workload,
@@ -98,6 +103,30 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream) {
             }
             carry(&ours, stream, source, &tunnel, client.as_deref(), report).await;
         }
+    }
+}
+
+/// Asks the control plane what is at the destination, and what is in front of that, where it says so only when it is asked.
+async fn learn(context: &Context, destination: SocketAddr) -> Result<(), DemandError> {
+    let Some(demand) = &context.demand else {
+        return Ok(());
+    };
+    demand.address(&context.network, destination.ip()).await?;
+    let found = context
+        .mesh
+        .load()
+        .lookup(&context.network, destination.ip(), None);
+    let gateway = match found {
+        Destination::Service(service) => service.waypoint.clone(),
+        Destination::Workload(workload) => workload.waypoint.clone(),
+        Destination::Unknown => None,
+    };
+    match gateway.map(|gateway| gateway.destination) {
+        Some(GatewayDestination::Service(name)) => demand.service(&name).await,
+        Some(GatewayDestination::Address(address)) => {
+            demand.address(&address.network, address.ip).await
+        }
+        None => Ok(()),
     }
 }
 

@@ -3,6 +3,7 @@
 //! Invariant: what the mesh carries between nodes is never carried as plain text: where the way is not known it is
 //! [`Route::Nowhere`].
 
+use std::borrow::Cow;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher as _, Hasher as _};
 use std::net::SocketAddr;
@@ -29,7 +30,7 @@ pub(super) enum Route {
         service: Option<Arc<Service>>,
     },
     /// It is refused, for this reason.
-    Nowhere(&'static str),
+    Nowhere(Cow<'static, str>),
 }
 
 /// A connection inside a tunnel.
@@ -106,7 +107,7 @@ fn to_service(
     });
     match chosen.or_else(|| mesh.choose_endpoint(&service, destination, client, &mut random)) {
         Some((workload, target)) => to_workload(workload, target, network, Some(service)),
-        None => Route::Nowhere("the service has no healthy endpoint for this port"),
+        None => Route::Nowhere("the service has no healthy endpoint for this port".into()),
     }
 }
 
@@ -118,11 +119,11 @@ fn to_workload(
 ) -> Route {
     if *workload.network != *network {
         return Route::Nowhere(
-            "the workload is on another network, which this version cannot reach yet",
+            "the workload is on another network, which this version cannot reach yet".into(),
         );
     }
     if OWN_PORTS.contains(&target.port()) && workload.protocol == TunnelProtocol::Hbone {
-        return Route::Nowhere("the port belongs to the agent of the destination");
+        return Route::Nowhere("the port belongs to the agent of the destination".into());
     }
     match workload.protocol {
         TunnelProtocol::Hbone => Route::Tunnel(Tunnel {
@@ -154,13 +155,11 @@ fn to_waypoint(
 ) -> Route {
     let Some(end) = waypoint(mesh, gateway, client) else {
         return Route::Nowhere(
-            "the waypoint of the destination is not known, or has no healthy endpoint",
+            "the waypoint of the destination is not known, or has no healthy endpoint".into(),
         );
     };
     if *end.workload.network != *network {
-        return Route::Nowhere(
-            "the waypoint of the destination is on another network, which this version cannot reach yet",
-        );
+        return Route::Nowhere("the waypoint of the destination is on another network, which this version cannot reach yet".into());
     }
     Route::Tunnel(Tunnel {
         end,

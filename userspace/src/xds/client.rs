@@ -11,6 +11,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status};
 
+use super::demand::Demanded;
 use super::feed::Feed;
 use super::session::{ProtocolError, Push, ResourceType, Session, Taken};
 use crate::control_channel::{ChannelError, ControlChannel};
@@ -144,16 +145,19 @@ pub struct XdsClient {
     session: Session,
     /// Away while a push is put in force.
     feed: Option<Feed>,
+    /// Where only what is asked for is sent.
+    demanded: Option<Demanded>,
     status: watch::Sender<XdsStatus>,
 }
 
 impl XdsClient {
-    /// Asks as `node` for everything. Nothing happens before [`Self::run`].
+    /// Asks as `node` for everything, or only for what is `demanded`. Nothing happens before [`Self::run`].
     pub fn new(
         channel: ControlChannel,
         node: Node,
         defaults: MeshDefaults,
         store: Arc<Store>,
+        demanded: Option<Demanded>,
     ) -> (Self, watch::Receiver<XdsStatus>) {
         let (status, receiver) = watch::channel(XdsStatus {
             unanswered: ResourceType::ALL.to_vec(),
@@ -162,8 +166,9 @@ impl XdsClient {
         });
         let client = Self {
             channel,
-            session: Session::new(node, false),
+            session: Session::new(node, demanded.is_some()),
             feed: Some(Feed::new(store, defaults)),
+            demanded,
             status,
         };
         (client, receiver)
@@ -226,13 +231,24 @@ impl XdsClient {
                 true => Duration::MAX,
                 false => FIRST_ANSWER,
             };
-            let response = tokio::time::timeout(patience, responses.message()).await;
+            let response = tokio::select! {
+                response = tokio::time::timeout(patience, responses.message()) => response,
+                Some(name) = asked(&mut self.demanded) => {
+                    if let Some(request) = self.session.subscribe(&name) {
+                        send(&requests, request).await?;
+                    }
+                    continue;
+                }
+            };
             let response = response.map_err(|_| Ended::Silent)?;
             let response = response.map_err(Ended::Status)?.ok_or(Ended::Closed)?;
             let bytes = prost::Message::encoded_len(&response);
             let push = self.session.receive(response)?;
             let taken = self.put_in_force(push).await?;
             self.report(&taken, bytes);
+            if let Some(demanded) = &self.demanded {
+                demanded.answers.hear(&taken);
+            }
             let answer = self.session.answer(taken);
             send(&requests, answer).await?;
         }
@@ -316,6 +332,14 @@ impl XdsClient {
                 )
             });
         });
+    }
+}
+
+/// The next name that is asked for; never where everything is sent.
+async fn asked(demanded: &mut Option<Demanded>) -> Option<String> {
+    match demanded {
+        Some(demanded) => demanded.asks.recv().await,
+        None => std::future::pending().await,
     }
 }
 

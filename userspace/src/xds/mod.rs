@@ -3,10 +3,12 @@
 
 mod client;
 mod decode;
+mod demand;
 mod feed;
 pub mod local_file;
 mod session;
 
 pub use client::{Termination, XdsClient, XdsCounts, XdsStatus};
+pub use demand::{Demand, DemandError};
 pub use local_file::{LocalFile, LocalFileError, LocalFileStatus, LocalFileWatcher};
 pub use session::ResourceType;

@@ -43,7 +43,7 @@ impl Running {
             ..Node::default()
         };
         let defaults = MeshDefaults::default();
-        let (client, status) = XdsClient::new(channel, node, defaults, Arc::clone(&store));
+        let (client, status) = XdsClient::new(channel, node, defaults, Arc::clone(&store), None);
         let shutdown = CancellationToken::new();
         let task = tokio::spawn(client.run(shutdown.clone()));
         Self {

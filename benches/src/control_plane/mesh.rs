@@ -1,0 +1,65 @@
+//! A large mesh as a control plane would send it: pods of 1,000 deployments in 100 namespaces, on 500 nodes.
+
+use culvert::wire::envoy::service::discovery::v3::Resource;
+use culvert::wire::istio::workload::{Address, Locality, Port, PortList, Workload, address::Type};
+use prost::Message as _;
+use prost_types::Any;
+
+use super::server::ADDRESS;
+
+const NAMESPACES: u32 = 100;
+const DEPLOYMENTS: u32 = 1_000;
+const NODES: u32 = 500;
+
+/// Workload `number`, as it is after so many changes.
+pub fn workload(number: u32, changes: u32) -> Resource {
+    let deployment = number % DEPLOYMENTS;
+    let namespace = format!("namespace-{}", deployment % NAMESPACES);
+    let name = format!("deployment-{deployment}");
+    let pod = format!("{name}-5d8f7c9b6-{number}");
+    let uid = format!("Kubernetes//Pod/{namespace}/{pod}");
+    let [_, a, b, c] = number.to_be_bytes();
+    let service = format!("{namespace}/{name}.{namespace}.svc.cluster.local");
+    let ports = PortList {
+        ports: vec![Port {
+            service_port: 80,
+            target_port: 8080,
+            app_protocol: 0,
+        }],
+    };
+    let workload = Workload {
+        uid: uid.clone(),
+        name: pod,
+        namespace: namespace.clone(),
+        addresses: vec![vec![10, 128 | a, b, c].into()],
+        tunnel_protocol: 1,
+        trust_domain: "cluster.local".to_owned(),
+        service_account: name.clone(),
+        node: format!("node-{}", number % NODES),
+        canonical_name: name.clone(),
+        canonical_revision: "v1".to_owned(),
+        workload_name: name,
+        cluster_id: "Kubernetes".to_owned(),
+        locality: Some(Locality {
+            region: "region".to_owned(),
+            zone: format!("zone-{}", number % 3),
+            subzone: String::new(),
+        }),
+        services: [(service, ports)].into(),
+        // What an operator sees change most: whether it is healthy.
+        status: i32::try_from(changes % 2).unwrap_or(0),
+        ..Workload::default()
+    };
+    let address = Address {
+        r#type: Some(Type::Workload(workload)),
+    };
+    Resource {
+        name: uid,
+        version: changes.to_string(),
+        resource: Some(Any {
+            type_url: ADDRESS.to_owned(),
+            value: address.encode_to_vec(),
+        }),
+        ..Resource::default()
+    }
+}

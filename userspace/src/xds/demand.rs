@@ -1,0 +1,168 @@
+//! Asking the control plane for addresses and services as they are needed, where it is not asked for everything.
+//!
+//! Invariants: what was asked for once stays asked for, so an answer is final until the control plane says otherwise; the number of names
+//! is bounded. The proxy asks before it takes an address for one outside the mesh; `client` sends and hears.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+
+use super::session::Taken;
+use crate::mesh::{Destination, NetworkAddress, ServiceName, Store};
+
+/// The most names that are asked for: pods may connect to any address there is.
+const MOST_NAMES: usize = 65_536;
+/// Names on their way to the control plane.
+const WAITING: usize = 256;
+/// How long a connection waits for an answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Why it is not known what is at an address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum DemandError {
+    /// No answer.
+    #[error("the control plane has not said within {} s what is at the destination", PATIENCE.as_secs())]
+    Deadline,
+    /// Too many others.
+    #[error("the agent follows {MOST_NAMES} addresses and takes no more")]
+    TooMany,
+    /// The client has ended.
+    #[error("the agent is stopping")]
+    Stopping,
+}
+
+/// Who asks. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Demand {
+    asks: mpsc::Sender<String>,
+    store: Arc<Store>,
+    answers: Arc<Answers>,
+    patience: Duration,
+}
+
+/// The client's part.
+#[derive(Debug)]
+pub struct Demanded {
+    pub asks: mpsc::Receiver<String>,
+    pub answers: Arc<Answers>,
+}
+
+/// What is known of the names that were asked for.
+#[derive(Debug)]
+pub struct Answers {
+    /// Whether there was an answer.
+    names: Mutex<HashMap<String, bool>>,
+    news: watch::Sender<()>,
+}
+
+impl Answers {
+    /// Notes what a push says. To be called once it is in force.
+    pub fn hear(&self, taken: &Taken) {
+        let accepted = taken.accepted.iter().map(|(name, _)| &**name);
+        let removed = taken.removed.iter().map(String::as_str);
+        let mut names = self.names();
+        for name in accepted.chain(removed) {
+            if let Some(answered) = names.get_mut(name) {
+                *answered = true;
+            }
+        }
+        drop(names);
+        self.news.send_replace(());
+    }
+
+    fn names(&self) -> std::sync::MutexGuard<'_, HashMap<String, bool>> {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether there was an answer; enters the name if it is new. `None` if there is no room for it.
+    fn enter(&self, name: &str) -> Option<(bool, bool)> {
+        let mut names = self.names();
+        if let Some(answered) = names.get(name) {
+            return Some((*answered, false));
+        }
+        if names.len() >= MOST_NAMES {
+            return None;
+        }
+        names.insert(name.to_owned(), false);
+        Some((false, true))
+    }
+
+    fn settle(&self, name: &str) {
+        if let Some(answered) = self.names().get_mut(name) {
+            *answered = true;
+        }
+    }
+}
+
+impl Demand {
+    /// Asks for what `store` will hold.
+    pub fn new(store: Arc<Store>) -> (Self, Demanded) {
+        let (sender, asks) = mpsc::channel(WAITING);
+        let answers = Arc::new(Answers {
+            names: Mutex::default(),
+            news: watch::Sender::new(()),
+        });
+        let demand = Self {
+            asks: sender,
+            store,
+            answers: Arc::clone(&answers),
+            patience: PATIENCE,
+        };
+        (demand, Demanded { asks, answers })
+    }
+
+    /// Returns when the store holds what is at an address, or it is known that nothing of the mesh is.
+    ///
+    /// # Errors
+    /// There is no answer.
+    pub async fn address(&self, network: &str, ip: IpAddr) -> Result<(), DemandError> {
+        let is_known = || {
+            let mesh = self.store.load();
+            mesh.lookup(network, ip, None) != Destination::Unknown
+        };
+        let name = NetworkAddress::new(network, ip).to_string();
+        self.wait(&name, is_known).await
+    }
+
+    /// The same of a service.
+    ///
+    /// # Errors
+    /// There is no answer.
+    pub async fn service(&self, name: &ServiceName) -> Result<(), DemandError> {
+        let is_known = || self.store.load().service_by_name(name.as_str()).is_some();
+        self.wait(name.as_str(), is_known).await
+    }
+
+    async fn wait(&self, name: &str, is_known: impl Fn() -> bool) -> Result<(), DemandError> {
+        let mut news = self.answers.news.subscribe();
+        let (answered, new) = self.answers.enter(name).ok_or(DemandError::TooMany)?;
+        if new {
+            let asked = self.asks.send(name.to_owned()).await;
+            asked.map_err(|_| DemandError::Stopping)?;
+        }
+        if answered || is_known() {
+            return Ok(());
+        }
+        let waiting = async {
+            loop {
+                news.changed().await.map_err(|_| DemandError::Stopping)?;
+                // The answer to an address may be a workload, under that one's name.
+                if is_known() {
+                    self.answers.settle(name);
+                }
+                if let Some((true, _)) = self.answers.enter(name) {
+                    return Ok(());
+                }
+            }
+        };
+        tokio::time::timeout(self.patience, waiting)
+            .await
+            .unwrap_or(Err(DemandError::Deadline))
+    }
+}
+
+#[cfg(test)]
+mod tests;

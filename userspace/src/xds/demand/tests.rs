@@ -1,0 +1,47 @@
+use super::super::session::ResourceType;
+use super::*;
+
+fn removed(name: &str) -> Taken {
+    Taken {
+        kind: ResourceType::Address,
+        nonce: String::new(),
+        removed: vec![name.to_owned()],
+        accepted: Vec::new(),
+        refused: Vec::new(),
+    }
+}
+
+#[tokio::test]
+async fn who_asks_waits_for_the_answer_and_the_next_one_does_not() {
+    let (demand, mut demanded) = Demand::new(Arc::new(Store::new()));
+    let ip: IpAddr = [10, 0, 0, 1].into();
+    let asking = tokio::spawn({
+        let demand = demand.clone();
+        async move { demand.address("net", ip).await }
+    });
+    let name = demanded.asks.recv().await.unwrap();
+    assert_eq!(name, "net/10.0.0.1");
+    assert!(!asking.is_finished());
+    demanded.answers.hear(&removed(&name));
+    assert_eq!(asking.await.unwrap(), Ok(()));
+    assert_eq!(demand.address("net", ip).await, Ok(()));
+    assert!(demanded.asks.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn without_an_answer_it_is_not_known() {
+    let (mut demand, _demanded) = Demand::new(Arc::new(Store::new()));
+    demand.patience = Duration::from_millis(10);
+    let answer = demand.address("", [10, 0, 0, 1].into()).await;
+    assert_eq!(answer, Err(DemandError::Deadline));
+}
+
+#[tokio::test]
+async fn the_names_are_bounded() {
+    let (demand, demanded) = Demand::new(Arc::new(Store::new()));
+    for number in 0..MOST_NAMES {
+        assert!(demanded.answers.enter(&number.to_string()).is_some());
+    }
+    let answer = demand.address("", [10, 0, 0, 1].into()).await;
+    assert_eq!(answer, Err(DemandError::TooMany));
+}
