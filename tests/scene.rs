@@ -5,8 +5,8 @@ use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use culvert_harness::{
-    Agent, AgentOptions, Fabric, FabricOptions, Match, Mesh, Namespace, Node, Pod, Policy, Proc,
-    Workload, fabric::BRIDGE, wait_until,
+    Agent, AgentOptions, Fabric, FabricOptions, Match, Mesh, Node, Pod, Policy, Proc, Workload,
+    fabric::BRIDGE, wait_until,
 };
 use serde_json::Value;
 
@@ -64,14 +64,6 @@ impl Scene {
             knobs,
             ..Setting::default()
         })
-    }
-
-    /// All pods have the short-circuit on, and the first connection of `client` to `server-a` has been.
-    pub fn short(knobs: &'static str) -> Result<Self> {
-        let mut scene = Self::without(knobs)?;
-        scene.short_circuit("on")?;
-        scene.warm(&scene.client, &scene.server_a)?;
-        Ok(scene)
     }
 
     pub fn with(setting: Setting) -> Result<Self> {
@@ -152,12 +144,6 @@ impl Scene {
             })?;
         }
         Ok(())
-    }
-
-    /// Says of all pods whether their flows are short-circuited: `off`, `auto` or `on`.
-    pub fn short_circuit(&mut self, mode: &str) -> Result<()> {
-        let namespace = Namespace::annotated(NAMESPACE, "culvert.dev/short-circuit", mode);
-        self.change_mesh(|mesh| mesh.namespaces = vec![namespace])
     }
 
     /// How many flows have been short-circuited so far, on the first node.

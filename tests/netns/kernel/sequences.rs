@@ -10,7 +10,7 @@ use culvert_harness::{Fabric, Pod, stretch};
 use culvert_tests::scene::{PORT, Scene, connect_to, proposed_to};
 use serde_json::Value;
 
-use crate::restart::start;
+use crate::{restart::start, short_circuit::stage};
 
 /// Programs that run a part of them each, at ports of their own.
 const AT_ONCE: u16 = 4;
@@ -115,9 +115,9 @@ impl Which {
     }
 }
 
-/// As [`Scene::short`]; the first connection to each port has been.
+/// As [`stage`]; the first connection to each port has been.
 fn short(knobs: &'static str) -> Result<Scene> {
-    let scene = Scene::short(knobs)?;
+    let scene = stage(knobs)?;
     for part in 0..AT_ONCE {
         let to = scene.server_a.at(PORT + part);
         connect_to(&scene.client, &to, &["--send", "x", "--read", "1"])?;

@@ -1,7 +1,8 @@
 //! The short-circuit, where both pods have it on: what is sent goes straight into the other end's receive queue, in order and counted.
 
 use anyhow::Result;
-use culvert_abi::{FlowKey, ShortFlow};
+use aya::maps::MapError;
+use culvert_abi::{Address, Endpoint, FlowKey, Pod, ShortFlow};
 use culvert_harness::{Namespace, Proc, wait_until};
 use culvert_tests::scene::{
     NAMESPACE, PORT, SOON, Scene, answered, connect_to, echo, hold, principal, serve,
@@ -18,9 +19,37 @@ pub const COUNT: usize = 20;
 fn scene(mode: Option<&str>) -> Result<Scene> {
     let mut scene = Scene::new()?;
     if let Some(mode) = mode {
-        let namespace = Namespace::annotated(NAMESPACE, "culvert.dev/short-circuit", mode);
-        scene.change_mesh(|mesh| mesh.namespaces = vec![namespace])?;
+        say(&mut scene, mode)?;
     }
+    Ok(scene)
+}
+
+/// Says of all pods whether their flows are short-circuited, and waits until the kernel part knows.
+pub fn say(scene: &mut Scene, mode: &str) -> Result<()> {
+    let namespace = Namespace::annotated(NAMESPACE, "culvert.dev/short-circuit", mode);
+    scene.change_mesh(|mesh| mesh.namespaces = vec![namespace])?;
+    wait_until(SOON, "the kernel part to know", || {
+        let pods = table::<u64, Pod>(&scene.node1, "PODS")?;
+        let endpoints = table::<Address, Endpoint>(&scene.node1, "ENDPOINTS")?;
+        let pods = pods
+            .iter()
+            .map(|entry| Ok(entry?.1.flags & Pod::SHORT_CIRCUIT));
+        let endpoints = endpoints
+            .iter()
+            .map(|entry| Ok(entry?.1.flags & Endpoint::SHORT_CIRCUIT));
+        let flags = pods
+            .chain(endpoints)
+            .collect::<Result<Vec<_>, MapError>>()?;
+        let know = flags.iter().all(|flag| (*flag != 0) == mode.contains("on"));
+        Ok(know.then_some(()))
+    })
+}
+
+/// All pods have the short-circuit on, and the first connection of `client` to `server-a` has been.
+pub fn stage(knobs: &'static str) -> Result<Scene> {
+    let mut scene = Scene::without(knobs)?;
+    say(&mut scene, "on")?;
+    scene.warm(&scene.client, &scene.server_a)?;
     Ok(scene)
 }
 

@@ -5,7 +5,10 @@ use anyhow::Result;
 use culvert_harness::{lacks, wait_until};
 use culvert_tests::scene::{PORT, SOON, Scene};
 
-use crate::short_readers::{act, send, used};
+use crate::{
+    short_circuit::stage,
+    short_readers::{act, send, used},
+};
 
 /// What comes of a read on a flow that is short-circuited before the reader prepares for it, and a byte is sent.
 fn read_late(scene: &Scene, how: &str) -> Result<String> {
@@ -16,7 +19,7 @@ fn read_late(scene: &Scene, how: &str) -> Result<String> {
 
 #[test]
 fn a_call_that_waits_for_all_gets_all_on_a_socket_that_was_made_blocking() -> Result<()> {
-    let scene = Scene::short("")?;
+    let scene = stage("")?;
     assert_eq!(read_late(&scene, "wait-all")?, "2 bytes");
     assert!(scene.by_tcp("reader")? >= 1.0);
     Ok(())
@@ -24,7 +27,7 @@ fn a_call_that_waits_for_all_gets_all_on_a_socket_that_was_made_blocking() -> Re
 
 #[test]
 fn twin_without_the_readers_flags_a_call_that_waits_for_all_returns_with_less() -> Result<()> {
-    let scene = Scene::short("skip-reader-flags")?;
+    let scene = stage("skip-reader-flags")?;
     assert_eq!(read_late(&scene, "wait-all")?, "1 bytes");
     Ok(())
 }
@@ -32,21 +35,21 @@ fn twin_without_the_readers_flags_a_call_that_waits_for_all_returns_with_less() 
 /// It began when everything went by TCP, and sees nothing else until it ends.
 #[test]
 fn a_call_that_waits_for_all_gets_all_when_its_socket_does_not_block_any_more() -> Result<()> {
-    let scene = Scene::short("")?;
+    let scene = stage("")?;
     assert_eq!(read_late(&scene, "wait-all-meanwhile")?, "2 bytes");
     Ok(())
 }
 
 #[test]
 fn twin_without_looking_for_threads_that_wait_it_does_not_see_what_is_redirected() -> Result<()> {
-    let scene = Scene::short("skip-waiters")?;
+    let scene = stage("skip-waiters")?;
     assert_eq!(read_late(&scene, "wait-all-meanwhile")?, "1 bytes");
     Ok(())
 }
 
 #[test]
 fn a_socket_with_a_low_water_mark_is_not_readable_below_it() -> Result<()> {
-    let scene = Scene::short("")?;
+    let scene = stage("")?;
     assert_eq!(read_late(&scene, "low-water")?, "2 bytes");
     assert!(scene.by_tcp("reader")? >= 1.0);
     Ok(())
@@ -54,14 +57,14 @@ fn a_socket_with_a_low_water_mark_is_not_readable_below_it() -> Result<()> {
 
 #[test]
 fn twin_without_the_readers_flags_a_socket_is_readable_below_its_low_water_mark() -> Result<()> {
-    let scene = Scene::short("skip-reader-flags")?;
+    let scene = stage("skip-reader-flags")?;
     assert_eq!(read_late(&scene, "low-water")?, "1 bytes");
     Ok(())
 }
 
 #[test]
 fn a_receive_buffer_that_is_made_small_holds_little() -> Result<()> {
-    let scene = Scene::short("")?;
+    let scene = stage("")?;
     assert_eq!(read_late(&scene, "small-buffer")?, "0 bytes");
     assert!(scene.by_tcp("reader")? >= 1.0);
     Ok(())
@@ -69,7 +72,7 @@ fn a_receive_buffer_that_is_made_small_holds_little() -> Result<()> {
 
 #[test]
 fn twin_without_the_readers_flags_a_small_receive_buffer_holds_much_more() -> Result<()> {
-    let scene = Scene::short("skip-reader-flags")?;
+    let scene = stage("skip-reader-flags")?;
     let outcome = read_late(&scene, "small-buffer")?;
     let beyond: u64 = outcome.trim_end_matches(" bytes").parse()?;
     assert!(beyond > 1 << 20, "{outcome}");
@@ -94,7 +97,7 @@ fn wait_early(scene: &Scene, outcome: &str) -> Result<String> {
 
 #[test]
 fn a_thread_that_waits_since_before_its_socket_did_not_block_gets_what_comes() -> Result<()> {
-    let scene = Scene::short("")?;
+    let scene = stage("")?;
     assert_eq!(wait_early(&scene, "blocking")?, "1 bytes");
     assert_eq!(scene.short_circuited()?, 0.0);
     Ok(())
@@ -102,7 +105,7 @@ fn a_thread_that_waits_since_before_its_socket_did_not_block_gets_what_comes() -
 
 #[test]
 fn twin_without_looking_for_threads_that_wait_one_waits_for_ever() -> Result<()> {
-    let scene = Scene::short("skip-waiters")?;
+    let scene = stage("skip-waiters")?;
     assert_eq!(wait_early(&scene, "entered")?, "TIMEOUT");
     Ok(())
 }
@@ -119,7 +122,7 @@ fn is_without_tls(error: &anyhow::Error) -> bool {
 
 #[test]
 fn a_socket_with_tls_in_the_kernel_is_left_alone() -> Result<()> {
-    let scene = Scene::short("")?;
+    let scene = stage("")?;
     let late = match used(&scene, &["--act", "receive", "--tls"], "upper_layer") {
         Err(error) if is_without_tls(&error) => return Ok(()),
         late => late?,
@@ -132,7 +135,7 @@ fn a_socket_with_tls_in_the_kernel_is_left_alone() -> Result<()> {
 
 #[test]
 fn a_socket_that_gets_tls_in_the_kernel_goes_on_by_tcp() -> Result<()> {
-    let scene = Scene::short("")?;
+    let scene = stage("")?;
     let late = used(&scene, &["--act", "tls"], "entered")?;
     match send(&late) {
         Err(error) if is_without_tls(&error) => return Ok(()),

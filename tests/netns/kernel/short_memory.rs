@@ -8,6 +8,8 @@ use anyhow::{Context as _, Result};
 use culvert_harness::{Proc, stretch, wait_until};
 use culvert_tests::scene::{PORT, SOON, Scene};
 
+use crate::short_circuit::say;
+
 /// What a flow may hold more than it does without the short-circuit.
 const MORE: u64 = 4 << 20;
 /// Bytes that one may have unread and be redirected more.
@@ -31,7 +33,7 @@ struct Parked {
 
 /// Flows that are in use, and short-circuited where the mode is `on`.
 fn used(scene: &mut Scene, mode: &str, count: u16, options: &[&str]) -> Result<Proc> {
-    scene.short_circuit(mode)?;
+    say(scene, mode)?;
     scene.warm(&scene.client, &scene.server_a)?;
     let filling = scene
         .client

@@ -1,11 +1,11 @@
 //! Readers that redirected bytes do not go with: they are recognised, their flow is reset before it hangs, and their pod left alone.
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use culvert_abi::config_flag;
 use culvert_harness::{AgentOptions, Proc, culvert_binary, wait_until};
 use culvert_tests::scene::{PORT, SOON, Scene, text};
 
-use crate::kernel_tables::config;
+use crate::{kernel_tables::config, short_circuit::stage};
 
 /// A connection that has been used until the agent has decided about it.
 pub fn used(scene: &Scene, options: &[&str], outcome: &str) -> Result<Proc> {
@@ -19,10 +19,20 @@ pub fn used(scene: &Scene, options: &[&str], outcome: &str) -> Result<Proc> {
         .stdin()
         .spawn()?;
     late.wait_for_event("used", SOON)?;
-    wait_until(SOON, &format!("the flow to be {outcome}"), || {
+    let decided = wait_until(SOON, &format!("the flow to be {outcome}"), || {
         Ok((scene.proposed(outcome)? > before).then_some(()))
-    })?;
+    });
+    decided.with_context(|| outcomes(scene))?;
     Ok(late)
+}
+
+/// What became of all flows so far.
+fn outcomes(scene: &Scene) -> String {
+    let metrics = scene.agent1.metrics().unwrap_or_default();
+    let lines = metrics
+        .lines()
+        .filter(|line| line.starts_with("culvert_short_circuited_flows_total"));
+    lines.collect::<Vec<_>>().join("\n")
 }
 
 /// Has something sent, which nobody reads.
@@ -40,7 +50,7 @@ pub fn act(late: &Proc) -> Result<String> {
 
 #[test]
 fn a_reader_that_splices_is_reset_and_its_pod_remembered() -> Result<()> {
-    let scene = Scene::short("")?;
+    let scene = stage("")?;
     let log = scene.agent1.log();
     let mark = log.mark();
     let late = used(&scene, &["--act", "splice"], "entered")?;
@@ -69,7 +79,7 @@ fn a_reader_that_splices_is_reset_and_its_pod_remembered() -> Result<()> {
 
 #[test]
 fn what_is_known_of_a_pod_outlives_the_agent() -> Result<()> {
-    let mut scene = Scene::short("")?;
+    let mut scene = stage("")?;
     let late = used(&scene, &["--act", "splice"], "entered")?;
     send(&late)?;
     act(&late)?;
@@ -84,7 +94,7 @@ fn what_is_known_of_a_pod_outlives_the_agent() -> Result<()> {
 
 #[test]
 fn twin_with_nobody_watching_a_reader_that_splices_hangs() -> Result<()> {
-    let scene = Scene::short("skip-readers")?;
+    let scene = stage("skip-readers")?;
     let late = used(&scene, &["--act", "splice"], "entered")?;
     send(&late)?;
     assert_eq!(act(&late)?, "TIMEOUT");
@@ -95,7 +105,7 @@ fn twin_with_nobody_watching_a_reader_that_splices_hangs() -> Result<()> {
 /// What comes by TCP beside redirected bytes would find no room, and be sent again ever later.
 #[test]
 fn a_reader_with_a_receive_buffer_of_its_own_is_left_alone() -> Result<()> {
-    let scene = Scene::short("")?;
+    let scene = stage("")?;
     let options = ["--act", "receive", "--receive-buffer", "65536"];
     let late = used(&scene, &options, "receive_buffer")?;
     send(&late)?;
@@ -118,7 +128,7 @@ fn unload(scene: &Scene, more: &[&str]) -> Result<Proc> {
 /// Flows go on over a node that is unloaded, also those that were short-circuited.
 #[test]
 fn flows_that_were_short_circuited_go_on_after_an_unload() -> Result<()> {
-    let scene = Scene::short("")?;
+    let scene = stage("")?;
     let late = used(&scene, &["--act", "receive"], "entered")?;
     scene.agent1.kill()?;
     let unload = unload(&scene, &[])?;
@@ -131,7 +141,7 @@ fn flows_that_were_short_circuited_go_on_after_an_unload() -> Result<()> {
 /// With the map goes what is in it.
 #[test]
 fn unloading_waits_for_what_is_unread() -> Result<()> {
-    let scene = Scene::short("")?;
+    let scene = stage("")?;
     let late = used(&scene, &["--act", "receive"], "entered")?;
     send(&late)?;
     scene.agent1.kill()?;
@@ -149,7 +159,7 @@ fn unloading_waits_for_what_is_unread() -> Result<()> {
 
 #[test]
 fn what_is_not_read_in_time_is_not_lost_in_silence() -> Result<()> {
-    let scene = Scene::short("")?;
+    let scene = stage("")?;
     let late = used(&scene, &["--act", "receive"], "entered")?;
     send(&late)?;
     scene.agent1.kill()?;

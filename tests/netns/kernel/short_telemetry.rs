@@ -1,22 +1,21 @@
 //! What is told of short-circuited flows, and of those that were not: records, metrics and `culvert status`.
 
 use anyhow::Result;
-use culvert_harness::{AgentOptions, Namespace, Proc, wait_until};
-use culvert_tests::scene::{NAMESPACE, PORT, SOON, Scene, answered, echo, hold, serve, status};
+use culvert_harness::{AgentOptions, Proc, wait_until};
+use culvert_tests::scene::{PORT, SOON, Scene, answered, echo, hold, serve, status};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::{
     agent_gone::goes_on,
-    short_circuit::{COUNT, busy_pair_at, bytes},
+    short_circuit::{COUNT, busy_pair_at, bytes, say},
     telemetry::{flows, stop},
 };
 
 /// A scene whose namespace says this.
 fn scene(word: &str) -> Result<Scene> {
     let mut scene = Scene::new()?;
-    let namespace = Namespace::annotated(NAMESPACE, "culvert.dev/short-circuit", word);
-    scene.change_mesh(|mesh| mesh.namespaces = vec![namespace])?;
+    say(&mut scene, word)?;
     Ok(scene)
 }
 
