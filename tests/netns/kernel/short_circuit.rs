@@ -1,6 +1,6 @@
 //! The short-circuit, where both pods have it on: what is sent goes straight into the other end's receive queue, in order and counted.
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use aya::maps::MapError;
 use culvert_abi::{Address, Endpoint, FlowKey, Pod, ShortFlow};
 use culvert_harness::{Namespace, Proc, wait_until};
@@ -86,6 +86,23 @@ pub fn short_flows(scene: &Scene) -> Result<Vec<(FlowKey, ShortFlow)>> {
         .collect())
 }
 
+/// What became of all flows so far.
+pub fn outcomes(scene: &Scene) -> String {
+    let metrics = scene.agent1.metrics().unwrap_or_default();
+    let lines = metrics
+        .lines()
+        .filter(|line| line.starts_with("culvert_short_circuited_flows_total"));
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// All flows of [`busy_pair_at`].
+pub fn wait_until_all_entered(scene: &Scene) -> Result<()> {
+    let entered = wait_until(SOON, "all flows to be entered", || {
+        Ok((scene.short_circuited()? == COUNT as f64).then_some(()))
+    });
+    entered.with_context(|| outcomes(scene))
+}
+
 /// How many bytes were sent and received so far.
 pub fn bytes(client: &Proc) -> Result<u64> {
     let mark = client.log().mark();
@@ -98,9 +115,7 @@ pub fn bytes(client: &Proc) -> Result<u64> {
 fn busy_flows_are_short_circuited_where_both_pods_have_it_on() -> Result<()> {
     let scene = scene(Some("on"))?;
     let (client, _server) = busy_pair(&scene)?;
-    wait_until(SOON, "all flows to be entered", || {
-        Ok((scene.short_circuited()? == COUNT as f64).then_some(()))
-    })?;
+    wait_until_all_entered(&scene)?;
     wait_until(SOON, "both sides of each flow to redirect", || {
         let all = short_flows(&scene)?;
         let each = all.iter().flat_map(|(_, flow)| flow.sides);

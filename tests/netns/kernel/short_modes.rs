@@ -4,7 +4,7 @@ use anyhow::Result;
 use culvert_harness::{AgentOptions, Namespace, Proc, wait_until};
 use culvert_tests::scene::{NAMESPACE, PORT, SOON, Scene, Setting, mesh_status};
 
-use crate::short_circuit::{COUNT, busy_pair_at, bytes, short_flows};
+use crate::short_circuit::{COUNT, busy_pair_at, bytes, short_flows, wait_until_all_entered};
 
 const VARIABLE: &str = "CULVERT_SHORT_CIRCUIT";
 const ANNOTATION: &str = "culvert.dev/short-circuit";
@@ -27,12 +27,6 @@ fn say(scene: &mut Scene, words: &[(&str, &str)]) -> Result<()> {
                 None => mesh.namespaces = vec![Namespace::annotated(name, ANNOTATION, value)],
             }
         }
-    })
-}
-
-fn wait_until_all_entered(scene: &Scene) -> Result<()> {
-    wait_until(SOON, "all flows to be entered", || {
-        Ok((scene.short_circuited()? == COUNT as f64).then_some(()))
     })
 }
 

@@ -5,7 +5,10 @@ use culvert_abi::config_flag;
 use culvert_harness::{AgentOptions, Proc, culvert_binary, wait_until};
 use culvert_tests::scene::{PORT, SOON, Scene, text};
 
-use crate::{kernel_tables::config, short_circuit::stage};
+use crate::{
+    kernel_tables::config,
+    short_circuit::{outcomes, stage},
+};
 
 /// A connection that has been used until the agent has decided about it.
 pub fn used(scene: &Scene, options: &[&str], outcome: &str) -> Result<Proc> {
@@ -24,15 +27,6 @@ pub fn used(scene: &Scene, options: &[&str], outcome: &str) -> Result<Proc> {
     });
     decided.with_context(|| outcomes(scene))?;
     Ok(late)
-}
-
-/// What became of all flows so far.
-fn outcomes(scene: &Scene) -> String {
-    let metrics = scene.agent1.metrics().unwrap_or_default();
-    let lines = metrics
-        .lines()
-        .filter(|line| line.starts_with("culvert_short_circuited_flows_total"));
-    lines.collect::<Vec<_>>().join("\n")
 }
 
 /// Has something sent, which nobody reads.

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::{
     agent_gone::goes_on,
-    short_circuit::{COUNT, busy_pair_at, bytes, say},
+    short_circuit::{COUNT, busy_pair_at, bytes, say, wait_until_all_entered},
     telemetry::{flows, stop},
 };
 
@@ -60,9 +60,7 @@ fn settle(client: &Proc, server: &Proc) -> Result<u64> {
 fn short_circuited_flows_are_told_with_what_was_redirected() -> Result<()> {
     let mut scene = scene("on")?;
     let (client, server) = busy_pair_at(&scene, PORT)?;
-    wait_until(SOON, "all flows to be entered", || {
-        Ok((scene.short_circuited()? == COUNT as f64).then_some(()))
-    })?;
+    wait_until_all_entered(&scene)?;
     assert_eq!(metric(&scene, "flows_open", &[])?, COUNT as u64);
     let shown = flows(&scene)?;
     wait_until(SOON, "open flows to be told", || {
