@@ -382,11 +382,11 @@ fn examine(tcp: u64) -> u32 {
 fn enter(sk: *mut c_void, tcp: u64, request: &ShortRequest) -> u32 {
     let protocol = peek::<u64>(tcp + given(&SOCK_PROTOCOL_OFFSET));
     let memory = protocol.and_then(|at| peek::<u64>(at + given(&PROTOCOL_MEMORY_OFFSET)));
-    // Below the first limit the kernel lets receive buffers grow. Some way below: what then comes by TCP needs room as well.
-    let first = protocol
-        .and_then(|at| peek::<u64>(at + given(&PROTOCOL_LIMITS_OFFSET)))
-        .and_then(peek::<u64>);
-    let (Some(memory), Some(first)) = (memory, first) else {
+    let most = match request.end.memory_most {
+        0 => protocol.and_then(memory_most),
+        asked => Some(asked),
+    };
+    let (Some(memory), Some(most)) = (memory, most) else {
         return fit::REFUSED;
     };
     let Some(end) = SHORT_ENDS.find_or_create(sk) else {
@@ -396,7 +396,7 @@ fn enter(sk: *mut c_void, tcp: u64, request: &ShortRequest) -> u32 {
     end.live = 0;
     end.settled = 0;
     end.memory = memory;
-    end.memory_most = first / 2;
+    end.memory_most = most;
     let key = request.cookie;
     // SAFETY: a key of the map's size, and a socket with a reference; the kernel takes its own.
     let status = unsafe {
@@ -408,6 +408,19 @@ fn enter(sk: *mut c_void, tcp: u64, request: &ShortRequest) -> u32 {
         )
     };
     if status == 0 { fit::YES } else { fit::REFUSED }
+}
+
+/// Up to how much memory for TCP bytes are redirected, in pages. Below the first limit the kernel lets receive buffers grow; this is
+/// some way below: what then comes by TCP needs room as well.
+#[inline(always)]
+fn memory_most(protocol: u64) -> Option<u64> {
+    const LITTLE: u64 = 4096;
+    if knob(knob::LITTLE_MEMORY) {
+        let memory = peek::<u64>(protocol + given(&PROTOCOL_MEMORY_OFFSET))?;
+        return Some(peek::<u64>(memory)? + LITTLE);
+    }
+    let limits = peek::<u64>(protocol + given(&PROTOCOL_LIMITS_OFFSET))?;
+    Some(peek::<u64>(limits)? / 2)
 }
 
 #[inline(always)]

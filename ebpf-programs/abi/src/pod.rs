@@ -58,6 +58,8 @@ pub mod knob {
     pub const SKIP_LIMIT: u32 = 1 << 20;
     pub const SKIP_READER_FLAGS: u32 = 1 << 21;
     pub const SKIP_WAITERS: u32 = 1 << 22;
+    /// No protection: as if the node had little memory left for TCP.
+    pub const LITTLE_MEMORY: u32 = 1 << 23;
 }
 
 /// An enrolled pod; the key is its netns cookie. Its addresses are those of [`Endpoint`]s with that cookie.

@@ -20,7 +20,8 @@ pub struct ShortEnd {
     /// With [`ShortEnd::SETTLED`] set, below it the `write_seq` up to which the peer was seen to have read everything, with nobody
     /// in the middle of reading.
     pub settled: u64,
-    /// Where the kernel counts the memory that TCP uses, and up to how much of it bytes are redirected, in pages.
+    /// Where the kernel counts the memory that TCP uses, and up to how much of it bytes are redirected, in pages; in a request 0 for
+    /// as much as is right.
     pub memory: u64,
     pub memory_most: u64,
 }

@@ -1,6 +1,5 @@
 //! What a reader that does not read lets its peer park: bounded, also where the short-circuit is on, and none of it is lost.
 
-use std::fs;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -12,8 +11,6 @@ use crate::short_circuit::say;
 
 /// What a flow may hold more than it does without the short-circuit.
 const MORE: u64 = 4 << 20;
-/// Bytes that one may have unread and be redirected more.
-const SHORT_LIMIT: u64 = 3 << 20;
 const A_WHILE: Duration = Duration::from_secs(300);
 /// Far more than reading takes, on a busy machine too.
 const NO_STALL: Duration = Duration::from_secs(30);
@@ -102,18 +99,11 @@ fn twin_without_the_limit_a_sender_parks_as_much_as_it_likes() -> Result<()> {
     Ok(())
 }
 
-/// Up to half of the first limit of `tcp_mem`, in pages.
+/// As if it had 16 MiB more than are in use when the flows are taken: others on this machine need theirs.
 #[test]
 fn a_node_that_is_short_of_memory_for_tcp_goes_on_by_tcp() -> Result<()> {
-    const PAGE: u64 = 4096;
-    let limits = fs::read_to_string("/proc/sys/net/ipv4/tcp_mem")?;
-    let first = limits.split_whitespace().next();
-    let first: u64 = first.context("three limits")?.parse()?;
-    // A quarter more than would do.
-    let count = first / 2 * PAGE / SHORT_LIMIT * 5 / 4 + 1;
-    let parked = fill("", "on", u16::try_from(count)?.min(2000))?;
-    println!("{count} flows: {parked:?}");
-    assert!(parked.pressure > 0.0, "{count} flows: {parked:?}");
+    let parked = fill("little-memory", "on", 20)?;
+    assert!(parked.pressure > 0.0, "{parked:?}");
     Ok(())
 }
 
@@ -140,7 +130,7 @@ fn goes_on_after_a_pause(mode: &str, count: u16) -> Result<()> {
 fn readers_that_pause_get_the_rest_without_a_stall() -> Result<()> {
     ["off", "on"]
         .into_iter()
-        .try_for_each(|mode| goes_on_after_a_pause(mode, 100))
+        .try_for_each(|mode| goes_on_after_a_pause(mode, 20))
 }
 
 #[test]

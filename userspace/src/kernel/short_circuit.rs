@@ -137,13 +137,16 @@ pub struct ShortCircuit {
     request: ProgramFd,
     watch: Watch,
     settle: Duration,
+    /// As in [`ShortEnd`].
+    memory_most: u64,
     flows: Mutex<HashMap<MapData, FlowKey, ShortFlow>>,
     names: Mutex<HashMap<MapData, u64, ShortName>>,
     unfit: Mutex<HashMap<MapData, u64, u32>>,
 }
 
 impl ShortCircuit {
-    /// The maps are SHORT_FLOWS, SHORT_NAMES and UNFIT; `verdicts` are what is known of this kernel.
+    /// The maps are SHORT_FLOWS, SHORT_NAMES and UNFIT; `verdicts` are what is known of this kernel. Who is `eager` redirects from the
+    /// first moment on, and however much memory the node uses.
     pub(super) fn open(
         programs: Programs,
         [flows, names, unfit]: [Map; 3],
@@ -156,6 +159,7 @@ impl ShortCircuit {
             request: programs.request,
             watch: Watch::new(pins.clone(), programs.readers, verdicts),
             settle: if eager { Duration::ZERO } else { SETTLE },
+            memory_most: if eager { i64::MAX as u64 } else { 0 },
             flows: Mutex::new(HashMap::try_from(flows).map_err(failed("SHORT_FLOWS"))?),
             names: Mutex::new(HashMap::try_from(names).map_err(failed("SHORT_NAMES"))?),
             unfit: Mutex::new(HashMap::try_from(unfit).map_err(failed("UNFIT"))?),
@@ -212,6 +216,8 @@ impl ShortCircuit {
         self.ask(server_netns, &mut server)?;
         (client.end.peer, server.end.peer) = (server.socket, client.socket);
         (client.step, server.step) = (step::ENTER, step::ENTER);
+        client.end.memory_most = self.memory_most;
+        server.end.memory_most = self.memory_most;
         let entered = self
             .name(&entrant.flow)
             .and_then(|()| self.ask(client_netns, &mut client))

@@ -61,6 +61,7 @@ impl Knobs {
                 "skip-limit" => knobs.kernel |= knob::SKIP_LIMIT,
                 "skip-reader-flags" => knobs.kernel |= knob::SKIP_READER_FLAGS,
                 "skip-waiters" => knobs.kernel |= knob::SKIP_WAITERS,
+                "little-memory" => knobs.kernel |= knob::LITTLE_MEMORY,
                 "keep-old-verdicts" => knobs.keep_old_verdicts = true,
                 "skip-sweep" => knobs.skip_sweep = true,
                 "leave-alone" => knobs.leave_alone = true,
