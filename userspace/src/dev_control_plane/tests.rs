@@ -302,7 +302,7 @@ async fn a_certificate_is_that_of_the_requests_key_and_leads_to_the_root() {
         .map(|pem| CertificateDer::from_pem_slice(pem.as_bytes()).unwrap())
         .collect();
     let root = CertificateDer::from_pem_file(&plane.listening.root).unwrap();
-    assert_eq!(chain[1..], [root.clone()]);
+    assert_eq!(&chain[1..], std::slice::from_ref(&root));
 
     // That the key fits is checked here.
     let key = PrivatePkcs8KeyDer::from(key.serialize_der()).into();

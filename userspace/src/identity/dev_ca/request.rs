@@ -11,6 +11,9 @@ use x509_parser::prelude::FromDer;
 
 use crate::policy::Identity;
 
+#[cfg(test)]
+mod tests;
+
 /// The length of an uncompressed point of P-256.
 const POINT_BYTES: usize = 65;
 
