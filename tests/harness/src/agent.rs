@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 
+use crate::control_plane::ControlPlane;
 use crate::http::{self, Response};
 use crate::log::{Log, Mark};
 use crate::mesh::Workload;
@@ -34,6 +35,8 @@ pub struct AgentOptions {
     pub mesh_file: Option<PathBuf>,
     /// The development CA's directory; by default one for the whole fabric.
     pub dev_ca: Option<PathBuf>,
+    /// Give the agent its mesh and its certificates by a control plane on its node, which reads mesh file and CA in its place.
+    pub control_plane: bool,
     /// The pin directory; by default the node's.
     pub pin_dir: Option<PathBuf>,
     /// The cgroup the agent attaches to; by default the node's.
@@ -51,6 +54,7 @@ pub struct Agent {
     binary: PathBuf,
     admin_socket: PathBuf,
     process: Proc,
+    control_plane: Option<ControlPlane>,
 }
 
 impl Agent {
@@ -74,11 +78,19 @@ impl Agent {
             std::fs::create_dir_all(parent)
                 .with_context(|| format!("making {}", parent.display()))?;
         }
-        let process = node
-            .agent_command(&binary)
-            .arg("node")
-            .arg("--dev-ca")
-            .arg(dev_ca)
+        let mut command = node.agent_command(&binary).arg("node");
+        let mut control_plane = None;
+        if options.control_plane {
+            let serving = ControlPlane::start(node, &binary, &mesh_file, &dev_ca)?;
+            command = command.envs(serving.environment());
+            control_plane = Some(serving);
+        } else {
+            command = command
+                .arg("--dev-ca")
+                .arg(dev_ca)
+                .env("LOCAL_XDS_PATH", mesh_file);
+        }
+        let process = command
             .args(options.args)
             .env("NODE_NAME", node.name())
             .env("CULVERT_CGROUP_ROOT", cgroup_root)
@@ -86,7 +98,6 @@ impl Agent {
             .env("CULVERT_ADMIN_SOCKET", &admin_socket)
             .env("CULVERT_HOST_NETNS", node.netns().path())
             .env("CULVERT_PODS_CGROUP", node.pods_cgroup().path())
-            .env("LOCAL_XDS_PATH", mesh_file)
             .envs(options.env)
             .spawn()?;
         Ok(Self {
@@ -94,6 +105,7 @@ impl Agent {
             binary,
             admin_socket,
             process,
+            control_plane,
         })
     }
 
@@ -263,6 +275,12 @@ impl Agent {
     /// The agent's process.
     pub fn process(&self) -> &Proc {
         &self.process
+    }
+
+    /// The control plane that it was started with ([`AgentOptions::control_plane`]).
+    pub fn control_plane(&mut self) -> Result<&mut ControlPlane> {
+        let serving = self.control_plane.as_mut();
+        serving.context("this agent was started without a control plane")
     }
 
     /// The node it serves.

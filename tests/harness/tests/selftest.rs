@@ -695,6 +695,52 @@ fn an_agent_is_told_what_it_needs_and_its_end_is_noticed() -> Result<()> {
 }
 
 #[test]
+fn an_agent_can_be_given_everything_by_a_control_plane() -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let fabric = Fabric::new()?;
+    let node = fabric.node()?;
+    let binary = fabric.directory().join("agent");
+    let listening =
+        r#"{"event":"listening","address":"127.0.0.1:4321","root":"/ca/root-cert.pem"}"#;
+    let script = format!(
+        "#!/bin/sh\n[ \"$1\" = node ] || {{ echo \"args $*\"; echo '{listening}'; sleep 60; }}\necho \"args $*\"\nenv\n"
+    );
+    std::fs::write(&binary, script)?;
+    std::fs::set_permissions(&binary, PermissionsExt::from_mode(0o700))?;
+    let mut agent = node.start_agent(AgentOptions {
+        binary: Some(binary),
+        control_plane: true,
+        ..AgentOptions::default()
+    })?;
+    let token = node.directory().join("token");
+    let expected = [
+        "args node".to_owned(),
+        "XDS_ADDRESS=https://127.0.0.1:4321".to_owned(),
+        "CA_ADDRESS=https://127.0.0.1:4321".to_owned(),
+        "XDS_ROOT_CA=/ca/root-cert.pem".to_owned(),
+        "CA_ROOT_CA=/ca/root-cert.pem".to_owned(),
+        format!("AUTH_TOKEN={}", token.display()),
+    ];
+    for line in expected {
+        agent.process().wait_for_line(&line, SOON)?;
+    }
+    assert!(!agent.log().contains("LOCAL_XDS_PATH="));
+    let shared = fabric.directory().display();
+    let arguments = agent
+        .control_plane()?
+        .process()
+        .wait_for_line("args", SOON)?;
+    for argument in [
+        format!("--mesh {shared}/mesh.yaml"),
+        format!("--dev-ca {shared}/dev-ca"),
+        format!("--token {}", token.display()),
+    ] {
+        assert!(arguments.contains(&argument), "{arguments}");
+    }
+    Ok(())
+}
+
+#[test]
 fn the_probe_is_found_beside_the_test() -> Result<()> {
     assert_eq!(
         probe_binary()?,

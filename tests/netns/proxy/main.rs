@@ -11,6 +11,7 @@ mod access;
 mod admin;
 mod certificates;
 mod configuration;
+mod control_plane;
 mod expiry;
 mod identities;
 mod limits;
