@@ -235,27 +235,26 @@ impl Delta {
         self.resources.is_empty() && self.removed.is_empty()
     }
 
-    /// Takes as much as one response may hold, and one item at least.
+    /// Takes as much as one response may hold, and one item at least. What is gone first: its address may be another's by now.
     fn part(&mut self) -> (Vec<Resource>, Vec<String>) {
         let mut room = MOST_BYTES;
         let mut fits = |bytes: usize| {
-            let full = room == MOST_BYTES;
+            let first = room == MOST_BYTES;
             let left = room.checked_sub(bytes + OVERHEAD);
             room = left.unwrap_or_default();
-            full || left.is_some()
+            first || left.is_some()
         };
+        let mut removed = Vec::new();
+        while let Some(name) = self.removed.pop_front_if(|name| fits(name.len())) {
+            removed.push(name);
+        }
         let mut resources = Vec::new();
-        while let Some((name, entry)) = self
-            .resources
-            .pop_front_if(|(name, entry)| fits(entry.value.len() + name.len()))
+        while self.removed.is_empty()
+            && let Some((name, entry)) = self
+                .resources
+                .pop_front_if(|(name, entry)| fits(entry.value.len() + name.len()))
         {
             resources.push(resource(&name, &entry));
-        }
-        let mut removed = Vec::new();
-        while self.resources.is_empty()
-            && let Some(name) = self.removed.pop_front_if(|name| fits(name.len()))
-        {
-            removed.push(name);
         }
         (resources, removed)
     }
