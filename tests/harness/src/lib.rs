@@ -36,6 +36,7 @@ mod sys;
 pub mod wait;
 pub mod ways;
 mod yaml;
+pub mod zds;
 
 pub use agent::{AccessLine, Agent, AgentOptions};
 pub use capture::Capture;
@@ -53,3 +54,4 @@ pub use process::{Finished, Launch, Proc, culvert_binary, probe_binary};
 pub use processors::{End, pinned, pinned_probe};
 pub use sockets::{SocketEntry, TcpState, socket_table, sockets_of_process};
 pub use wait::wait_until;
+pub use zds::{ZdsAgent, ZdsPod, ZdsServer};

@@ -156,6 +156,13 @@ pub(crate) fn receive_memory(fd: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
     Ok((used, most))
 }
 
+/// Makes this thread another user's, for good. The library's own call would do it to all threads.
+pub(crate) fn become_user(user: u32) -> io::Result<()> {
+    // SAFETY: plain system call without pointers.
+    let result = unsafe { libc::syscall(libc::SYS_setresuid, user, user, user) };
+    checked(result as libc::c_int).map(drop)
+}
+
 /// Takes a descriptor that the kernel has just put into this process for us.
 pub(crate) fn own_received(fd: RawFd) -> OwnedFd {
     // SAFETY: the caller has it from a message, so that nobody else in this process knows of it.

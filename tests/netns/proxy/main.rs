@@ -24,3 +24,4 @@ mod routes;
 mod server;
 mod streams;
 mod telemetry;
+mod zds;

@@ -98,6 +98,9 @@ pub struct Config {
     /// What the agent tells of itself beside its names: `ISTIO_META_*` without that beginning.
     #[serde(skip)]
     pub node_metadata: BTreeMap<String, String>,
+    /// The socket of istio-cni; none where nobody but an operator enrols pods.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub inpod_uds: Option<PathBuf>,
     /// Directory of the development CA.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dev_ca: Option<PathBuf>,
@@ -227,6 +230,7 @@ impl Config {
         let xds_root_ca = layers.or(&settings::XDS_ROOT_CA, RootSource::parse, roots());
         let alt_xds_hostname = layers.take(&settings::ALT_XDS_HOSTNAME, values::host);
         let xds_on_demand = layers.or(&settings::XDS_ON_DEMAND, values::boolean, false);
+        let inpod_uds = layers.take(&settings::INPOD_UDS, socket_path);
         let dev_ca = layers.take(&settings::DEV_CA, values::path);
         let ca_address = layers.take(&settings::CA_ADDRESS, address);
         let ca_address = match (&dev_ca, ca_address) {
@@ -365,6 +369,7 @@ impl Config {
             xds_headers,
             ca_headers,
             node_metadata,
+            inpod_uds,
             dev_ca,
             secret_ttl,
             packet_mark,

@@ -88,6 +88,9 @@ settings! {
     ALT_CA_HOSTNAME = "altCaHostname", "ALT_CA_HOSTNAME", "alt-ca-hostname",
         "a DNS name or an IP address",
         "The name in the certificate of that authority's server [the address's]";
+    INPOD_UDS = "inpodUds", "INPOD_UDS", "inpod-uds",
+        "an absolute path of at most 90 bytes",
+        "Unix socket of istio-cni, which tells what pods of this node are in the mesh [none: pods are enrolled with `culvert pod add`]";
     DEV_CA = "devCa", "CULVERT_DEV_CA", "dev-ca",
         "the path of a directory",
         "Issue certificates from a development CA kept in this directory; unsafe for production [none]";

@@ -29,7 +29,7 @@ pub(super) fn of_pod(
         .map(|workload| workload.addresses.as_slice())
         .filter(|addresses| !addresses.is_empty());
     let expected = before.map(|before| before.ips.as_slice()).or(named);
-    let place = || spec.netns.display().to_string();
+    let place = || spec.netns.to_string();
     if found.is_empty() {
         return Err(EnrolError::NoAddress {
             uid: spec.uid.clone(),

@@ -56,6 +56,8 @@ pub enum EnrolError {
         asked: Identity,
         known: Identity,
     },
+    #[error("the request came without a network namespace")]
+    NoNetns,
     #[error("the agent is stopping; no pod is enrolled any more")]
     Stopping,
     #[error("a pod's uid is 1 to 253 characters without control characters or spaces")]

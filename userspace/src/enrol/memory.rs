@@ -1,8 +1,10 @@
-//! Which pods were enrolled by hand, so that a new agent serves them without being told again.
+//! Which pods were enrolled, so that a new agent serves those of an operator without being told again, and leaves what an earlier
+//! one set up for those of istio-cni in force until istio-cni has named its pods anew.
 //!
 //! The file lies beside the admin socket, in a directory only root can write, and on a file system that does not outlive the
 //! kernel's namespaces. A pod is taken back only if its path still leads to the namespace with the remembered cookie: a process
-//! id, and so a path below /proc, may have come to mean another namespace. It keeps the addresses it was enrolled with: what
+//! id, and so a path below /proc, may have come to mean another namespace. Of what istio-cni handed over there is no path: whether
+//! that namespace is still there only istio-cni can say. A pod keeps the addresses it was enrolled with: what
 //! is configured in its namespace by now is the pod's own doing.
 
 use std::{
@@ -13,7 +15,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{PodSpec, PodUid};
+use super::{NetnsPlace, Origin, PodSpec, PodUid};
 use crate::kernel::{Netns, NetnsCookie};
 
 /// More than any node has; a larger file is not ours.
@@ -40,7 +42,10 @@ pub struct KnownPod {
 #[serde(deny_unknown_fields)]
 struct Remembered {
     uid: String,
-    netns: PathBuf,
+    origin: Origin,
+    /// None where there was none.
+    netns: Option<PathBuf>,
+    netns_inode: u64,
     netns_cookie: u64,
     ips: Vec<IpAddr>,
     replaced: Vec<String>,
@@ -99,9 +104,16 @@ impl Memory {
 
 impl Remembered {
     fn of(pod: &KnownPod) -> Self {
+        let (netns, netns_inode) = match pod.spec.netns.remembered() {
+            NetnsPlace::Path(path) => (Some(path), 0),
+            NetnsPlace::Remembered { inode, .. } => (None, inode),
+            NetnsPlace::Held(netns) => (None, netns.inode()),
+        };
         Self {
             uid: pod.spec.uid.to_string(),
-            netns: pod.spec.netns.clone(),
+            origin: pod.spec.origin,
+            netns,
+            netns_inode,
             netns_cookie: pod.cookie.0,
             ips: pod.ips.clone(),
             replaced: pod.replaced.clone(),
@@ -113,33 +125,32 @@ impl Remembered {
 
     fn verified(self) -> Option<KnownPod> {
         let cookie = NetnsCookie(self.netns_cookie);
-        let same = Netns::open(&self.netns).is_ok_and(|netns| netns.cookie() == cookie);
-        if !same {
-            tracing::info!(pod = %self.uid, netns = %self.netns.display(), "a pod that was enrolled before has gone");
-            return None;
-        }
-        let Self {
-            uid,
-            netns,
-            namespace,
-            name,
-            service_account,
-            ips,
-            replaced,
-            ..
-        } = self;
+        let netns = match self.netns {
+            Some(path) => {
+                if !Netns::open(&path).is_ok_and(|netns| netns.cookie() == cookie) {
+                    tracing::info!(pod = %self.uid, netns = %path.display(), "a pod that was enrolled before has gone");
+                    return None;
+                }
+                NetnsPlace::Path(path)
+            }
+            None => NetnsPlace::Remembered {
+                inode: self.netns_inode,
+                cookie,
+            },
+        };
         let spec = PodSpec {
-            uid: PodUid::new(&uid).ok()?,
+            uid: PodUid::new(&self.uid).ok()?,
             netns,
-            namespace,
-            name,
-            service_account,
+            origin: self.origin,
+            namespace: self.namespace,
+            name: self.name,
+            service_account: self.service_account,
         };
         Some(KnownPod {
             spec,
             cookie,
-            ips,
-            replaced,
+            ips: self.ips,
+            replaced: self.replaced,
         })
     }
 }
@@ -163,7 +174,7 @@ mod tests {
     fn a_path_that_leads_elsewhere_by_now_is_not_taken_back() {
         let directory = tempfile::tempdir().unwrap();
         let memory = Memory::beside(&directory.path().join("admin.sock"));
-        let pod = |cookie: u64, netns: &str| serde_json::json!({"uid": "a", "netns": netns, "netns_cookie": cookie, "ips": ["10.0.0.1", "fd00::1"], "replaced": ["0", "0"], "namespace": null, "name": null, "service_account": null});
+        let pod = |cookie: u64, netns: &str| serde_json::json!({"uid": "a", "origin": "operator", "netns": netns, "netns_inode": 0, "netns_cookie": cookie, "ips": ["10.0.0.1", "fd00::1"], "replaced": ["0", "0"], "namespace": null, "name": null, "service_account": null});
         let own = "/proc/self/ns/net";
         let cookie = Netns::open(Path::new(own)).unwrap().cookie().0;
         let pods = serde_json::json!([
@@ -174,5 +185,30 @@ mod tests {
         ]);
         fs::write(&memory.path, pods.to_string()).unwrap();
         assert_eq!(memory.recall().len(), 1);
+    }
+    #[test]
+    fn what_istio_cni_handed_over_is_remembered_by_its_numbers() {
+        let directory = tempfile::tempdir().unwrap();
+        let memory = Memory::beside(&directory.path().join("admin.sock"));
+        let netns = Netns::open(Path::new("/proc/self/ns/net")).unwrap();
+        let (inode, cookie) = (netns.inode(), netns.cookie());
+        let pod = KnownPod {
+            spec: PodSpec {
+                uid: PodUid::new("a").unwrap(),
+                netns: NetnsPlace::Held(netns.into()),
+                origin: Origin::Cni,
+                namespace: None,
+                name: None,
+                service_account: None,
+            },
+            cookie,
+            ips: vec![],
+            replaced: vec![],
+        };
+        memory.store([&pod]);
+        assert_eq!(memory.recall(), [pod]);
+        assert!(
+            matches!(memory.recall().remove(0).spec.netns, NetnsPlace::Remembered { inode: found, .. } if found == inode)
+        );
     }
 }

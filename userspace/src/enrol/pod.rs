@@ -2,11 +2,12 @@
 
 use std::{
     net::IpAddr,
-    path::PathBuf,
     sync::{Arc, PoisonError, RwLock},
 };
 
-use super::EnrolError;
+use serde::{Deserialize, Serialize};
+
+use super::{EnrolError, NetnsPlace};
 use crate::{
     kernel::{NetnsCookie, PodSockets, SocketDiag},
     mesh::{Mesh, Workload},
@@ -39,11 +40,21 @@ impl std::fmt::Display for PodUid {
     }
 }
 
+/// Who asked for a pod to be enrolled, and may have it released.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Origin {
+    Operator,
+    /// istio-cni, which names all of its pods anew whenever the agent connects to it.
+    Cni,
+}
+
 /// What a request to enrol says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodSpec {
     pub uid: PodUid,
-    pub netns: PathBuf,
+    pub netns: NetnsPlace,
+    pub origin: Origin,
     pub namespace: Option<String>,
     pub name: Option<String>,
     pub service_account: Option<String>,

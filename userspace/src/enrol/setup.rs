@@ -22,12 +22,12 @@ pub struct Enrolment {
 impl Enrolment {
     /// Opens the pod's namespace.
     pub fn open(spec: &PodSpec) -> Result<Arc<Netns>, EnrolError> {
-        let netns = Netns::open(&spec.netns)?;
+        let netns = spec.netns.open()?;
         let own = Netns::open(Path::new("/proc/self/ns/net"))?;
         if own.cookie() == netns.cookie() {
             return Err(EnrolError::HostNetwork(spec.uid.clone()));
         }
-        Ok(Arc::new(netns))
+        Ok(netns)
     }
 
     /// Finds the pod's addresses, the primary one first: those it was enrolled with before, else those the mesh names, else all.
@@ -55,7 +55,7 @@ impl Enrolment {
         if addresses.is_empty() {
             return Err(EnrolError::NoAddress {
                 uid: spec.uid,
-                netns: spec.netns.display().to_string(),
+                netns: spec.netns.to_string(),
             });
         }
         let mark = settings.packet_mark;
@@ -117,7 +117,7 @@ impl Enrolment {
         settings: RoutingSettings,
     ) -> Result<(), EnrolError> {
         kernel.forget_pod(known.cookie)?;
-        let netns = Netns::open(&known.spec.netns)?;
+        let netns = known.spec.netns.open()?;
         if netns.cookie() == known.cookie {
             PodRouting::remembered(settings, known.replaced).uninstall(&netns)?;
         }

@@ -91,6 +91,12 @@ pub enum KernelError {
     },
     #[error("{} is not a network namespace", path.display())]
     NotNetns { path: PathBuf },
+    #[error("the descriptor that came with the request is not one of a network namespace")]
+    NotReceivedNetns,
+    #[error(
+        "the network namespace (inode {inode}) is not found: neither in /run/netns nor among those of the processes that the agent sees"
+    )]
+    LostNetns { inode: u64 },
     #[error(
         "port {port} of the pod is taken by another process: Culvert needs 15001, 15006 and 15008 ({source})"
     )]

@@ -40,6 +40,7 @@ pub use services::{ServiceTables, SlotTable};
 pub use short_circuit::{Candidates, Entrant, Row, ShortCircuit, Unfit, Verdict, Verdicts};
 pub use short_counts::{ShortCounters, ShortCounts};
 pub use sockets::{PodListeners, PodSockets};
+pub use sys::message::{Received, receive as receive_message};
 pub(crate) use tables::address;
 pub use tables::{FlowName, OpenFlow, Steered, Tables, socket_address};
 pub use unload::{Removed, Unload};

@@ -4,13 +4,14 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsFd, BorrowedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::MetadataExt as _,
     },
-    path::Path,
+    path::{Path, PathBuf},
     sync::OnceLock,
 };
 
+use nix::sys::statfs::{FsType, fstatfs};
 use socket2::{Domain, Socket, Type};
 
 use super::{KernelError, sys};
@@ -24,6 +25,9 @@ impl std::fmt::Display for NetnsCookie {
         self.0.fmt(formatter)
     }
 }
+
+/// The file system that namespaces are files of (linux/magic.h); nix does not name it.
+const NSFS_MAGIC: FsType = FsType(0x6e73_6673);
 
 /// A network namespace, held open.
 #[derive(Debug)]
@@ -53,20 +57,57 @@ impl Netns {
                 path: path.to_owned(),
             });
         }
+        Self::of(file)
+    }
+
+    /// Takes over a descriptor that somebody sent.
+    ///
+    /// # Errors
+    /// It may be of anything: what is not a network namespace is closed.
+    pub fn received(descriptor: OwnedFd) -> Result<Self, KernelError> {
+        // The file system first: of another file the question for its kind may mean something else.
+        let of_namespaces = fstatfs(&descriptor).is_ok_and(|fs| fs.filesystem_type() == NSFS_MAGIC);
+        if !of_namespaces || !sys::is_network_namespace(&descriptor) {
+            return Err(KernelError::NotReceivedNetns);
+        }
+        Self::of(File::from(descriptor))
+    }
+
+    /// Finds a namespace of which only its numbers are remembered: where namespaces have names, and among those of all processes.
+    pub fn find(inode: u64, cookie: NetnsCookie) -> Result<Self, KernelError> {
+        places()
+            .filter(|path| std::fs::metadata(path).is_ok_and(|file| file.ino() == inode))
+            .find_map(|path| {
+                Self::open(&path)
+                    .ok()
+                    .filter(|netns| netns.cookie == cookie)
+            })
+            .ok_or(KernelError::LostNetns { inode })
+    }
+
+    fn of(file: File) -> Result<Self, KernelError> {
+        let failed = |source| KernelError::Netns {
+            doing: "read the cookie",
+            source,
+        };
         let inode = file.metadata().map_err(failed)?.ino();
         let cookie = within(file.as_fd(), || -> io::Result<u64> {
             sys::netns_cookie(Socket::new(Domain::IPV4, Type::DGRAM, None)?)
         })
         .and_then(|cookie| cookie)
-        .map_err(|source| KernelError::Netns {
-            doing: "read the cookie",
-            source,
-        })?;
+        .map_err(failed)?;
         Ok(Self {
             file,
             cookie: NetnsCookie(cookie),
             inode,
         })
+    }
+
+    /// Whether there is a device in it other than the loopback device: when a pod ends, its own are taken away, and only who holds the
+    /// namespace open keeps it in being.
+    pub fn has_devices(&self) -> io::Result<bool> {
+        let devices = self.run(nix::net::if_::if_nameindex)??;
+        Ok(devices.iter().any(|device| device.name() != c"lo"))
     }
 
     pub fn cookie(&self) -> NetnsCookie {
@@ -87,6 +128,14 @@ impl AsFd for Netns {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// Where a namespace may be found by its file.
+fn places() -> impl Iterator<Item = PathBuf> {
+    let entries = |directory: &str| std::fs::read_dir(directory).into_iter().flatten().flatten();
+    let named = entries("/run/netns").map(|entry| entry.path());
+    let processes = entries("/proc").map(|entry| entry.path().join("ns/net"));
+    named.chain(processes)
 }
 
 fn within<T>(namespace: BorrowedFd<'_>, work: impl FnOnce() -> T) -> io::Result<T> {

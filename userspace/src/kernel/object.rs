@@ -174,6 +174,11 @@ impl Kernel {
         self.short_circuit.clone()
     }
 
+    /// Whether a later agent has taken the kernel part over.
+    pub fn is_taken_over(&self) -> bool {
+        matches!(self.tables.beat(), Ok(false))
+    }
+
     /// The threads that look at sockets and destroy them.
     pub fn diag(&self) -> &Arc<DiagThreads> {
         &self.diag

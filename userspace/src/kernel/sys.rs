@@ -1,6 +1,7 @@
 //! System calls that no library of ours offers. The only unsafe code of the agent outside its generated parts.
 #![allow(unsafe_code, reason = "raw system calls, each wrapped safely here")]
 
+pub mod message;
 pub mod tracepoint;
 
 use std::{

@@ -7,14 +7,17 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
-use super::{pods::Pods, readiness::Readiness};
+use super::{
+    pods::{Pods, WaitingPod},
+    readiness::Readiness,
+};
 use crate::{
     admin::{
         AdminError, AdminHandler, ErrorKind, FlowsQuery, HttpState, PodAdd, PodInfo, PodRemove,
         PodState, ShortCircuitStatus, Status,
     },
     config::Config,
-    enrol::{EnrolError, KnownPod, LocalPod, PodSpec, PodUid},
+    enrol::{EnrolError, LocalPod, NetnsPlace, Origin, PodSpec, PodUid},
     identity::Certificates,
     kernel::{KernelError, ShortCircuit, Tables},
     mesh::Store,
@@ -60,7 +63,7 @@ impl Handler {
         let pods = self.parts.pods.waiting();
         let pods = pods
             .into_iter()
-            .map(|(pod, reason)| format!("pod {}: {reason}", pod.spec.uid));
+            .map(|pod| format!("pod {}: {}", pod.spec.uid, pod.reason));
         self.parts
             .readiness
             .pending()
@@ -117,7 +120,8 @@ impl AdminHandler for Handler {
     async fn pod_add(&self, pod: PodAdd) -> Result<PodInfo, AdminError> {
         let spec = PodSpec {
             uid: PodUid::new(&pod.uid).map_err(|error| refuse(&error))?,
-            netns: pod.netns,
+            netns: NetnsPlace::Path(pod.netns),
+            origin: Origin::Operator,
             namespace: pod.namespace,
             name: pod.name,
             service_account: pod.service_account,
@@ -200,17 +204,17 @@ fn info(pod: &LocalPod) -> PodInfo {
     }
 }
 
-/// A pod of an earlier agent that cannot be served yet.
-fn waits((pod, reason): (KnownPod, String)) -> PodInfo {
+/// A pod that cannot be served yet.
+fn waits(pod: WaitingPod) -> PodInfo {
     PodInfo {
         uid: pod.spec.uid.to_string(),
         namespace: pod.spec.namespace.unwrap_or_default(),
         name: pod.spec.name.unwrap_or_default(),
         identity: None,
         addresses: pod.ips,
-        netns_cookie: pod.cookie.0,
+        netns_cookie: pod.cookie.map_or(0, |cookie| cookie.0),
         state: PodState::Pending,
-        reason: Some(reason),
+        reason: Some(pod.reason),
     }
 }
 
@@ -228,9 +232,10 @@ fn refuse(error: &EnrolError) -> AdminError {
         | EnrolError::NoIdentity(_)
         | EnrolError::Identity { .. }
         | EnrolError::BadUid
-        | EnrolError::Kernel(KernelError::NotNetns { .. } | KernelError::File { .. }) => {
-            ErrorKind::BadRequest
-        }
+        | EnrolError::NoNetns
+        | EnrolError::Kernel(
+            KernelError::NotNetns { .. } | KernelError::NotReceivedNetns | KernelError::File { .. },
+        ) => ErrorKind::BadRequest,
         EnrolError::Stopping | EnrolError::TooMany(_) | EnrolError::Kernel(_) => ErrorKind::Failed,
     };
     AdminError::new(kind, error.to_string())

@@ -21,6 +21,8 @@ pub struct Knobs {
     pub keep_foreign_addresses: bool,
     /// What the kernel part knows of services does not follow the mesh.
     pub skip_service_sync: bool,
+    /// Whoever serves istio-cni's socket is believed.
+    pub any_cni_user: bool,
     /// The kernel part leaves every connection alone: what it costs to be there.
     pub leave_alone: bool,
 }
@@ -79,6 +81,7 @@ impl Knobs {
                 "share-budgets" => knobs.proxy.share_budgets = true,
                 "keep-expired-tunnels" => knobs.proxy.keep_expired_tunnels = true,
                 "skip-forwarded-check" => knobs.proxy.skip_forwarded_check = true,
+                "skip-cni-credentials" => knobs.any_cni_user = true,
                 "skip-peer-credentials" => knobs.admin.any_user = true,
                 other => return Err(NodeError::UnknownKnob(other.to_owned())),
             }

@@ -31,6 +31,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     admin::{AdminSocket, HttpServers, http},
     config::Config,
+    enrol::zds,
     identity::{CaClient, Certificates, DevCa, DevCaIssuer, Issuer, RenewalSettings},
     kernel::{HostProcesses, Kernel, KernelSettings, RoutingSettings, Verdicts},
     mesh::{MeshDefaults, Revision, ShortCircuitMode, Store},
@@ -50,6 +51,8 @@ pub use unload::{UndonePod, Unloaded, unload};
 
 /// How often what could not be written or cut is tried again.
 const RETRY: Duration = Duration::from_secs(1);
+/// How often pods are looked at that may have ended.
+const LOOK: Duration = Duration::from_secs(5);
 /// How often the kernel part is told that the agent lives.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 
@@ -178,7 +181,6 @@ pub async fn run(
     let threads = usize::try_from(config.threads).unwrap_or(1);
     let workers = Workers::start(threads, pool, knobs.proxy.tls).map_err(NodeError::Threads)?;
 
-    let readiness = Arc::new(Readiness::new(source.clone()));
     {
         let counting = source
             .clone()
@@ -199,6 +201,15 @@ pub async fn run(
             keep_fast_open: knobs.keep_fast_open,
         },
     ));
+    let (cni, cni_status) = match &config.inpod_uds {
+        Some(path) => {
+            let (client, status) =
+                zds::Client::new(path.clone(), Arc::clone(&pods), knobs.any_cni_user);
+            (Some(client), Some(status))
+        }
+        None => (None, None),
+    };
+    let readiness = Arc::new(Readiness::new(source.clone(), cni_status));
     follow_mesh(
         &mut tasks,
         &control,
@@ -285,6 +296,23 @@ pub async fn run(
                 }
             }
             "pods that wait"
+        });
+    }
+    if let Some(client) = cni {
+        let (shutdown, control) = (shutdown.clone(), control.clone());
+        tasks.spawn(async move {
+            client.run(shutdown, control).await;
+            "istio-cni's client"
+        });
+    }
+    {
+        let (pods, shutdown) = (Arc::clone(&pods), shutdown.clone());
+        tasks.spawn(async move {
+            let mut ticks = tokio::time::interval(LOOK);
+            while shutdown.run_until_cancelled(ticks.tick()).await.is_some() {
+                pods.release_ended().await;
+            }
+            "pods that have ended"
         });
     }
     {

@@ -1,7 +1,10 @@
 //! The pods of this node: enrolling, releasing, and everything that belongs to one.
 
+mod cni;
+mod waiting;
+
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::IpAddr,
     sync::{Arc, PoisonError, RwLock},
     time::Duration,
@@ -9,13 +12,15 @@ use std::{
 
 use tokio::sync::Mutex;
 
-use super::enforcer::Enforcer;
+use super::enforcer::{Enforcer, View};
 use crate::{
     config::Config,
-    enrol::{EnrolError, Enrolment, KnownPod, LocalPod, Memory, PodSpec, PodUid, Registry},
+    enrol::{EnrolError, Enrolment, KnownPod, LocalPod, Memory, Origin, PodSpec, PodUid, Registry},
     kernel::{Kernel, KernelError, NetnsCookie, RoutingSettings},
     proxy::{Context, PodProxy, Workers},
 };
+use waiting::Waiting;
+pub use waiting::WaitingPod;
 
 /// All pods, with what was started for them.
 pub struct Pods {
@@ -23,7 +28,7 @@ pub struct Pods {
     memory: Memory,
     running: Mutex<Running>,
     /// A copy of what waits, for those who only look.
-    waiting: RwLock<Vec<(KnownPod, String)>>,
+    waiting: RwLock<Vec<WaitingPod>>,
     enforcer: Arc<Enforcer>,
     context: Arc<Context>,
     trust_domain: String,
@@ -34,13 +39,10 @@ struct Running {
     kernel: Kernel,
     workers: Option<Workers>,
     pods: HashMap<PodUid, (Enrolment, PodProxy)>,
-    /// Pods of an earlier agent that cannot be served yet.
+    /// Pods that are to be served and cannot be yet.
     waiting: HashMap<PodUid, Waiting>,
-}
-
-struct Waiting {
-    known: KnownPod,
-    reason: String,
+    /// Pods that had no device when they were last looked at.
+    bare: HashSet<PodUid>,
 }
 
 impl Pods {
@@ -60,6 +62,7 @@ impl Pods {
                 workers: Some(workers),
                 pods: HashMap::new(),
                 waiting: HashMap::new(),
+                bare: HashSet::new(),
             }),
             waiting: RwLock::default(),
             enforcer,
@@ -74,18 +77,16 @@ impl Pods {
     pub async fn restore(&self) {
         let mut running = self.running.lock().await;
         for known in self.memory.recall() {
-            if let Err(error) = self
-                .enrol(&mut running, known.spec.clone(), Some(&known))
-                .await
-            {
-                tracing::warn!(pod = %known.spec.uid, %error, "a pod that was enrolled before cannot be served yet; its traffic is refused");
-                running.waiting.insert(
-                    known.spec.uid.clone(),
-                    Waiting {
-                        known,
-                        reason: error.to_string(),
-                    },
-                );
+            let uid = known.spec.uid.clone();
+            if known.spec.origin == Origin::Cni {
+                running.waiting.insert(uid, Waiting::for_snapshot(known));
+                continue;
+            }
+            let spec = known.spec.clone();
+            if let Err(error) = self.enrol(&mut running, spec.clone(), Some(&known)).await {
+                tracing::warn!(pod = %uid, %error, "a pod that was enrolled before cannot be served yet; its traffic is refused");
+                let waiting = Waiting::again(spec, Some(known), error.to_string());
+                running.waiting.insert(uid, waiting);
             }
         }
         self.remember(&running);
@@ -98,69 +99,63 @@ impl Pods {
         }
     }
 
-    /// Tries to serve the pods that wait.
-    pub async fn retry(&self) {
-        let mut running = self.running.lock().await;
-        // They go on waiting meanwhile: who asks is told of all of them, and none is forgotten.
-        let all: Vec<KnownPod> = running
-            .waiting
-            .values()
-            .map(|waiting| waiting.known.clone())
-            .collect();
-        for known in all {
-            let uid = known.spec.uid.clone();
-            match self
-                .enrol(&mut running, known.spec.clone(), Some(&known))
-                .await
-            {
-                Ok(_) => {
-                    running.waiting.remove(&uid);
-                    self.remember(&running);
-                }
-                Err(error) => {
-                    let reason = error.to_string();
-                    running.waiting.insert(uid, Waiting { known, reason });
-                }
-            }
-        }
-    }
-
     fn remember(&self, running: &Running) {
-        let pods: Vec<KnownPod> = running
-            .pods
-            .values()
+        let known = running.waiting.values();
+        let known: Vec<KnownPod> = known.filter_map(|waiting| waiting.known.clone()).collect();
+        let served = running.pods.values();
+        let pods: Vec<KnownPod> = served
             .map(|(enrolment, _)| enrolment.known())
-            .chain(
-                running
-                    .waiting
-                    .values()
-                    .map(|waiting| waiting.known.clone()),
-            )
+            .chain(known.iter().cloned())
             .collect();
         self.memory.store(&pods);
-        let waiting = running.waiting.values();
-        self.enforcer
-            .set_waiting(waiting.map(|waiting| waiting.known.clone()).collect());
+        self.enforcer.set_waiting(known);
         self.context
             .telemetry
             .metrics
             .pods(running.pods.len(), running.waiting.len());
-        *self.waiting.write().unwrap_or_else(PoisonError::into_inner) = running
-            .waiting
-            .values()
-            .map(|waiting| (waiting.known.clone(), waiting.reason.clone()))
-            .collect();
+        *self.waiting.write().unwrap_or_else(PoisonError::into_inner) =
+            running.waiting.values().map(Waiting::told).collect();
     }
 
     /// Enrols a pod; a second request for the same pod changes nothing.
     pub async fn add(&self, spec: PodSpec) -> Result<Arc<LocalPod>, EnrolError> {
         let mut running = self.running.lock().await;
+        self.admit(&mut running, spec).await
+    }
+
+    /// Enrols a pod. What an earlier agent set up for it is taken over if it waits, or taken down if the pod is another by now.
+    async fn admit(
+        &self,
+        running: &mut Running,
+        spec: PodSpec,
+    ) -> Result<Arc<LocalPod>, EnrolError> {
         let uid = spec.uid.clone();
-        let pod = self.enrol(&mut running, spec, None).await?;
+        let waiting = running.waiting.get(&uid);
+        let known = match waiting.and_then(|waiting| waiting.known.clone()) {
+            Some(known) if spec.netns.open()?.cookie() == known.cookie => Some(known),
+            Some(other) => {
+                tracing::info!(pod = %uid, "a pod begins anew in another network namespace");
+                running.waiting.remove(&uid);
+                self.forget(running, other);
+                None
+            }
+            None => None,
+        };
+        let pod = self.enrol(running, spec, known.as_ref()).await?;
         if running.waiting.remove(&uid).is_some() {
-            self.remember(&running);
+            self.remember(running);
         }
         Ok(pod)
+    }
+
+    /// Takes down what an earlier agent set up, as far as it is still there.
+    fn forget(&self, running: &Running, known: KnownPod) {
+        let uid = known.spec.uid.clone();
+        let forgotten =
+            tokio::task::block_in_place(|| Enrolment::forget(&running.kernel, known, self.routing));
+        if let Err(error) = forgotten {
+            tracing::info!(pod = %uid, %error, "what an earlier agent set up in a pod may still be there");
+        }
     }
 
     /// `known` is what an earlier enrolment of the pod found.
@@ -240,24 +235,34 @@ impl Pods {
     pub async fn remove(&self, uid: &PodUid) -> Result<(), EnrolError> {
         let mut running = self.running.lock().await;
         if let Some(waiting) = running.waiting.remove(uid) {
-            let forgotten = tokio::task::block_in_place(|| {
-                Enrolment::forget(&running.kernel, waiting.known, self.routing)
+            let known = waiting.known;
+            let forgotten = known.map_or(Ok(()), |known| {
+                tokio::task::block_in_place(|| {
+                    Enrolment::forget(&running.kernel, known, self.routing)
+                })
             });
             self.remember(&running);
             return forgotten;
         }
+        let released = self.release(&mut running, uid).await?;
+        self.remember(&running);
+        drop(running);
+        self.finish(released).await
+    }
+
+    /// Takes a pod down, but for [`Self::finish`].
+    async fn release(&self, running: &mut Running, uid: &PodUid) -> Result<Released, EnrolError> {
         let (enrolment, proxy) = running
             .pods
             .remove(uid)
             .ok_or_else(|| EnrolError::Unknown(uid.clone()))?;
         let pod = Arc::clone(&enrolment.pod);
         self.registry.remove(uid);
-        let removed = self.enforcer.remove(&pod);
+        let view = self.enforcer.remove(&pod);
         // Before the routing that brings its connections here: a steered socket must not find another way.
         proxy.close().await;
         let ended = tokio::task::block_in_place(|| enrolment.end());
         self.context.certificates.release(&pod.identity);
-        self.remember(&running);
         let mesh = self.context.mesh.load();
         if let Some(workload) = pod.workload(&mesh) {
             let others = running
@@ -275,19 +280,23 @@ impl Pods {
             }
         }
         tracing::info!(pod = %uid, "pod released");
-        // Nobody waits for this but who asked: the kernel may take its time to destroy sockets.
-        drop(running);
-        if let Some(view) = removed? {
+        Ok(Released { view, ended })
+    }
+
+    /// Looks through the flows of a pod that has left. Nobody waits for this but who asked: the kernel may take its time to destroy
+    /// sockets.
+    async fn finish(&self, released: Released) -> Result<(), EnrolError> {
+        if let Some(view) = released.view? {
             let enforcer = Arc::clone(&self.enforcer);
             if let Err(error) = tokio::task::spawn_blocking(move || enforcer.sweep(&view)).await {
                 tracing::error!(%error, "flows of a pod that left were not looked through");
             }
         }
-        ended
+        released.ended
     }
 
     /// The pods that cannot be served yet, with the reason.
-    pub fn waiting(&self) -> Vec<(KnownPod, String)> {
+    pub fn waiting(&self) -> Vec<WaitingPod> {
         self.waiting
             .read()
             .unwrap_or_else(PoisonError::into_inner)
@@ -309,8 +318,18 @@ impl Pods {
         for (_, proxy) in running.pods.values() {
             proxy.drain();
         }
-        if let Some(workers) = running.workers.take() {
+        let workers = running.workers.take();
+        // A pod may leave meanwhile.
+        drop(running);
+        if let Some(workers) = workers {
             workers.stop(grace).await;
         }
     }
+}
+
+/// A pod that was taken down.
+struct Released {
+    /// What its flows are judged by from now on.
+    view: Result<Option<View>, KernelError>,
+    ended: Result<(), EnrolError>,
 }

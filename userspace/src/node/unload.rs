@@ -45,7 +45,7 @@ pub fn unload(
     let in_flight = unload.leave()?;
     // One that has gone has no sockets.
     let namespaces = known.iter().filter_map(|pod| open(pod).ok().flatten());
-    let unread = unload.drain(&namespaces.map(Arc::new).collect::<Vec<_>>());
+    let unread = unload.drain(&namespaces.collect::<Vec<_>>());
     let settings = RoutingSettings {
         packet_mark,
         keep_fast_open: false,
@@ -74,7 +74,7 @@ fn undo(pod: KnownPod, settings: RoutingSettings) -> Result<(), KernelError> {
 }
 
 /// The path may have come to mean another namespace since it was read.
-fn open(pod: &KnownPod) -> Result<Option<Netns>, KernelError> {
-    let netns = Netns::open(&pod.spec.netns)?;
+fn open(pod: &KnownPod) -> Result<Option<Arc<Netns>>, KernelError> {
+    let netns = pod.spec.netns.open()?;
     Ok((netns.cookie() == pod.cookie).then_some(netns))
 }
