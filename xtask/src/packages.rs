@@ -35,7 +35,7 @@ impl Need {
             Self::Guest if is_there("busybox", "--help") => &["qemu-system-x86", "kmod"],
             Self::Guest => &["qemu-system-x86", "kmod", "busybox-static"],
             Self::Compiler => &["gcc", "libc6-dev"],
-            Self::Harness => &["iproute2"],
+            Self::Harness => &["iproute2", "iptables"],
             Self::EbpfCompiler => &["rustc-web", "rust-web-src"],
             Self::Load => &["redis-server", "redis-tools", "nginx-light", "wrk"],
             Self::Programs => &[
@@ -64,7 +64,7 @@ impl Need {
     fn why(self) -> &'static str {
         match self {
             Self::Compiler => "C parts of the dependencies",
-            Self::Harness => "namespaces of the virtual nodes",
+            Self::Harness => "namespaces of the virtual nodes, and the rules in their pods",
             Self::EbpfCompiler => {
                 "a Rust compiler with its core library's source, for the eBPF target"
             }
@@ -81,7 +81,7 @@ impl Need {
     fn is_met(self) -> bool {
         match self {
             Self::Compiler => ask(Command::new("cc").arg("--version")).is_some(),
-            Self::Harness => ask(Command::new("ip").arg("-V")).is_some(),
+            Self::Harness => is_there("ip", "-V") && is_there("iptables-legacy", "-V"),
             Self::Guest => {
                 let programs = [
                     ("qemu-system-x86_64", "--version"),
@@ -132,7 +132,7 @@ impl Need {
     fn by_hand(self) -> String {
         match self {
             Self::Compiler => "a C compiler and the C library's headers (`cc --version` must work)".into(),
-            Self::Harness => "iproute2 (`ip -V` must work)".into(),
+            Self::Harness => "iproute2 and iptables (`ip -V` and `iptables-legacy -V` must work)".into(),
             Self::EbpfCompiler => {
                 "a compiler for eBPF: `rustup toolchain install nightly --profile minimal --component rust-src`".into()
             }

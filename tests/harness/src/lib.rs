@@ -12,6 +12,7 @@ pub mod capture;
 pub mod cgroup;
 pub mod cleanup;
 mod control_plane;
+pub mod cni_rules;
 pub mod fabric;
 pub mod foreign;
 pub mod http;

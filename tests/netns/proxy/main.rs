@@ -10,6 +10,7 @@
 mod access;
 mod admin;
 mod certificates;
+mod cni_rules;
 mod configuration;
 mod control_plane;
 mod expiry;

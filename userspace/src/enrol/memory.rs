@@ -16,7 +16,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{NetnsPlace, Origin, PodSpec, PodUid};
-use crate::kernel::{Netns, NetnsCookie};
+use crate::kernel::{CniRules, Netns, NetnsCookie};
 
 /// More than any node has; a larger file is not ours.
 const MOST_BYTES: u64 = 16 << 20;
@@ -36,6 +36,8 @@ pub struct KnownPod {
     pub ips: Vec<IpAddr>,
     /// What its routing replaced (`kernel::PodRouting::previous`).
     pub replaced: Vec<String>,
+    /// What was taken over from istio-cni.
+    pub taken: CniRules,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -49,6 +51,7 @@ struct Remembered {
     netns_cookie: u64,
     ips: Vec<IpAddr>,
     replaced: Vec<String>,
+    taken: CniRules,
     namespace: Option<String>,
     name: Option<String>,
     service_account: Option<String>,
@@ -117,6 +120,7 @@ impl Remembered {
             netns_cookie: pod.cookie.0,
             ips: pod.ips.clone(),
             replaced: pod.replaced.clone(),
+            taken: pod.taken.clone(),
             namespace: pod.spec.namespace.clone(),
             name: pod.spec.name.clone(),
             service_account: pod.spec.service_account.clone(),
@@ -151,6 +155,7 @@ impl Remembered {
             cookie,
             ips: self.ips,
             replaced: self.replaced,
+            taken: self.taken,
         })
     }
 }
@@ -174,7 +179,7 @@ mod tests {
     fn a_path_that_leads_elsewhere_by_now_is_not_taken_back() {
         let directory = tempfile::tempdir().unwrap();
         let memory = Memory::beside(&directory.path().join("admin.sock"));
-        let pod = |cookie: u64, netns: &str| serde_json::json!({"uid": "a", "origin": "operator", "netns": netns, "netns_inode": 0, "netns_cookie": cookie, "ips": ["10.0.0.1", "fd00::1"], "replaced": ["0", "0"], "namespace": null, "name": null, "service_account": null});
+        let pod = |cookie: u64, netns: &str| serde_json::json!({"uid": "a", "origin": "operator", "netns": netns, "netns_inode": 0, "netns_cookie": cookie, "ips": ["10.0.0.1", "fd00::1"], "replaced": ["0", "0"], "taken": CniRules::default(), "namespace": null, "name": null, "service_account": null});
         let own = "/proc/self/ns/net";
         let cookie = Netns::open(Path::new(own)).unwrap().cookie().0;
         let pods = serde_json::json!([
@@ -204,6 +209,7 @@ mod tests {
             cookie,
             ips: vec![],
             replaced: vec![],
+            taken: CniRules::default(),
         };
         memory.store([&pod]);
         assert_eq!(memory.recall(), [pod]);

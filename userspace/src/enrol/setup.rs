@@ -5,8 +5,8 @@ use std::{path::Path, sync::Arc};
 use super::{EnrolError, KnownPod, LocalPod, PodSpec, addresses};
 use crate::{
     kernel::{
-        Attachment, Kernel, Netns, PodAddress, PodListeners, PodRouting, PodSockets,
-        RoutingSettings, SocketDiag,
+        Attachment, CniRules, Kernel, KernelError, Netns, PodAddress, PodListeners, PodRouting,
+        PodSockets, RoutingSettings, SocketDiag,
     },
     mesh::Mesh,
     policy::Identity,
@@ -17,6 +17,7 @@ pub struct Enrolment {
     pub pod: Arc<LocalPod>,
     routing: PodRouting,
     attachment: Attachment,
+    taken: CniRules,
 }
 
 impl Enrolment {
@@ -83,6 +84,9 @@ impl Enrolment {
                         pod: Arc::new(pod),
                         routing,
                         attachment,
+                        taken: before
+                            .map(|before| before.taken.clone())
+                            .unwrap_or_default(),
                     },
                     listeners,
                 ))
@@ -100,6 +104,16 @@ impl Enrolment {
         }
     }
 
+    /// Takes over the redirection that istio-cni made in the pod. Once the pod is in the kernel part's tables: until then it steers, and
+    /// what it sends to ports that nobody serves yet is refused, not sent as it is.
+    pub fn take_over_rules(&mut self) -> Result<(), EnrolError> {
+        self.taken = CniRules::take(self.pod.sockets.netns(), &self.taken)?;
+        if !self.taken.is_empty() {
+            tracing::info!(pod = %self.pod.uid(), "istio-cni's redirection in a pod was taken over");
+        }
+        Ok(())
+    }
+
     /// What a later agent needs to serve this pod again.
     pub fn known(&self) -> KnownPod {
         KnownPod {
@@ -107,6 +121,7 @@ impl Enrolment {
             cookie: self.pod.cookie(),
             ips: self.pod.configured_addresses().to_vec(),
             replaced: self.routing.previous().to_vec(),
+            taken: self.taken.clone(),
         }
     }
 
@@ -119,16 +134,30 @@ impl Enrolment {
         kernel.forget_pod(known.cookie)?;
         let netns = known.spec.netns.open()?;
         if netns.cookie() == known.cookie {
-            PodRouting::remembered(settings, known.replaced).uninstall(&netns)?;
+            Self::undo(known, &netns, settings)?;
         }
         Ok(())
     }
 
+    /// Gives a pod its network back as it was.
+    pub fn undo(
+        known: KnownPod,
+        netns: &Netns,
+        settings: RoutingSettings,
+    ) -> Result<(), KernelError> {
+        let given_back = known.taken.put_back(netns);
+        PodRouting::remembered(settings, known.replaced).uninstall(netns)?;
+        given_back
+    }
+
     /// Takes the pod down, as far as its namespace still exists.
     pub fn end(self) -> Result<(), EnrolError> {
+        // First, so that what istio-cni would have steered is not sent as it is in between.
+        let given_back = self.taken.put_back(self.pod.sockets.netns());
         let detached = self.attachment.detach();
         self.pod.sockets.unlisten();
         let uninstalled = self.routing.uninstall(self.pod.sockets.netns());
+        given_back?;
         detached?;
         uninstalled?;
         Ok(())

@@ -6,6 +6,7 @@
 mod attachments;
 mod attempt;
 mod btf;
+mod cni_rules;
 mod configuration;
 mod diag;
 mod error;
@@ -29,6 +30,7 @@ mod tables;
 mod unload;
 
 pub use attachments::{Attached, Loaded, Place, attached, loaded};
+pub use cni_rules::CniRules;
 pub use diag::{Asked, DiagThreads, Fate, Outcome, SocketDiag, SocketMeasures, SocketName};
 pub use error::KernelError;
 pub use events::{EventSocket, EventStream, FlowEnd, FlowEvent, FlowEventKind, ShortState};

@@ -20,9 +20,10 @@ use rtnetlink::Handle;
 use super::{KernelError, Netns, sys};
 
 mod sysctls;
-mod table;
+pub(super) mod table;
 
-use table::{Family, Way};
+pub(super) use table::Family;
+use table::Way;
 
 /// Devices for which a pod gets a route.
 const MOST_DEVICES: usize = 64;
@@ -208,7 +209,7 @@ fn has_ipv6() -> bool {
 }
 
 /// A thread of its own: /proc/sys and netlink sockets belong to the namespace of the thread that opens them.
-fn on_thread<T: Send>(
+pub(super) fn on_thread<T: Send>(
     netns: &Netns,
     doing: &'static str,
     work: impl FnOnce() -> Result<T, String> + Send,
@@ -226,7 +227,9 @@ fn on_thread<T: Send>(
     .map_err(|detail| KernelError::Routing { doing, detail })
 }
 
-fn with_netlink<T>(work: impl AsyncFnOnce(Handle) -> Result<T, String>) -> Result<T, String> {
+pub(super) fn with_netlink<T>(
+    work: impl AsyncFnOnce(Handle) -> Result<T, String>,
+) -> Result<T, String> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

@@ -83,6 +83,9 @@ impl PodSockets {
             .run(|| {
                 let socket = any_family()?;
                 socket.set_reuse_address(true)?;
+                // Two agents serve a pod for a while in an upgrade. The kernel part gives connections to the one it knows, whoever
+                // else shares the port.
+                socket.set_reuse_port(true)?;
                 // Connections accepted here have addresses that are not the pod's. (The kernel has one such flag for both families.)
                 socket.set_ip_transparent_v4(true)?;
                 // Accepted connections inherit both.

@@ -191,7 +191,7 @@ impl Pods {
             });
         }
         self.registry.check_addresses(&uid, &own)?;
-        let (enrolment, listeners) = tokio::task::block_in_place(|| {
+        let (mut enrolment, listeners) = tokio::task::block_in_place(|| {
             Enrolment::begin(
                 kernel,
                 spec,
@@ -223,6 +223,14 @@ impl Pods {
             self.context.certificates.release(&identity);
             enrolment.end()?;
             return Err(error.into());
+        }
+        if let Err(error) = tokio::task::block_in_place(|| enrolment.take_over_rules()) {
+            let removed = self.enforcer.remove(&pod);
+            proxy.close().await;
+            self.context.certificates.release(&identity);
+            enrolment.end()?;
+            removed?;
+            return Err(error);
         }
         self.registry.insert(Arc::clone(&pod));
         pods.insert(uid.clone(), (enrolment, proxy));

@@ -5,8 +5,8 @@ use std::{path::Path, sync::Arc, time::Duration};
 use serde::Serialize;
 
 use crate::{
-    enrol::{KnownPod, Memory},
-    kernel::{KernelError, Netns, PodRouting, Removed, RoutingSettings, Unload},
+    enrol::{Enrolment, KnownPod, Memory},
+    kernel::{KernelError, Netns, Removed, RoutingSettings, Unload},
 };
 
 /// What was done.
@@ -68,7 +68,7 @@ pub fn unload(
 
 fn undo(pod: KnownPod, settings: RoutingSettings) -> Result<(), KernelError> {
     if let Some(netns) = open(&pod)? {
-        PodRouting::remembered(settings, pod.replaced).uninstall(&netns)?;
+        Enrolment::undo(pod, &netns, settings)?;
     }
     Ok(())
 }

@@ -13,15 +13,26 @@ use rtnetlink::{
         rule::{RuleAction, RuleAttribute, RuleMessage},
     },
 };
+use serde::{Deserialize, Serialize};
 
 /// Routing table and rule priority of ours inside a pod.
 const TABLE: u32 = 15001;
 const PRIORITY: u32 = 15001;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Family {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
     V4,
     V6,
+}
+
+impl From<Family> for AddressFamily {
+    fn from(family: Family) -> Self {
+        match family {
+            Family::V4 => Self::Inet,
+            Family::V6 => Self::Inet6,
+        }
+    }
 }
 
 impl Family {
@@ -155,7 +166,7 @@ pub(super) async fn clear(handle: &Handle, family: Family, packet_mark: u32) {
 }
 
 /// Switches the loopback device on; returns its index.
-pub(super) async fn loopback_up(handle: &Handle) -> Result<u32, String> {
+pub async fn loopback_up(handle: &Handle) -> Result<u32, String> {
     let found = handle
         .link()
         .get()
@@ -181,18 +192,23 @@ pub(super) async fn devices(handle: &Handle) -> Result<Vec<u32>, String> {
     found.map_err(|error| format!("list devices: {error}"))
 }
 
-/// With device 0, any route of this kind.
-fn route(family: Family, way: Way, priority: Option<u32>) -> RouteMessage {
-    let mut route = match family {
+/// A route for everything.
+pub fn default_route(family: Family, table: u32) -> RouteMessage {
+    match family {
         Family::V4 => RouteMessageBuilder::<Ipv4Addr>::new()
             .destination_prefix(Ipv4Addr::UNSPECIFIED, 0)
-            .table_id(TABLE)
+            .table_id(table)
             .build(),
         Family::V6 => RouteMessageBuilder::<Ipv6Addr>::new()
             .destination_prefix(Ipv6Addr::UNSPECIFIED, 0)
-            .table_id(TABLE)
+            .table_id(table)
             .build(),
-    };
+    }
+}
+
+/// With device 0, any route of this kind.
+fn route(family: Family, way: Way, priority: Option<u32>) -> RouteMessage {
+    let mut route = default_route(family, TABLE);
     match way {
         Way::ToPod { device, source } => {
             route.header.kind = RouteType::Local;
@@ -218,10 +234,7 @@ fn route(family: Family, way: Way, priority: Option<u32>) -> RouteMessage {
 
 fn rule(family: Family, mark: u32, mask: u32) -> RuleMessage {
     let mut rule = RuleMessage::default();
-    rule.header.family = match family {
-        Family::V4 => AddressFamily::Inet,
-        Family::V6 => AddressFamily::Inet6,
-    };
+    rule.header.family = family.into();
     rule.header.action = RuleAction::ToTable;
     rule.attributes = vec![
         RuleAttribute::Priority(PRIORITY),
