@@ -5,8 +5,11 @@ use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use culvert_harness::{
-    Agent, AgentOptions, Fabric, FabricOptions, Match, Mesh, Node, Pod, Policy, Proc, Workload,
-    fabric::BRIDGE, wait_until,
+    Agent, AgentOptions, Fabric, FabricOptions, Match, Mesh, Namespace, Node, Pod, Policy, Proc,
+    Workload,
+    cni_rules::{self, Backend},
+    fabric::BRIDGE,
+    wait_until,
 };
 use serde_json::Value;
 
@@ -39,6 +42,8 @@ pub struct Setting {
     pub policies: Option<Vec<Policy>>,
     /// Pods have IPv6 addresses too.
     pub ipv6: bool,
+    /// istio-cni's rules steer on the first node: they are made in its pods, and its agent is told.
+    pub iptables: bool,
 }
 
 pub fn principal(account: &str) -> String {
@@ -94,7 +99,15 @@ impl Scene {
                 .env
                 .insert("CULVERT_TEST_KNOBS".to_owned(), setting.knobs.to_owned());
         }
-        let agent1 = node1.start_agent(options.clone())?;
+        let mut options1 = options.clone();
+        if setting.iptables {
+            let name = "CULVERT_REDIRECT_MODE".to_owned();
+            options1.env.insert(name, "iptables".to_owned());
+            for pod in [&client, &server_a, &intruder] {
+                cni_rules::program(pod, Backend::Legacy)?;
+            }
+        }
+        let agent1 = node1.start_agent(options1)?;
         let agent2 = node2.start_agent(options)?;
         agent1.ready()?;
         agent2.ready()?;

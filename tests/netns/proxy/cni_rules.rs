@@ -82,6 +82,11 @@ fn istio_cni_s_rules_are_taken_over_and_given_back() -> Result<()> {
 }
 
 #[test]
+fn those_of_nftables_are_taken_over_and_given_back_as_well() -> Result<()> {
+    taken_over_and_given_back(Backend::Nft)
+}
+
+#[test]
 fn a_later_agent_gives_back_what_an_earlier_one_took() -> Result<()> {
     let scene = scene()?;
     let before = programmed(&scene, &scene.server_a, Backend::Legacy)?;

@@ -19,6 +19,7 @@ mod limits;
 mod mesh_file;
 mod peer;
 mod policy;
+mod redirect_iptables;
 mod requests;
 mod revocation;
 mod routes;

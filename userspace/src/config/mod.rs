@@ -20,8 +20,11 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::control_channel::{Address, RootSource};
-use crate::mesh::ShortCircuitMode;
+use crate::{
+    control_channel::{Address, RootSource},
+    kernel::RedirectMode,
+    mesh::ShortCircuitMode,
+};
 
 pub use environment::{Environment, Variable};
 pub use error::{ConfigError, ConfigErrors, Origin};
@@ -136,6 +139,8 @@ pub struct Config {
     pub verdict_max_age: Duration,
     /// Pods of this node may talk to each other directly.
     pub direct: bool,
+    /// What brings a pod's connections to the agent.
+    pub redirect_mode: RedirectMode,
     /// Which direct flows may be short-circuited where annotations leave it open.
     #[serde(serialize_with = "values::serialize_short_circuit")]
     pub short_circuit: ShortCircuitMode,
@@ -296,6 +301,11 @@ impl Config {
             Duration::from_secs(300),
         );
         let direct = layers.or(&settings::DIRECT, values::boolean, true);
+        let redirect_mode = layers.or(
+            &settings::REDIRECT_MODE,
+            |text| text.parse().ok(),
+            RedirectMode::default(),
+        );
         let short_circuit = layers.or(
             &settings::SHORT_CIRCUIT,
             values::short_circuit,
@@ -383,6 +393,7 @@ impl Config {
             admin_socket,
             verdict_max_age,
             direct,
+            redirect_mode,
             short_circuit,
             pass_node_probes,
             host_netns,

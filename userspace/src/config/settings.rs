@@ -130,6 +130,9 @@ settings! {
     DIRECT = "direct", "CULVERT_DIRECT", "direct",
         "`true` or `false`",
         "Let pods of this node talk to each other directly; `false` sends all of it through HBONE [true]";
+    REDIRECT_MODE = "redirectMode", "CULVERT_REDIRECT_MODE", "redirect-mode",
+        "`ebpf` or `iptables`",
+        "What brings a pod's connections to the agent: `ebpf`, or istio-cni's `iptables` rules, which need the packet mark 1337 and keep pods of a node from talking directly [ebpf]";
     SHORT_CIRCUIT = "shortCircuit", "CULVERT_SHORT_CIRCUIT", "short-circuit",
         "`off`, `auto` or `on`",
         "Short-circuit direct flows of pods whose annotations, and whose namespace's, do not say: `off`, `auto` (where no program can tell) or `on` [auto]";

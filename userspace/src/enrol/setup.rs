@@ -6,7 +6,7 @@ use super::{EnrolError, KnownPod, LocalPod, PodSpec, addresses};
 use crate::{
     kernel::{
         Attachment, CniRules, Kernel, KernelError, Netns, PodAddress, PodListeners, PodRouting,
-        PodSockets, RoutingSettings, SocketDiag,
+        PodSockets, RedirectMode, RoutingSettings, SocketDiag,
     },
     mesh::Mesh,
     policy::Identity,
@@ -15,6 +15,12 @@ use crate::{
 /// What was set up for a pod, to be undone when it leaves.
 pub struct Enrolment {
     pub pod: Arc<LocalPod>,
+    /// None where istio-cni's rules steer.
+    steering: Option<Steering>,
+}
+
+/// What has the kernel part steer a pod's connections.
+struct Steering {
     routing: PodRouting,
     attachment: Attachment,
     taken: CniRules,
@@ -59,56 +65,52 @@ impl Enrolment {
                 netns: spec.netns.to_string(),
             });
         }
-        let mark = settings.packet_mark;
-        let sockets = PodSockets::new(Arc::clone(&netns), Arc::clone(kernel.tables()), mark);
+        let sockets = PodSockets::new(Arc::clone(&netns), Arc::clone(kernel.tables()), settings);
         let diag = SocketDiag::new(&netns, spec.uid.as_str(), kernel.diag())?;
-        // First what an agent that still ends its connections there may have: then nothing of the pod's is touched.
+        // First what another program in the pod may have: then nothing of the pod's is touched.
         let listeners = sockets.listen()?;
-        let replaced = before.map(|before| before.replaced.as_slice());
-        let routing = PodRouting::install(&netns, addresses, settings, replaced)?;
-        let attached = sockets
-            .publish(&listeners)
-            .and_then(|()| kernel.attach_pod(&netns));
-        match attached {
-            Ok(attachment) => {
-                let pod = LocalPod::new(
-                    spec,
-                    addresses.iter().map(|address| address.ip).collect(),
-                    routing.devices().to_vec(),
-                    identity,
-                    sockets,
-                    diag,
-                );
-                Ok((
-                    Self {
-                        pod: Arc::new(pod),
-                        routing,
-                        attachment,
-                        taken: before
-                            .map(|before| before.taken.clone())
-                            .unwrap_or_default(),
-                    },
-                    listeners,
-                ))
-            }
-            Err(error) => {
-                drop(listeners);
-                // What an earlier agent set up stays: without it, what is steered would find another way.
-                if before.is_none()
-                    && let Err(undone) = routing.uninstall(&netns)
-                {
-                    tracing::warn!(error = %undone, "a pod that could not be enrolled keeps parts of its routing");
+        let steering = match settings.redirect {
+            RedirectMode::Ebpf => Some(Steering::begin(
+                kernel, &sockets, &listeners, addresses, settings, before,
+            )?),
+            RedirectMode::Iptables => {
+                if let Some(before) = before.filter(|before| !before.replaced.is_empty()) {
+                    // What an agent set up that did not leave it to istio-cni's rules.
+                    Self::forget(kernel, before.clone(), settings)?;
                 }
-                Err(error.into())
+                if !CniRules::are_in(&netns)? {
+                    return Err(KernelError::NoRedirection.into());
+                }
+                None
             }
-        }
+        };
+        let devices = steering
+            .as_ref()
+            .map(|steering| steering.routing.devices().to_vec())
+            .unwrap_or_default();
+        let pod = LocalPod::new(
+            spec,
+            addresses.iter().map(|address| address.ip).collect(),
+            devices,
+            identity,
+            sockets,
+            diag,
+        );
+        let enrolment = Self {
+            pod: Arc::new(pod),
+            steering,
+        };
+        Ok((enrolment, listeners))
     }
 
     /// Takes over the redirection that istio-cni made in the pod. Once the pod is in the kernel part's tables: until then it steers, and
     /// what it sends to ports that nobody serves yet is refused, not sent as it is.
     pub fn take_over_rules(&mut self) -> Result<(), EnrolError> {
-        self.taken = CniRules::take(self.pod.sockets.netns(), &self.taken)?;
-        if !self.taken.is_empty() {
+        let Some(steering) = &mut self.steering else {
+            return Ok(());
+        };
+        steering.taken = CniRules::take(self.pod.sockets.netns(), &steering.taken)?;
+        if !steering.taken.is_empty() {
             tracing::info!(pod = %self.pod.uid(), "istio-cni's redirection in a pod was taken over");
         }
         Ok(())
@@ -116,13 +118,23 @@ impl Enrolment {
 
     /// What a later agent needs to serve this pod again.
     pub fn known(&self) -> KnownPod {
+        let steering = self.steering.as_ref();
         KnownPod {
             spec: self.pod.spec.clone(),
             cookie: self.pod.cookie(),
             ips: self.pod.configured_addresses().to_vec(),
-            replaced: self.routing.previous().to_vec(),
-            taken: self.taken.clone(),
+            replaced: steering
+                .map(|steering| steering.routing.previous().to_vec())
+                .unwrap_or_default(),
+            taken: steering
+                .map(|steering| steering.taken.clone())
+                .unwrap_or_default(),
         }
+    }
+
+    /// Whether the kernel part decides the pod's connections.
+    pub fn is_steered(&self) -> bool {
+        self.steering.is_some()
     }
 
     /// Takes down what an earlier agent set up for a pod that this one does not serve.
@@ -152,14 +164,57 @@ impl Enrolment {
 
     /// Takes the pod down, as far as its namespace still exists.
     pub fn end(self) -> Result<(), EnrolError> {
+        let Some(steering) = self.steering else {
+            return Ok(());
+        };
+        let netns = self.pod.sockets.netns();
         // First, so that what istio-cni would have steered is not sent as it is in between.
-        let given_back = self.taken.put_back(self.pod.sockets.netns());
-        let detached = self.attachment.detach();
+        let given_back = steering.taken.put_back(netns);
+        let detached = steering.attachment.detach();
         self.pod.sockets.unlisten();
-        let uninstalled = self.routing.uninstall(self.pod.sockets.netns());
+        let uninstalled = steering.routing.uninstall(netns);
         given_back?;
         detached?;
         uninstalled?;
         Ok(())
+    }
+}
+
+impl Steering {
+    fn begin(
+        kernel: &Kernel,
+        sockets: &PodSockets,
+        listeners: &PodListeners,
+        addresses: &[PodAddress],
+        settings: RoutingSettings,
+        before: Option<&KnownPod>,
+    ) -> Result<Self, KernelError> {
+        // Nothing was replaced by an agent that left it to istio-cni's rules.
+        let before = before.filter(|before| !before.replaced.is_empty());
+        let netns = sockets.netns();
+        let replaced = before.map(|before| before.replaced.as_slice());
+        let routing = PodRouting::install(netns, addresses, settings, replaced)?;
+        let attached = sockets
+            .publish(listeners)
+            .and_then(|()| kernel.attach_pod(netns));
+        match attached {
+            Ok(attachment) => Ok(Self {
+                routing,
+                attachment,
+                taken: before
+                    .map(|before| before.taken.clone())
+                    .unwrap_or_default(),
+            }),
+            Err(error) => {
+                sockets.unlisten();
+                // What an earlier agent set up stays: without it, what is steered would find another way.
+                if before.is_none()
+                    && let Err(undone) = routing.uninstall(netns)
+                {
+                    tracing::warn!(error = %undone, "a pod that could not be enrolled keeps parts of its routing");
+                }
+                Err(error)
+            }
+        }
     }
 }

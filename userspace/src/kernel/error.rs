@@ -105,6 +105,10 @@ pub enum KernelError {
         "the kernel cannot destroy sockets ({0}): policy changes could not cut open flows; a kernel with CONFIG_INET_DIAG_DESTROY is needed"
     )]
     NoSocketDestroy(io::Error),
+    #[error(
+        "the pod has none of istio-cni's iptables rules, so that nothing would bring its connections to the agent: have istio-cni make them, or set CULVERT_REDIRECT_MODE to ebpf"
+    )]
+    NoRedirection,
     #[error("cannot {doing} the pod's routing: {detail}")]
     Routing { doing: &'static str, detail: String },
 }

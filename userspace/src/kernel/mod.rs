@@ -20,6 +20,7 @@ mod offsets;
 mod owner;
 mod pins;
 mod quotas;
+mod redirect;
 mod routing;
 mod services;
 mod short_circuit;
@@ -37,6 +38,7 @@ pub use events::{EventSocket, EventStream, FlowEnd, FlowEvent, FlowEventKind, Sh
 pub use host::HostProcesses;
 pub use netns::{Netns, NetnsCookie};
 pub use object::{Attachment, Kernel, KernelSettings};
+pub use redirect::RedirectMode;
 pub use routing::{PodAddress, PodRouting, RoutingSettings};
 pub use services::{ServiceTables, SlotTable};
 pub use short_circuit::{Candidates, Entrant, Row, ShortCircuit, Unfit, Verdict, Verdicts};

@@ -17,7 +17,7 @@ use std::{io, net::IpAddr, path::Path, thread};
 
 use rtnetlink::Handle;
 
-use super::{KernelError, Netns, sys};
+use super::{KernelError, Netns, RedirectMode, sys};
 
 mod sysctls;
 pub(super) mod table;
@@ -38,6 +38,8 @@ pub struct PodAddress {
 /// What is the same for all pods.
 #[derive(Clone, Copy, Debug)]
 pub struct RoutingSettings {
+    /// Nothing of this module is needed where rules of istio-cni's steer.
+    pub redirect: RedirectMode,
     pub packet_mark: u32,
     /// A test wants pods to go on accepting what a SYN carries.
     pub keep_fast_open: bool,

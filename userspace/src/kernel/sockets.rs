@@ -12,7 +12,7 @@ use culvert_abi::{HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT, listener_kind};
 use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 
-use super::{KernelError, Netns, Steered, Tables};
+use super::{KernelError, Netns, RedirectMode, RoutingSettings, Steered, Tables};
 
 const BACKLOG: i32 = 4096;
 /// How long sent bytes may stay unacknowledged.
@@ -34,14 +34,16 @@ pub struct PodSockets {
     netns: Arc<Netns>,
     tables: Arc<Tables>,
     packet_mark: u32,
+    redirect: RedirectMode,
 }
 
 impl PodSockets {
-    pub fn new(netns: Arc<Netns>, tables: Arc<Tables>, packet_mark: u32) -> Self {
+    pub fn new(netns: Arc<Netns>, tables: Arc<Tables>, settings: RoutingSettings) -> Self {
         Self {
             netns,
             tables,
-            packet_mark,
+            packet_mark: settings.packet_mark,
+            redirect: settings.redirect,
         }
     }
 
@@ -59,6 +61,11 @@ impl PodSockets {
             inbound,
             hbone,
         })
+    }
+
+    /// Where a connection was going that one of the listeners accepted.
+    pub fn destination(&self, accepted: impl AsFd) -> io::Result<SocketAddr> {
+        self.redirect.destination(accepted)
     }
 
     /// What `connect` knew of a connection that the pod's outbound listener accepted.
@@ -132,6 +139,10 @@ impl PodSockets {
         self.tables.mark_proxy(&socket).map_err(io::Error::other)?;
         socket.set_tcp_nodelay(true)?;
         socket.set_tcp_keepalive(&keepalive())?;
+        if self.redirect == RedirectMode::Iptables {
+            // Or the rules would send it back here.
+            socket.set_mark(self.packet_mark)?;
+        }
         if let Some(ip) = from {
             // The port is chosen once the destination is known too, or the address would soon have none left.
             setsockopt(&socket, IpBindAddressNoPort, &true)?;

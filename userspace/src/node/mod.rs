@@ -197,6 +197,7 @@ pub async fn run(
         Arc::clone(&context),
         &config,
         RoutingSettings {
+            redirect: config.redirect_mode,
             packet_mark: config.packet_mark,
             keep_fast_open: knobs.keep_fast_open,
         },

@@ -218,7 +218,9 @@ impl Pods {
             }
         };
         // The pod's connections are decided from here on.
-        if let Err(error) = self.enforcer.add(Arc::clone(&pod)) {
+        if enrolment.is_steered()
+            && let Err(error) = self.enforcer.add(Arc::clone(&pod))
+        {
             proxy.close().await;
             self.context.certificates.release(&identity);
             enrolment.end()?;

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::{
     enrol::{Enrolment, KnownPod, Memory},
-    kernel::{KernelError, Netns, Removed, RoutingSettings, Unload},
+    kernel::{KernelError, Netns, RedirectMode, Removed, RoutingSettings, Unload},
 };
 
 /// What was done.
@@ -47,6 +47,7 @@ pub fn unload(
     let namespaces = known.iter().filter_map(|pod| open(pod).ok().flatten());
     let unread = unload.drain(&namespaces.collect::<Vec<_>>());
     let settings = RoutingSettings {
+        redirect: RedirectMode::Ebpf,
         packet_mark,
         keep_fast_open: false,
     };

@@ -10,8 +10,7 @@ use tokio::net::TcpStream;
 
 use crate::enrol::LocalPod;
 
-/// The two ends of an accepted connection. Its local address is the original destination, because the kernel part hands
-/// connections over without rewriting them.
+/// Who opened an accepted connection, and to where.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Arrival {
     pub source: SocketAddr,
@@ -19,8 +18,8 @@ pub(super) struct Arrival {
 }
 
 impl Arrival {
-    pub fn of(stream: &TcpStream) -> io::Result<Self> {
-        let mut destination = canonical(stream.local_addr()?);
+    pub fn of(pod: &LocalPod, stream: &TcpStream) -> io::Result<Self> {
+        let mut destination = canonical(pod.sockets.destination(stream)?);
         if let SocketAddr::V6(address) = &mut destination
             && address.ip().is_unicast_link_local()
             && address.scope_id() == 0

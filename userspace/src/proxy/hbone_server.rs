@@ -33,7 +33,7 @@ pub(super) async fn handle(
     handshake: Permit,
     tunnels: &Arc<Budget>,
 ) {
-    let Ok(arrival) = Arrival::of(&stream) else {
+    let Ok(arrival) = Arrival::of(&ours.pod, &stream) else {
         return;
     };
     let failed = |flags, error: String| {

@@ -74,7 +74,7 @@ pub(super) fn admit(
 
 /// A plaintext connection from outside the mesh, or from somebody who bypassed it.
 pub(super) async fn handle_plaintext(ours: Ours, stream: TcpStream) {
-    let Ok(arrival) = Arrival::of(&stream) else {
+    let Ok(arrival) = Arrival::of(&ours.pod, &stream) else {
         return;
     };
     let Arrival {

@@ -29,7 +29,7 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream) {
     let Ok(Arrival {
         source,
         destination,
-    }) = Arrival::of(&stream)
+    }) = Arrival::of(&ours.pod, &stream)
     else {
         return;
     };

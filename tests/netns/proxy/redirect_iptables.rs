@@ -1,0 +1,165 @@
+//! Redirect mode `iptables`: istio-cni's rules bring connections to the agent, and nothing of the kernel part is in the pod. The other
+//! node leaves it to the kernel part, so that either mode is each other's peer.
+
+use anyhow::{Context as _, Result};
+use culvert_harness::{
+    Pod, Proc,
+    cni_rules::{Backend, program, redirection},
+};
+use culvert_tests::scene::{
+    NAMESPACE, PORT, SOON, Scene, Setting, answered, connect_to, text, was_reset,
+};
+
+const MARKER: &str = "culvert-iptables-marker";
+
+fn scene(policies: Option<Vec<culvert_harness::Policy>>) -> Result<Scene> {
+    Scene::with(Setting {
+        ipv6: true,
+        iptables: true,
+        policies,
+        ..Setting::default()
+    })
+}
+
+/// A server of both families.
+fn serve(pod: &Pod) -> Result<Proc> {
+    let port = PORT.to_string();
+    let arguments = ["serve", "--port", &port, "--mode", "echo", "--bind", "::"];
+    let server = pod.probe()?.args(arguments).spawn()?;
+    server.wait_for_line("listening", SOON)?;
+    Ok(server)
+}
+
+fn addresses(pod: &Pod) -> Result<[String; 2]> {
+    Ok([pod.at(PORT), pod.at_v6(PORT)?])
+}
+
+/// Exchanges a marker.
+fn says(from: &Pod, to: &str) -> Result<bool> {
+    let length = MARKER.len().to_string();
+    let report = connect_to(from, to, &["--send", MARKER, "--read", &length])?;
+    Ok(text(&report, "data") == MARKER)
+}
+
+/// The server's last connection came from the pod's own address, of either family.
+fn seen_from(server: &Proc, client: &Pod) -> Result<()> {
+    let accepted = server.events("accepted");
+    let peer = text(accepted.last().context("a connection")?, "peer").to_owned();
+    let peer: std::net::SocketAddr = peer.parse()?;
+    let peer = peer.ip().to_canonical();
+    assert!(client.addresses().contains(&peer), "{peer}");
+    Ok(())
+}
+
+#[test]
+fn rules_lead_to_tunnels_between_the_nodes_and_on_one() -> Result<()> {
+    let scene = scene(None)?;
+    let far = serve(&scene.server_b)?;
+    let near = serve(&scene.server_a)?;
+    let capture = scene.fabric.capture()?;
+    let local = scene.node1.capture()?;
+    for (pod, server) in [(&scene.server_b, &far), (&scene.server_a, &near)] {
+        for to in addresses(pod)? {
+            let mark = scene.agent1.log().mark();
+            assert!(says(&scene.client, &to)?, "{to}");
+            seen_from(server, &scene.client)?;
+            let identity = format!("spiffe://cluster.local/ns/{NAMESPACE}/sa/client");
+            let fields = [
+                ("direction", "outbound"),
+                ("path", "hbone"),
+                ("src.identity", identity.as_str()),
+            ];
+            scene.agent1.wait_for_access(mark, &fields, SOON)?;
+            assert!(!says(&scene.intruder, &to)?, "{to}");
+        }
+    }
+    assert!(!capture.contains(MARKER.as_bytes())?);
+    assert!(!local.contains(MARKER.as_bytes())?);
+    Ok(())
+}
+
+#[test]
+fn tunnels_from_another_node_reach_the_application() -> Result<()> {
+    let scene = scene(Some(Vec::new()))?;
+    let server = serve(&scene.server_a)?;
+    let capture = scene.fabric.capture()?;
+    for to in addresses(&scene.server_a)? {
+        let mark = scene.agent1.log().mark();
+        assert!(says(&scene.server_b, &to)?, "{to}");
+        seen_from(&server, &scene.server_b)?;
+        let fields = [("direction", "inbound"), ("path", "hbone")];
+        scene.agent1.wait_for_access(mark, &fields, SOON)?;
+    }
+    assert!(!capture.contains(MARKER.as_bytes())?);
+    Ok(())
+}
+
+#[test]
+fn plaintext_goes_through_the_agent_both_ways() -> Result<()> {
+    let scene = scene(Some(Vec::new()))?;
+    let outsider = scene.node2.pod("outsider")?;
+    let server = serve(&scene.server_a)?;
+    let outside = serve(&outsider)?;
+    for to in addresses(&scene.server_a)? {
+        let mark = scene.agent1.log().mark();
+        assert!(says(&outsider, &to)?, "{to}");
+        seen_from(&server, &outsider)?;
+        let fields = [("direction", "inbound"), ("path", "plaintext")];
+        scene.agent1.wait_for_access(mark, &fields, SOON)?;
+    }
+    for to in addresses(&outsider)? {
+        let mark = scene.agent1.log().mark();
+        assert!(says(&scene.client, &to)?, "{to}");
+        seen_from(&outside, &scene.client)?;
+        let fields = [("direction", "outbound"), ("path", "plaintext")];
+        scene.agent1.wait_for_access(mark, &fields, SOON)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn plaintext_is_judged_and_the_agent_s_ports_are_not_the_application_s() -> Result<()> {
+    let scene = scene(None)?;
+    let _server = serve(&scene.server_a)?;
+    let outsider = scene.node2.pod("outsider")?;
+    for to in addresses(&scene.server_a)? {
+        assert!(!says(&outsider, &to)?, "{to}");
+    }
+    for port in [15001, 15006] {
+        for from in [&outsider, &scene.server_a] {
+            let report = connect_to(
+                from,
+                &scene.server_a.at(port),
+                &["--send", "x", "--read", "1"],
+            )?;
+            assert!(was_reset(&report), "{port}: {report}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_pod_without_rules_is_refused_and_the_rules_of_the_others_stay() -> Result<()> {
+    let scene = scene(Some(Vec::new()))?;
+    let guest = scene.node1.pod("guest")?;
+    let enrol = || {
+        let agent = &scene.agent1;
+        agent.enrol(&guest, "guest-uid", NAMESPACE, "guest", "guest")
+    };
+    let refused = format!("{:#}", enrol().unwrap_err());
+    assert!(refused.contains("iptables"), "{refused}");
+    program(&guest, Backend::Legacy)?;
+    let before = redirection(&guest, Backend::Legacy)?;
+    enrol()?;
+    assert_eq!(redirection(&guest, Backend::Legacy)?, before);
+    let _server = serve(&scene.server_b)?;
+    assert!(says(&guest, &scene.server_b.at(PORT))?);
+    scene.agent1.unenrol("guest-uid")?;
+    assert_eq!(redirection(&guest, Backend::Legacy)?, before);
+    assert!(!answered(&connect_to(
+        &guest,
+        &scene.server_b.at(PORT),
+        &[]
+    )?));
+    Ok(())
+}
