@@ -15,6 +15,7 @@ mod broken_mesh;
 mod changes;
 mod claims;
 mod crowd;
+mod disruption;
 mod enrolment;
 mod foreign_sources;
 mod forgery;

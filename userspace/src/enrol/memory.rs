@@ -32,6 +32,8 @@ pub struct Memory {
 pub struct KnownPod {
     pub spec: PodSpec,
     pub cookie: NetnsCookie,
+    /// It was released, and only connections from before went on through the agent.
+    pub leaves: bool,
     /// The primary one first.
     pub ips: Vec<IpAddr>,
     /// What its routing replaced (`kernel::PodRouting::previous`).
@@ -49,6 +51,7 @@ struct Remembered {
     netns: Option<PathBuf>,
     netns_inode: u64,
     netns_cookie: u64,
+    leaves: bool,
     ips: Vec<IpAddr>,
     replaced: Vec<String>,
     taken: CniRules,
@@ -118,6 +121,7 @@ impl Remembered {
             netns,
             netns_inode,
             netns_cookie: pod.cookie.0,
+            leaves: pod.leaves,
             ips: pod.ips.clone(),
             replaced: pod.replaced.clone(),
             taken: pod.taken.clone(),
@@ -153,6 +157,7 @@ impl Remembered {
         Some(KnownPod {
             spec,
             cookie,
+            leaves: self.leaves,
             ips: self.ips,
             replaced: self.replaced,
             taken: self.taken,
@@ -179,7 +184,7 @@ mod tests {
     fn a_path_that_leads_elsewhere_by_now_is_not_taken_back() {
         let directory = tempfile::tempdir().unwrap();
         let memory = Memory::beside(&directory.path().join("admin.sock"));
-        let pod = |cookie: u64, netns: &str| serde_json::json!({"uid": "a", "origin": "operator", "netns": netns, "netns_inode": 0, "netns_cookie": cookie, "ips": ["10.0.0.1", "fd00::1"], "replaced": ["0", "0"], "taken": CniRules::default(), "namespace": null, "name": null, "service_account": null});
+        let pod = |cookie: u64, netns: &str| serde_json::json!({"uid": "a", "origin": "operator", "netns": netns, "netns_inode": 0, "netns_cookie": cookie, "leaves": false, "ips": ["10.0.0.1", "fd00::1"], "replaced": ["0", "0"], "taken": CniRules::default(), "namespace": null, "name": null, "service_account": null});
         let own = "/proc/self/ns/net";
         let cookie = Netns::open(Path::new(own)).unwrap().cookie().0;
         let pods = serde_json::json!([
@@ -207,6 +212,7 @@ mod tests {
                 service_account: None,
             },
             cookie,
+            leaves: false,
             ips: vec![],
             replaced: vec![],
             taken: CniRules::default(),

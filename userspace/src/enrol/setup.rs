@@ -22,7 +22,8 @@ pub struct Enrolment {
 /// What has the kernel part steer a pod's connections.
 struct Steering {
     routing: PodRouting,
-    attachment: Attachment,
+    /// None when no connection is steered any more.
+    attachment: Option<Attachment>,
     taken: CniRules,
 }
 
@@ -122,6 +123,7 @@ impl Enrolment {
         KnownPod {
             spec: self.pod.spec.clone(),
             cookie: self.pod.cookie(),
+            leaves: false,
             ips: self.pod.configured_addresses().to_vec(),
             replaced: steering
                 .map(|steering| steering.routing.previous().to_vec())
@@ -162,21 +164,28 @@ impl Enrolment {
         given_back
     }
 
-    /// Takes the pod down, as far as its namespace still exists.
-    pub fn end(self) -> Result<(), EnrolError> {
-        let Some(steering) = self.steering else {
+    /// No connection is steered any more: new ones are as if the agent were not there, open ones still find it.
+    pub fn withdraw(&mut self) -> Result<(), EnrolError> {
+        let Some(steering) = &mut self.steering else {
             return Ok(());
         };
-        let netns = self.pod.sockets.netns();
         // First, so that what istio-cni would have steered is not sent as it is in between.
-        let given_back = steering.taken.put_back(netns);
-        let detached = steering.attachment.detach();
+        let taken = std::mem::take(&mut steering.taken);
+        let given_back = taken.put_back(self.pod.sockets.netns());
+        if let Some(attachment) = steering.attachment.take() {
+            attachment.detach()?;
+        }
+        Ok(given_back?)
+    }
+
+    /// Takes the pod down, as far as its namespace still exists.
+    pub fn end(mut self) -> Result<(), EnrolError> {
+        let withdrawn = self.withdraw();
         self.pod.sockets.unlisten();
-        let uninstalled = steering.routing.uninstall(netns);
-        given_back?;
-        detached?;
-        uninstalled?;
-        Ok(())
+        if let Some(steering) = self.steering {
+            steering.routing.uninstall(self.pod.sockets.netns())?;
+        }
+        withdrawn
     }
 }
 
@@ -200,7 +209,7 @@ impl Steering {
         match attached {
             Ok(attachment) => Ok(Self {
                 routing,
-                attachment,
+                attachment: Some(attachment),
                 taken: before
                     .map(|before| before.taken.clone())
                     .unwrap_or_default(),

@@ -1,6 +1,7 @@
 //! The pods of this node: enrolling, releasing, and everything that belongs to one.
 
 mod cni;
+mod leaving;
 mod waiting;
 
 use std::{
@@ -19,6 +20,7 @@ use crate::{
     kernel::{Kernel, KernelError, NetnsCookie, RoutingSettings},
     proxy::{Context, PodProxy, Workers},
 };
+use leaving::Leaving;
 use waiting::Waiting;
 pub use waiting::WaitingPod;
 
@@ -41,6 +43,8 @@ struct Running {
     pods: HashMap<PodUid, (Enrolment, PodProxy)>,
     /// Pods that are to be served and cannot be yet.
     waiting: HashMap<PodUid, Waiting>,
+    /// Pods that were released, with connections that go on through the agent.
+    leaving: HashMap<NetnsCookie, Leaving>,
     /// Pods that had no device when they were last looked at.
     bare: HashSet<PodUid>,
 }
@@ -62,6 +66,7 @@ impl Pods {
                 workers: Some(workers),
                 pods: HashMap::new(),
                 waiting: HashMap::new(),
+                leaving: HashMap::new(),
                 bare: HashSet::new(),
             }),
             waiting: RwLock::default(),
@@ -78,6 +83,10 @@ impl Pods {
         let mut running = self.running.lock().await;
         for known in self.memory.recall() {
             let uid = known.spec.uid.clone();
+            if known.leaves {
+                self.forget(&running, known);
+                continue;
+            }
             if known.spec.origin == Origin::Cni {
                 running.waiting.insert(uid, Waiting::for_snapshot(known));
                 continue;
@@ -106,6 +115,7 @@ impl Pods {
         let pods: Vec<KnownPod> = served
             .map(|(enrolment, _)| enrolment.known())
             .chain(known.iter().cloned())
+            .chain(running.leaving.values().map(Leaving::known))
             .collect();
         self.memory.store(&pods);
         self.enforcer.set_waiting(known);
@@ -169,6 +179,7 @@ impl Pods {
             kernel,
             workers,
             pods,
+            leaving,
             ..
         } = running;
         let workers = workers.as_ref().ok_or(EnrolError::Stopping)?;
@@ -191,6 +202,7 @@ impl Pods {
             });
         }
         self.registry.check_addresses(&uid, &own)?;
+        let left = self.come_back(leaving, netns.cookie());
         let (mut enrolment, listeners) = tokio::task::block_in_place(|| {
             Enrolment::begin(
                 kernel,
@@ -199,7 +211,7 @@ impl Pods {
                 &addresses,
                 identity.clone(),
                 self.routing,
-                known,
+                known.or(left.as_ref()),
             )
         })?;
         let pod = Arc::clone(&enrolment.pod);
@@ -269,10 +281,7 @@ impl Pods {
         let pod = Arc::clone(&enrolment.pod);
         self.registry.remove(uid);
         let view = self.enforcer.remove(&pod);
-        // Before the routing that brings its connections here: a steered socket must not find another way.
-        proxy.close().await;
-        let ended = tokio::task::block_in_place(|| enrolment.end());
-        self.context.certificates.release(&pod.identity);
+        let ended = self.leave(running, enrolment, proxy).await;
         let mesh = self.context.mesh.load();
         if let Some(workload) = pod.workload(&mesh) {
             let others = running

@@ -142,6 +142,23 @@ impl PodProxy {
         self.stop.drain.cancel();
     }
 
+    /// The same for a pod that leaves while the agent stays: what is open may take all the time it wants.
+    pub fn leave(&self) {
+        self.accepting.cancel();
+        self.stop.leave.cancel();
+        self.open.close();
+    }
+
+    /// Whether nothing is open any more after [`Self::leave`].
+    pub fn is_idle(&self) -> bool {
+        self.open.is_empty()
+    }
+
+    /// Waits until it is.
+    pub async fn idle(&self) {
+        self.open.wait().await;
+    }
+
     /// Cuts everything, and waits until it is cut.
     pub async fn close(self) {
         self.accepting.cancel();

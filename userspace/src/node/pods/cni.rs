@@ -48,10 +48,11 @@ impl zds::PodHost for Pods {
 }
 
 impl Pods {
-    /// Releases pods of istio-cni's that have ended: whoever holds their namespace open, their devices are gone. One look is not
+    /// Takes down what no connection needs any more, and releases pods of istio-cni's that have ended: whoever holds their namespace open, their devices are gone. One look is not
     /// enough: a device may be on its way.
     pub async fn release_ended(&self) {
         let mut running = self.running.lock().await;
+        self.end_idle(&mut running).await;
         let bare: HashSet<PodUid> = self
             .of_cni(&running)
             .into_iter()

@@ -19,9 +19,11 @@ use tracing::debug;
 use super::request::{Incoming, IncomingConnect, Refusal, answer};
 use super::settings::ServerSettings;
 
-/// Two ways to end a tunnel from our side.
+/// The ways to end a tunnel from our side.
 #[derive(Debug, Clone, Default)]
 pub struct Stop {
+    /// GOAWAY; streams get all the time they want.
+    pub leave: CancellationToken,
     /// GOAWAY; streams get the grace time.
     pub drain: CancellationToken,
     /// At once; streams are cut.
@@ -64,6 +66,7 @@ where
         },
         () = stop.close.cancelled() => return ServeEnd::Stopped,
         () = stop.drain.cancelled() => return ServeEnd::Drained,
+        () = stop.leave.cancelled() => return ServeEnd::Drained,
     };
     let mut tunnel = Tunnel {
         connection,
@@ -104,6 +107,7 @@ where
     async fn run(&mut self, stop: &Stop) -> ServeEnd {
         let mut busy = false;
         let mut quiet = Instant::now() + self.settings.handshake_deadline;
+        let mut leaving = false;
         let mut drained_by: Option<(Instant, ServeEnd)> = None;
         loop {
             let deadline = drained_by.as_ref().map(|(deadline, _)| *deadline);
@@ -137,6 +141,10 @@ where
                 () = stop.drain.cancelled(), if deadline.is_none() => {
                     self.connection.graceful_shutdown();
                     drained_by = Some((Instant::now() + self.settings.grace, ServeEnd::Drained));
+                }
+                () = stop.leave.cancelled(), if !leaving => {
+                    self.connection.graceful_shutdown();
+                    leaving = true;
                 }
                 () = sleep_until(quiet), if wait_quiet => {
                     if !busy {
