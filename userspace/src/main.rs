@@ -4,7 +4,7 @@ use std::{io::Write as _, process::ExitCode};
 
 use clap::Parser as _;
 use culvert::{
-    cli::{self, Cli, Command, EXIT_CONFIG, EXIT_FAILED, NodeArgs},
+    cli::{self, Cli, Command, EXIT_CONFIG, EXIT_FAILED, NodeArgs, ProxyCommand},
     config::{self, Config, Environment},
     node,
     telemetry::logging,
@@ -14,6 +14,7 @@ fn main() -> ExitCode {
     let environment = Environment::of_this_process();
     match Cli::parse().command {
         Command::Node(args) => run_node(&args, &environment),
+        Command::Proxy(ProxyCommand::Ztunnel) => run_node(&NodeArgs::as_ztunnel(), &environment),
         Command::Check(args) => ended(cli::check(&args, &mut std::io::stdout().lock())),
         Command::Unload(args) => ended(cli::unload(
             &args,

@@ -46,6 +46,9 @@ pub struct Cli {
 pub enum Command {
     /// Run the agent of this node
     Node(NodeArgs),
+    /// Run the agent in the place of another proxy: what its DaemonSet passes
+    #[command(subcommand)]
+    Proxy(ProxyCommand),
     /// Tell whether this node's kernel can do what the agent needs, and which flows it may short-circuit; changes nothing
     Check(CheckArgs),
     /// Detach and remove everything the agent left in the kernel and in its pods; open direct flows go on
@@ -55,6 +58,13 @@ pub enum Command {
     /// A command for a running agent.
     #[command(flatten)]
     Client(ClientCommand),
+}
+
+/// `culvert proxy`.
+#[derive(Clone, Copy, Debug, Subcommand)]
+pub enum ProxyCommand {
+    /// Run the agent where ztunnel stood: with its environment, and pods enrolled by istio-cni
+    Ztunnel,
 }
 
 /// A command for a running agent.

@@ -16,6 +16,19 @@ pub struct NodeArgs {
     pub print_config: bool,
 }
 
+impl NodeArgs {
+    /// Where ztunnel stood everything is said by the environment, and istio-cni enrols the pods.
+    pub fn as_ztunnel() -> Self {
+        Self {
+            flags: Flags {
+                in_place_of_ztunnel: true,
+                ..Flags::default()
+            },
+            print_config: false,
+        }
+    }
+}
+
 impl Args for NodeArgs {
     fn augment_args(command: Command) -> Command {
         let config = Arg::new("config")
@@ -55,6 +68,7 @@ impl FromArgMatches for NodeArgs {
             flags: Flags {
                 config: matches.get_one("config").cloned(),
                 values: given.collect(),
+                in_place_of_ztunnel: false,
             },
             print_config: matches.get_flag("print-config"),
         })

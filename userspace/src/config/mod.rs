@@ -45,6 +45,9 @@ const MAX_SOCKET_PATH: usize = 90;
 const ISTIOD: &str = "https://istiod.istio-system.svc:15012";
 const ISTIOD_ROOTS: &str = "./var/run/secrets/istio/root-cert.pem";
 
+/// The socket of istio-cni, as its DaemonSet and ztunnel's mount it.
+const ISTIO_CNI: &str = "/var/run/ztunnel/ztunnel.sock";
+
 const DAY: u64 = 86_400;
 
 /// The effective configuration. Serialised in camelCase it is what `--print-config` and `/config_dump` show, and, but
@@ -179,6 +182,8 @@ pub struct Flags {
     pub config: Option<PathBuf>,
     /// The settings given as flags.
     pub values: Vec<(&'static Setting, String)>,
+    /// The agent was started as ztunnel is: pods are enrolled by istio-cni.
+    pub in_place_of_ztunnel: bool,
 }
 
 impl Config {
@@ -188,12 +193,16 @@ impl Config {
     /// All that is wrong in any layer, together.
     pub fn load(flags: &Flags, environment: &Environment) -> Result<Self, ConfigErrors> {
         let mut layers = Resolver::new(flags, environment);
-        let config = Self::resolve(&mut layers, environment);
+        let config = Self::resolve(&mut layers, environment, flags.in_place_of_ztunnel);
         layers.finish(config)
     }
 
     /// `None` only together with an error noted in the resolver. Every setting is looked at before the first `?`.
-    fn resolve(layers: &mut Resolver, environment: &Environment) -> Option<Self> {
+    fn resolve(
+        layers: &mut Resolver,
+        environment: &Environment,
+        in_place_of_ztunnel: bool,
+    ) -> Option<Self> {
         let name_or_nothing = values::optional_name;
         let node_name = layers.or_missing(
             &settings::NODE_NAME,
@@ -236,6 +245,7 @@ impl Config {
         let alt_xds_hostname = layers.take(&settings::ALT_XDS_HOSTNAME, values::host);
         let xds_on_demand = layers.or(&settings::XDS_ON_DEMAND, values::boolean, false);
         let inpod_uds = layers.take(&settings::INPOD_UDS, socket_path);
+        let inpod_uds = inpod_uds.or_else(|| in_place_of_ztunnel.then(|| ISTIO_CNI.into()));
         let dev_ca = layers.take(&settings::DEV_CA, values::path);
         let ca_address = layers.take(&settings::CA_ADDRESS, address);
         let ca_address = match (&dev_ca, ca_address) {
@@ -439,12 +449,10 @@ fn single<T>(
     default: Option<T>,
     mend: &str,
 ) -> Result<T, ConfigErrors> {
+    let given = flag.map(|value| (setting, value.to_owned()));
     let flags = Flags {
-        config: None,
-        values: flag
-            .map(|value| (setting, value.to_owned()))
-            .into_iter()
-            .collect(),
+        values: given.into_iter().collect(),
+        ..Flags::default()
     };
     let mut layers = Resolver::new(&flags, environment);
     let found = layers.or_missing(setting, parse, default, "there is no default here", mend);

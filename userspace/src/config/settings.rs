@@ -90,7 +90,7 @@ settings! {
         "The name in the certificate of that authority's server [the address's]";
     INPOD_UDS = "inpodUds", "INPOD_UDS", "inpod-uds",
         "an absolute path of at most 90 bytes",
-        "Unix socket of istio-cni, which tells what pods of this node are in the mesh [none: pods are enrolled with `culvert pod add`]";
+        "Unix socket of istio-cni, which tells what pods of this node are in the mesh [none: pods are enrolled with `culvert pod add`; as `culvert proxy ztunnel` /var/run/ztunnel/ztunnel.sock]";
     DEV_CA = "devCa", "CULVERT_DEV_CA", "dev-ca",
         "the path of a directory",
         "Issue certificates from a development CA kept in this directory; unsafe for production [none]";

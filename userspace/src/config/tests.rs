@@ -34,6 +34,7 @@ fn flags(config: Option<&Path>, values: &[(&'static Setting, &str)]) -> Flags {
             .iter()
             .map(|(setting, value)| (*setting, (*value).to_owned()))
             .collect(),
+        in_place_of_ztunnel: false,
     }
 }
 
@@ -358,4 +359,130 @@ fn clients_find_the_socket_by_flag_variable_or_default() {
             .to_string()
             .contains("mount -t bpf")
     );
+}
+
+/// What Istio's chart sets for ztunnel, and what Kubernetes adds.
+const OF_ZTUNNEL: [(&str, &str); 15] = [
+    ("CA_ADDRESS", "istiod.istio-system.svc:15012"),
+    ("XDS_ADDRESS", "istiod.istio-system.svc:15012"),
+    ("RUST_LOG", "info"),
+    ("LOG_FORMAT", "json"),
+    ("RUST_BACKTRACE", "1"),
+    ("ISTIO_META_CLUSTER_ID", "Kubernetes"),
+    ("INPOD_ENABLED", "true"),
+    ("TERMINATION_GRACE_PERIOD_SECONDS", "30"),
+    ("POD_NAME", "ztunnel-x7z2p"),
+    ("POD_NAMESPACE", "istio-system"),
+    ("NODE_NAME", "node-1"),
+    ("INSTANCE_IP", "10.0.0.9"),
+    ("SERVICE_ACCOUNT", "ztunnel"),
+    ("ISTIO_META_ENABLE_HBONE", "true"),
+    ("KUBERNETES_SERVICE_HOST", "10.96.0.1"),
+];
+
+#[test]
+fn ztunnels_environment_is_understood() {
+    let as_ztunnel = Flags {
+        in_place_of_ztunnel: true,
+        ..Flags::default()
+    };
+    let config = Config::load(&as_ztunnel, &environment(&OF_ZTUNNEL)).unwrap();
+    let shown = config.to_json();
+    for (key, value) in [
+        ("xdsAddress", "https://istiod.istio-system.svc:15012"),
+        ("caAddress", "https://istiod.istio-system.svc:15012"),
+        ("xdsRootCa", "./var/run/secrets/istio/root-cert.pem"),
+        ("authToken", "./var/run/secrets/tokens/istio-token"),
+        ("inpodUds", "/var/run/ztunnel/ztunnel.sock"),
+        ("nodeName", "node-1"),
+        ("clusterDomain", "cluster.local"),
+        ("secretTtl", "24h"),
+        ("terminationGracePeriodSeconds", "30s"),
+    ] {
+        assert_eq!(shown[key], value, "{key}");
+    }
+    assert_eq!(config.packet_mark, 1337);
+    assert_eq!(config.pool_max_streams, 100);
+    let metadata = &config.node_metadata;
+    assert_eq!(metadata["CLUSTER_ID"], "Kubernetes");
+    assert_eq!(metadata["ENABLE_HBONE"], "true");
+    // Started as itself, the agent enrols what an operator says.
+    let as_itself = Config::load(&Flags::default(), &environment(&OF_ZTUNNEL)).unwrap();
+    assert_eq!(as_itself.inpod_uds, None);
+}
+
+#[test]
+fn in_a_cluster_the_control_plane_is_istiod() {
+    let inside = environment(&[("KUBERNETES_SERVICE_HOST", "10.96.0.1")]);
+    let config = Config::load(&Flags::default(), &inside).unwrap();
+    let istiod = "https://istiod.istio-system.svc:15012";
+    let shown = |address: &Option<Address>| address.as_ref().map(ToString::to_string);
+    assert_eq!(shown(&config.xds_address).as_deref(), Some(istiod));
+    assert_eq!(shown(&config.ca_address).as_deref(), Some(istiod));
+    let outside = Config::load(&Flags::default(), &environment(&[])).unwrap();
+    assert_eq!((outside.xds_address, outside.ca_address), (None, None));
+}
+
+#[test]
+fn of_two_sources_one_has_to_be_chosen() {
+    let both = environment(&[
+        ("LOCAL_XDS_PATH", "/mesh.yaml"),
+        ("XDS_ADDRESS", "istiod:15012"),
+        ("CULVERT_DEV_CA", "/ca"),
+        ("CA_ADDRESS", "istiod:15012"),
+    ]);
+    let errors = errors(&Flags::default(), &both);
+    assert_eq!(errors.len(), 2, "{errors:?}");
+    for (error, names) in errors.iter().zip([
+        ["LOCAL_XDS_PATH", "XDS_ADDRESS"],
+        ["CULVERT_DEV_CA", "CA_ADDRESS"],
+    ]) {
+        assert!(names.iter().all(|name| error.contains(name)), "{error}");
+    }
+    // In a cluster a file wins over the control plane that nobody has named.
+    let file = environment(&[
+        ("LOCAL_XDS_PATH", "/mesh.yaml"),
+        ("KUBERNETES_SERVICE_HOST", "10.96.0.1"),
+    ]);
+    let config = Config::load(&Flags::default(), &file).unwrap();
+    assert_eq!(config.xds_address, None);
+}
+
+#[test]
+fn headers_for_the_control_plane_are_not_shown() {
+    let env = environment(&[
+        ("XDS_HEADER_X-KEY", "secret-one"),
+        ("CA_HEADER_X-KEY", "secret-two"),
+        ("AUTH_TOKEN", "secret-three"),
+    ]);
+    let config = Config::load(&Flags::default(), &env).unwrap();
+    assert_eq!(
+        config.xds_headers,
+        [("X-KEY".to_owned(), "secret-one".to_owned())]
+    );
+    assert_eq!(config.ca_headers.len(), 1);
+    assert!(
+        !config.to_yaml().contains("secret-"),
+        "{}",
+        config.to_yaml()
+    );
+}
+
+#[test]
+fn wrong_values_of_ztunnels_variables_are_named() {
+    for (name, value) in [
+        ("XDS_ADDRESS", "http://istiod:15010"),
+        ("CA_ADDRESS", "istiod"),
+        ("ALT_XDS_HOSTNAME", "not a name"),
+        ("XDS_ON_DEMAND", "maybe"),
+        ("INSTANCE_IP", "node"),
+        ("SECRET_TTL", "-1"),
+        ("INPOD_UDS", "relative.sock"),
+    ] {
+        let errors = errors(&Flags::default(), &environment(&[(name, value)]));
+        assert!(
+            errors.len() == 1 && errors[0].contains(name),
+            "{name}: {errors:?}"
+        );
+    }
 }
