@@ -237,6 +237,7 @@ fn every_setting_is_used_and_printed() {
         &environment(&[
             ("INSTANCE_IP", "10.0.0.1"),
             ("LOCAL_XDS_PATH", "mesh.yaml"),
+            ("INPOD_UDS", "/run/ztunnel.sock"),
             ("CULVERT_DEV_CA", "ca"),
             ("CULVERT_PODS_CGROUP", "/sys/fs/cgroup/kubepods"),
         ]),

@@ -174,6 +174,7 @@ impl Enrolment {
         let given_back = taken.put_back(self.pod.sockets.netns());
         if let Some(attachment) = steering.attachment.take() {
             attachment.detach()?;
+            steering.routing.release_new(self.pod.sockets.netns())?;
         }
         Ok(given_back?)
     }

@@ -104,6 +104,13 @@ impl PodRouting {
         &self.devices
     }
 
+    /// Undoes of [`Self::install`] what new connections depend on, and nothing of what open ones need.
+    pub fn release_new(&self, netns: &Netns) -> Result<(), KernelError> {
+        on_thread(netns, "take down", || {
+            sysctls::restore_for_new(&self.previous)
+        })
+    }
+
     /// Undoes [`Self::install`].
     pub fn uninstall(self, netns: &Netns) -> Result<(), KernelError> {
         on_thread(netns, "take down", || {

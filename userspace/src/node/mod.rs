@@ -52,7 +52,7 @@ pub use unload::{UndonePod, Unloaded, unload};
 /// How often what could not be written or cut is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 /// How often pods are looked at that may have ended.
-const LOOK: Duration = Duration::from_secs(5);
+const LOOK: Duration = Duration::from_secs(2);
 /// How often the kernel part is told that the agent lives.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 

@@ -55,9 +55,18 @@ pub(super) fn set(settings: RoutingSettings, previous: &mut Vec<String>) -> Resu
 
 /// Changes back whatever can be.
 pub(super) fn restore(previous: &[String]) -> Result<(), String> {
+    restore_those(previous, |_| true)
+}
+
+/// Changes back what only new connections depend on.
+pub(super) fn restore_for_new(previous: &[String]) -> Result<(), String> {
+    restore_those(previous, |change| matches!(change, Change::NoFastOpen))
+}
+
+fn restore_those(previous: &[String], which: impl Fn(Change) -> bool) -> Result<(), String> {
     let mut result = Ok(());
-    for ((path, _), value) in SYSCTLS.iter().zip(previous) {
-        if value.is_empty() {
+    for ((path, change), value) in SYSCTLS.iter().zip(previous) {
+        if value.is_empty() || !which(*change) {
             continue;
         }
         if let Err(error) = fs::write(path, value) {
