@@ -18,7 +18,7 @@ pub enum EnrolError {
     #[error("the network namespace of pod {uid} is enrolled already, as pod {other}")]
     NetnsTaken { uid: PodUid, other: PodUid },
     #[error(
-        "the network namespace of pod {0} is the agent's own: a host-network pod cannot be enrolled"
+        "the network namespace of pod {0} is the agent's own or the node's: a host-network pod cannot be enrolled"
     )]
     HostNetwork(PodUid),
     #[error("pod {uid}: address {ip} belongs to pod {other} already")]

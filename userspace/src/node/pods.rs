@@ -17,7 +17,7 @@ use super::enforcer::{Enforcer, View};
 use crate::{
     config::Config,
     enrol::{EnrolError, Enrolment, KnownPod, LocalPod, Memory, Origin, PodSpec, PodUid, Registry},
-    kernel::{Kernel, KernelError, NetnsCookie, RoutingSettings},
+    kernel::{Kernel, KernelError, Netns, NetnsCookie, RoutingSettings},
     proxy::{Context, PodProxy, Workers},
 };
 use leaving::Leaving;
@@ -35,6 +35,8 @@ pub struct Pods {
     context: Arc<Context>,
     trust_domain: String,
     routing: RoutingSettings,
+    /// The node's own namespace, which is no pod's.
+    host: Option<NetnsCookie>,
 }
 
 struct Running {
@@ -74,6 +76,9 @@ impl Pods {
             context,
             trust_domain: config.trust_domain.clone(),
             routing,
+            host: Netns::open(&config.host_netns)
+                .ok()
+                .map(|netns| netns.cookie()),
         }
     }
 
@@ -187,6 +192,9 @@ impl Pods {
         let uid = spec.uid.clone();
         let identity = spec.identity(&mesh, &self.trust_domain)?;
         let netns = Enrolment::open(&spec)?;
+        if self.host == Some(netns.cookie()) {
+            return Err(EnrolError::HostNetwork(uid));
+        }
         if !self.registry.check(&uid, &netns)? {
             return self.registry.by_uid(&uid).ok_or(EnrolError::Unknown(uid));
         }
