@@ -1,10 +1,13 @@
 //! Redirect mode `iptables`: istio-cni's rules bring connections to the agent, and nothing of the kernel part is in the pod. The other
 //! node leaves it to the kernel part, so that either mode is each other's peer.
 
-use anyhow::{Context as _, Result};
+use std::net::SocketAddr;
+
+use anyhow::Result;
 use culvert_harness::{
     Pod, Proc,
     cni_rules::{Backend, program, redirection},
+    wait_until,
 };
 use culvert_tests::scene::{
     NAMESPACE, PORT, SOON, Scene, Setting, answered, connect_to, text, was_reset,
@@ -41,14 +44,18 @@ fn says(from: &Pod, to: &str) -> Result<bool> {
     Ok(text(&report, "data") == MARKER)
 }
 
-/// The server's last connection came from the pod's own address, of either family.
-fn seen_from(server: &Proc, client: &Pod) -> Result<()> {
-    let accepted = server.events("accepted");
-    let peer = text(accepted.last().context("a connection")?, "peer").to_owned();
-    let peer: std::net::SocketAddr = peer.parse()?;
-    let peer = peer.ip().to_canonical();
-    assert!(client.addresses().contains(&peer), "{peer}");
-    Ok(())
+/// The server saw a connection to this address come from the pod's own one.
+fn seen_from(server: &Proc, client: &Pod, to: &str) -> Result<()> {
+    let to: SocketAddr = to.parse()?;
+    let mut own = client.addresses().into_iter();
+    let own = own.find(|own| own.is_ipv4() == to.is_ipv4());
+    wait_until(SOON, "the server to tell of the client's address", || {
+        let accepted = server.events("accepted");
+        let peer: Option<SocketAddr> = accepted
+            .last()
+            .and_then(|accepted| text(accepted, "peer").parse().ok());
+        Ok((peer.map(|peer| peer.ip().to_canonical()) == own).then_some(()))
+    })
 }
 
 #[test]
@@ -62,7 +69,7 @@ fn rules_lead_to_tunnels_between_the_nodes_and_on_one() -> Result<()> {
         for to in addresses(pod)? {
             let mark = scene.agent1.log().mark();
             assert!(says(&scene.client, &to)?, "{to}");
-            seen_from(server, &scene.client)?;
+            seen_from(server, &scene.client, &to)?;
             let identity = format!("spiffe://cluster.local/ns/{NAMESPACE}/sa/client");
             let fields = [
                 ("direction", "outbound"),
@@ -86,7 +93,7 @@ fn tunnels_from_another_node_reach_the_application() -> Result<()> {
     for to in addresses(&scene.server_a)? {
         let mark = scene.agent1.log().mark();
         assert!(says(&scene.server_b, &to)?, "{to}");
-        seen_from(&server, &scene.server_b)?;
+        seen_from(&server, &scene.server_b, &to)?;
         let fields = [("direction", "inbound"), ("path", "hbone")];
         scene.agent1.wait_for_access(mark, &fields, SOON)?;
     }
@@ -103,14 +110,14 @@ fn plaintext_goes_through_the_agent_both_ways() -> Result<()> {
     for to in addresses(&scene.server_a)? {
         let mark = scene.agent1.log().mark();
         assert!(says(&outsider, &to)?, "{to}");
-        seen_from(&server, &outsider)?;
+        seen_from(&server, &outsider, &to)?;
         let fields = [("direction", "inbound"), ("path", "plaintext")];
         scene.agent1.wait_for_access(mark, &fields, SOON)?;
     }
     for to in addresses(&outsider)? {
         let mark = scene.agent1.log().mark();
         assert!(says(&scene.client, &to)?, "{to}");
-        seen_from(&outside, &scene.client)?;
+        seen_from(&outside, &scene.client, &to)?;
         let fields = [("direction", "outbound"), ("path", "plaintext")];
         scene.agent1.wait_for_access(mark, &fields, SOON)?;
     }
