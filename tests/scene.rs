@@ -5,8 +5,7 @@ use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use culvert_harness::{
-    Agent, AgentOptions, Fabric, FabricOptions, Match, Mesh, Namespace, Node, Pod, Policy, Proc,
-    Workload,
+    Agent, AgentOptions, Fabric, FabricOptions, Match, Mesh, Node, Pod, Policy, Proc, Workload,
     cni_rules::{self, Backend},
     fabric::BRIDGE,
     wait_until,

@@ -65,6 +65,7 @@ pub fn measure(size: Size) -> Result<Report> {
     let mut options = AgentOptions::default();
     options.env.extend(server.variables());
     let agent = node.start_agent(options)?;
+    server.asked(PATIENCE)?;
     let before = memory(&agent, "VmRSS")?;
     let first = server.first_push(PATIENCE)?;
     agent.ready()?;

@@ -1,9 +1,8 @@
 //! A large mesh as a control plane would send it: pods of 1,000 deployments in 100 namespaces, on 500 nodes.
 
-use culvert::wire::envoy::service::discovery::v3::Resource;
+use culvert::wire::envoy::service::discovery::v3::{Content, Resource};
 use culvert::wire::istio::workload::{Address, Locality, Port, PortList, Workload, address::Type};
 use prost::Message as _;
-use prost_types::Any;
 
 use super::server::ADDRESS;
 
@@ -56,9 +55,9 @@ pub fn workload(number: u32, changes: u32) -> Resource {
     Resource {
         name: uid,
         version: changes.to_string(),
-        resource: Some(Any {
+        resource: Some(Content {
             type_url: ADDRESS.to_owned(),
-            value: address.encode_to_vec(),
+            value: address.encode_to_vec().into(),
         }),
         ..Resource::default()
     }

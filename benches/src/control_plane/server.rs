@@ -112,6 +112,11 @@ impl Server {
         .map(|(name, value)| (name.to_owned(), value))
     }
 
+    /// Waits until the agent has asked for everything.
+    pub fn asked(&mut self, patience: Duration) -> Result<()> {
+        self.wait(patience).map(drop)
+    }
+
     /// Sends the whole mesh; returns how long it took until that was in force.
     pub fn first_push(&mut self, patience: Duration) -> Result<Duration> {
         let all = (0..self.workloads).map(|number| mesh::workload(number, 0));
@@ -128,6 +133,10 @@ impl Server {
         self.pushes
             .blocking_send(push)
             .context("the control plane of the benchmark has ended")?;
+        self.wait(patience)
+    }
+
+    fn wait(&mut self, patience: Duration) -> Result<Duration> {
         let until = Instant::now() + patience;
         loop {
             match self.acknowledged.try_recv() {
@@ -192,7 +201,10 @@ async fn tell(
             request = requests.message() => {
                 let Ok(Some(request)) = request else { return };
                 let first = request.response_nonce.is_empty();
-                asked |= first && request.type_url == ADDRESS;
+                if first && request.type_url == ADDRESS {
+                    asked = true;
+                    let _ = done.send(Ok(Duration::ZERO)).await;
+                }
                 if first && request.type_url != ADDRESS {
                     nonce += 1;
                     let nothing = response(request.type_url, nonce, Vec::new());

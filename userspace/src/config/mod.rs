@@ -365,7 +365,7 @@ impl Config {
         let auth_token = layers.or(
             &settings::AUTH_TOKEN,
             AuthToken::parse,
-            AuthToken::Usual(PathBuf::from("./var/run/secrets/tokens/istio-token")),
+            AuthToken::Usual(PathBuf::from(AuthToken::USUAL)),
         );
 
         Some(Self {

@@ -232,18 +232,23 @@ fn an_unquoted_value_keeps_its_spelling() {
 
 #[test]
 fn every_setting_is_used_and_printed() {
-    let yaml = Config::load(
-        &Flags::default(),
-        &environment(&[
+    let printed = |more: &[(&str, &str)]| {
+        let some = [
             ("INSTANCE_IP", "10.0.0.1"),
-            ("LOCAL_XDS_PATH", "mesh.yaml"),
             ("INPOD_UDS", "/run/ztunnel.sock"),
-            ("CULVERT_DEV_CA", "ca"),
             ("CULVERT_PODS_CGROUP", "/sys/fs/cgroup/kubepods"),
-        ]),
-    )
-    .unwrap()
-    .to_yaml();
+        ];
+        let env = environment(&[&some, more].concat());
+        Config::load(&Flags::default(), &env).unwrap().to_yaml()
+    };
+    let on_a_laptop = [("LOCAL_XDS_PATH", "mesh.yaml"), ("CULVERT_DEV_CA", "ca")];
+    let in_a_cluster = [
+        ("XDS_ADDRESS", "istiod:15012"),
+        ("ALT_XDS_HOSTNAME", "istiod"),
+        ("CA_ADDRESS", "istiod:15012"),
+        ("ALT_CA_HOSTNAME", "istiod"),
+    ];
+    let yaml = printed(&on_a_laptop) + &printed(&in_a_cluster);
     for setting in settings::ALL {
         if setting.key != settings::TEST_KNOBS.key {
             assert!(
@@ -397,7 +402,7 @@ fn ztunnels_environment_is_understood() {
         ("inpodUds", "/var/run/ztunnel/ztunnel.sock"),
         ("nodeName", "node-1"),
         ("clusterDomain", "cluster.local"),
-        ("secretTtl", "24h"),
+        ("secretTtl", "86400s"),
         ("terminationGracePeriodSeconds", "30s"),
     ] {
         assert_eq!(shown[key], value, "{key}");

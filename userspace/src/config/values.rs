@@ -57,6 +57,8 @@ pub enum AuthToken {
 impl AuthToken {
     /// What is shown in place of a token.
     pub const SHOWN: &'static str = "<set>";
+    /// Where Istio's DaemonSets mount it.
+    pub const USUAL: &'static str = "./var/run/secrets/tokens/istio-token";
 
     /// A text beginning with `/`, `./` or `../` is a path; a token in JWT form never does.
     pub fn parse(text: &str) -> Option<Self> {
@@ -65,6 +67,8 @@ impl AuthToken {
             .any(|start| text.starts_with(start));
         if text == Self::SHOWN || text.chars().any(char::is_control) || text.is_empty() {
             None
+        } else if text == Self::USUAL {
+            Some(Self::Usual(PathBuf::from(text)))
         } else if is_path {
             Some(Self::File(PathBuf::from(text)))
         } else {

@@ -12,7 +12,7 @@ mod tests;
 
 use super::snapshot::{Entry, Kind, Snapshot};
 use crate::wire::envoy::service::discovery::v3::{
-    DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource,
+    Content, DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource,
 };
 
 /// How much of resources goes into one response, in bytes. gRPC's clients refuse messages over 4 MiB unless told otherwise.
@@ -263,9 +263,9 @@ impl Delta {
 fn resource(name: &str, entry: &Entry) -> Resource {
     Resource {
         version: entry.version.clone(),
-        resource: Some(prost_types::Any {
+        resource: Some(Content {
             type_url: entry.type_url.clone(),
-            value: entry.value.to_vec(),
+            value: entry.value.clone(),
         }),
         name: name.to_owned(),
         aliases: entry.aliases.clone(),

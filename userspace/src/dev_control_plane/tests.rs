@@ -236,7 +236,7 @@ fn workloads(response: &DeltaDiscoveryResponse) -> Vec<(String, String)> {
     let resources = response.resources.iter().map(|resource| {
         let any = resource.resource.as_ref().unwrap();
         assert_eq!(any.type_url, ADDRESS);
-        let address = workload::Address::decode(any.value.as_slice()).unwrap();
+        let address = workload::Address::decode(&*any.value).unwrap();
         match address.r#type {
             Some(Type::Workload(workload)) => (resource.name.clone(), workload.node),
             other => panic!("{other:?}"),
@@ -399,7 +399,7 @@ async fn xds_misbehaves_as_told_and_then_no_more() {
     let spoilt = agent.next().await.unwrap().resources;
     assert_eq!(spoilt.len(), 1);
     let value = &spoilt[0].resource.as_ref().unwrap().value;
-    assert!(workload::Address::decode(value.as_slice()).is_err());
+    assert!(workload::Address::decode(&**value).is_err());
     misbehave(&plane, "");
     let whole = [("web".to_owned(), "n1".to_owned())];
     assert_eq!(workloads(&agent.next().await.unwrap()), whole);

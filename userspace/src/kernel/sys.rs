@@ -19,6 +19,12 @@ use std::{
 use aya::maps::{IterableMap, MapData, RingBuf};
 use tokio::io::unix::AsyncFd;
 
+/// Gives memory that was freed back to the kernel: the allocator keeps it otherwise, after a large mesh was read.
+pub fn give_back_memory() {
+    // SAFETY: without conditions; other threads may allocate meanwhile.
+    unsafe { libc::malloc_trim(0) };
+}
+
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;

@@ -15,6 +15,7 @@ use super::demand::Demanded;
 use super::feed::Feed;
 use super::session::{ProtocolError, Push, ResourceType, Session, Taken};
 use crate::control_channel::{ChannelError, ControlChannel};
+use crate::kernel::sys;
 use crate::mesh::{MeshDefaults, Revision, Store};
 use crate::wire::envoy::config::core::v3::Node;
 use crate::wire::envoy::service::discovery::v3::DeltaDiscoveryRequest;
@@ -262,6 +263,7 @@ impl XdsClient {
         let mut feed = self.feed.take().ok_or_else(lost)?;
         let work = tokio::task::spawn_blocking(move || {
             let taken = feed.take(push);
+            sys::give_back_memory();
             (feed, taken)
         });
         let (feed, taken) = work

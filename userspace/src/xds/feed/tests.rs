@@ -1,7 +1,6 @@
-use prost_types::Any;
-
 use super::*;
 use crate::mesh::TunnelProtocol;
+use crate::wire::envoy::service::discovery::v3::Content;
 use crate::wire::istio::workload::{NetworkAddress, Service, Workload};
 
 const ADDRESS: ResourceType = ResourceType::Address;
@@ -19,9 +18,9 @@ fn resource(kind: ResourceType, name: &str, content: &impl Message) -> Resource 
     Resource {
         name: name.to_owned(),
         version: "1".to_owned(),
-        resource: Some(Any {
+        resource: Some(Content {
             type_url: kind.url().to_owned(),
-            value: content.encode_to_vec(),
+            value: content.encode_to_vec().into(),
         }),
         ..Resource::default()
     }
@@ -140,7 +139,7 @@ fn what_is_no_resource_is_refused_for_what_it_is() {
         (
             resource(|it| {
                 if let Some(any) = &mut it.resource {
-                    any.value = vec![0xff; 40];
+                    any.value = vec![0xff; 40].into();
                 }
             }),
             "not a workload or service",
