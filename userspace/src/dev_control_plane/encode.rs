@@ -12,7 +12,7 @@ mod tests;
 
 use crate::mesh::{
     self, GatewayDestination, Health, HealthPolicy, IpFamilies, LoadBalancer, LoadBalancerMode,
-    LocalityScope, NetworkCidr, PortMap, TunnelProtocol, WorkloadSpec,
+    LocalityScope, NetworkCidr, PortMap, TunnelProtocol, Workload,
 };
 use crate::policy::{self, Authorization};
 use crate::wire::istio::security;
@@ -21,7 +21,7 @@ use crate::wire::istio::workload::{
 };
 
 /// The resource of a workload.
-pub fn workload(spec: &WorkloadSpec) -> wire::Address {
+pub fn workload(spec: &Workload) -> wire::Address {
     let services = spec
         .services
         .iter()

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use prost::Message as _;
 
 use super::encode;
-use crate::mesh::{Mesh, Service, WorkloadSpec};
+use crate::mesh::{Mesh, Service, Workload};
 
 /// A type of resources.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -132,7 +132,7 @@ impl Snapshot {
     }
 
     /// Adds a workload, or replaces the one of its uid.
-    pub fn add_workload(&mut self, workload: &WorkloadSpec) {
+    pub fn add_workload(&mut self, workload: &Workload) {
         let value = encode::workload(workload).encode_to_vec().into();
         let aliases = workload
             .addresses

@@ -26,7 +26,7 @@ pub(super) fn of_pod(
     let found = netns.run(found).unwrap_or_default();
     let named = spec
         .workload(mesh)
-        .map(|workload| workload.addresses.as_slice())
+        .map(|workload| &*workload.addresses)
         .filter(|addresses| !addresses.is_empty());
     let expected = before.map(|before| before.ips.as_slice()).or(named);
     let place = || spec.netns.to_string();

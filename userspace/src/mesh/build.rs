@@ -6,8 +6,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::{
-    Annotations, Draft, Mesh, Namespace, Namespaces, Service, ServiceName, ShortCircuit,
-    ShortCircuitMode, Workload, WorkloadSpec,
+    Annotations, Draft, Mesh, Namespace, Namespaces, Service, ServiceName, SharedTraits,
+    ShortCircuit, ShortCircuitMode, Traits, Workload, WorkloadSpec,
 };
 use crate::policy::{Authorization, Identity, IdentityError, PolicyName, Strictness};
 
@@ -110,7 +110,8 @@ impl Mesh {
                 return Err(MeshError::DuplicateNamespace(name));
             }
         }
-        let mut draft = Draft::of(&Self::default(), defaults, &namespaces);
+        let mut shared = SharedTraits::default();
+        let mut draft = Draft::of(&Self::default(), defaults, &namespaces, &mut shared);
         for service in resources.services {
             if draft.has_service(&service) {
                 return Err(MeshError::DuplicateService(service.id));
@@ -143,9 +144,10 @@ impl Mesh {
 
 impl Workload {
     pub(super) fn new(
-        mut spec: WorkloadSpec,
+        spec: WorkloadSpec,
         namespace: &Annotations,
         defaults: &MeshDefaults,
+        shared: &mut SharedTraits,
     ) -> Result<Self, MeshError> {
         if spec.uid.is_empty() {
             return Err(MeshError::NoUid {
@@ -153,23 +155,22 @@ impl Workload {
                 name: spec.name,
             });
         }
-        let or_default = |value: &mut Arc<str>, default: &Arc<str>| {
-            if value.is_empty() {
-                *value = default.clone();
-            }
+        let or_default = |value: Arc<str>, default: &Arc<str>| match value.is_empty() {
+            true => Arc::clone(default),
+            false => value,
         };
-        or_default(&mut spec.trust_domain, &defaults.trust_domain);
-        or_default(&mut spec.network, &defaults.network);
-        if spec.service_account.is_empty() {
-            spec.service_account = "default".into();
-        }
-        for ip in &mut spec.addresses {
-            *ip = ip.to_canonical();
-        }
-        let identity = Identity::new(&spec.trust_domain, &spec.namespace, &spec.service_account)
-            .map_err(|source| MeshError::Identity {
-                uid: spec.uid.clone(),
-                source,
+        let trust_domain = or_default(spec.trust_domain, &defaults.trust_domain);
+        let network = or_default(spec.network, &defaults.network);
+        let service_account = match spec.service_account.is_empty() {
+            true => "default".into(),
+            false => spec.service_account,
+        };
+        let identity =
+            Identity::new(&trust_domain, &spec.namespace, &service_account).map_err(|source| {
+                MeshError::Identity {
+                    uid: spec.uid.clone(),
+                    source,
+                }
             })?;
         let direct = spec.annotations.direct.or(namespace.direct).unwrap_or(true);
         let mut short_circuit = ShortCircuit::from(defaults.short_circuit);
@@ -178,11 +179,35 @@ impl Workload {
         for annotation in words.into_iter().flatten() {
             short_circuit = short_circuit.overridden_by(annotation);
         }
-        Ok(Self {
-            spec,
-            identity,
+        let traits = Traits {
+            namespace: spec.namespace,
+            service_account,
+            trust_domain,
+            network,
+            host_network: spec.host_network,
+            protocol: spec.protocol,
+            hostname: spec.hostname,
+            waypoint: spec.waypoint,
+            network_gateway: spec.network_gateway,
+            services: spec.services,
+            authorization_policies: spec.authorization_policies,
+            cluster_id: spec.cluster_id,
+            locality: spec.locality,
+            canonical_name: spec.canonical_name,
+            canonical_revision: spec.canonical_revision,
+            workload_name: spec.workload_name,
             direct,
             short_circuit: short_circuit.with_auto(defaults.auto_short_circuit),
+            identity,
+        };
+        Ok(Self {
+            uid: spec.uid,
+            name: spec.name,
+            addresses: spec.addresses.iter().map(IpAddr::to_canonical).collect(),
+            node: spec.node,
+            status: spec.status,
+            capacity: spec.capacity,
+            traits: shared.of(traits),
         })
     }
 }

@@ -8,7 +8,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::indexes::Indexes;
-use super::{Annotations, Mesh, MeshDefaults, MeshError, Service, Workload, WorkloadSpec};
+use super::{
+    Annotations, Mesh, MeshDefaults, MeshError, Service, SharedTraits, Workload, WorkloadSpec,
+};
 use crate::policy::{Authorization, PolicyName};
 
 /// What is said of namespaces.
@@ -20,15 +22,22 @@ pub struct Draft<'a> {
     indexes: Indexes,
     defaults: &'a MeshDefaults,
     namespaces: &'a Namespaces,
+    shared: &'a mut SharedTraits,
 }
 
 impl<'a> Draft<'a> {
-    /// Begins with `mesh`.
-    pub fn of(mesh: &Mesh, defaults: &'a MeshDefaults, namespaces: &'a Namespaces) -> Self {
+    /// Begins with `mesh`. What workloads have in common is kept in `shared`, best the same for every change.
+    pub fn of(
+        mesh: &Mesh,
+        defaults: &'a MeshDefaults,
+        namespaces: &'a Namespaces,
+        shared: &'a mut SharedTraits,
+    ) -> Self {
         Self {
             indexes: mesh.indexes().clone(),
             defaults,
             namespaces,
+            shared,
         }
     }
 
@@ -40,7 +49,7 @@ impl<'a> Draft<'a> {
     pub fn put_workload(&mut self, spec: WorkloadSpec) -> Result<Arc<Workload>, MeshError> {
         let silent = Annotations::default();
         let namespace = self.namespaces.get(&spec.namespace).unwrap_or(&silent);
-        let workload = Arc::new(Workload::new(spec, namespace, self.defaults)?);
+        let workload = Arc::new(Workload::new(spec, namespace, self.defaults, self.shared)?);
         self.indexes.put_workload(&workload);
         Ok(workload)
     }

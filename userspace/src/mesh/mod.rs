@@ -37,5 +37,5 @@ pub use snapshot::{Destination, Mesh};
 pub use store::{Revision, Store};
 pub use workload::{
     Annotations, GatewayAddress, GatewayDestination, Health, Locality, Namespace, PortMap,
-    TunnelProtocol, Workload, WorkloadSpec,
+    SharedTraits, Traits, TunnelProtocol, Workload, WorkloadSpec,
 };

@@ -3,6 +3,8 @@
 //! A source describes it as a [`WorkloadSpec`]; `Mesh::build` turns that into a [`Workload`], whose identity is known to be
 //! well-formed and whose defaults are filled in.
 
+use std::collections::HashSet;
+use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
 use std::ops::Deref;
 use std::sync::Arc;
@@ -10,15 +12,100 @@ use std::sync::Arc;
 use super::{NetworkAddress, ServiceName, ShortCircuit, ShortCircuitAnnotation};
 use crate::policy::{Identity, PolicyName};
 
-/// A workload of a [`Mesh`](super::Mesh).
+/// A workload of a [`Mesh`](super::Mesh): what is its own, and what it shares with others.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Workload {
-    pub(super) spec: WorkloadSpec,
-    pub(super) identity: Identity,
-    /// Whether its connections within the node may be direct, as it or its namespace says.
+    /// Unique in the mesh, such as `cluster//Pod/namespace/name`.
+    pub uid: Arc<str>,
+    /// The pod's name.
+    pub name: Arc<str>,
+    /// Its addresses, on `network`. There may be none.
+    pub addresses: Box<[IpAddr]>,
+    /// The node it runs on.
+    pub node: Arc<str>,
+    /// Whether services may send to it.
+    pub status: Health,
+    /// Its share of a service's connections in relation to the other endpoints; none counts as 1.
+    pub capacity: Option<u32>,
+    pub(super) traits: Arc<Traits>,
+}
+
+/// What the pods of one deployment have in common, kept once: a mesh has many pods and few deployments.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Traits {
+    /// The pods' namespace.
+    pub namespace: Arc<str>,
+    /// Never empty.
+    pub service_account: Arc<str>,
+    /// Never empty.
+    pub trust_domain: Arc<str>,
+    /// Where the addresses mean something.
+    pub network: Arc<str>,
+    /// They share the network namespace of their node, and its address with whoever else does.
+    pub host_network: bool,
+    /// How they are reached.
+    pub protocol: TunnelProtocol,
+    /// A name to reach them by, where they have no address.
+    pub hostname: Arc<str>,
+    /// What connections addressed to them pass through first.
+    pub waypoint: Option<GatewayAddress>,
+    /// The way into their network from other networks.
+    pub network_gateway: Option<GatewayAddress>,
+    /// The services they are endpoints of.
+    pub services: Vec<(ServiceName, PortMap)>,
+    /// Policies that apply beside those of their namespace and of the mesh.
+    pub authorization_policies: Vec<PolicyName>,
+    /// The cluster they run in.
+    pub cluster_id: Arc<str>,
+    /// Where they run.
+    pub locality: Locality,
+    /// For telemetry.
+    pub canonical_name: Arc<str>,
+    /// For telemetry.
+    pub canonical_revision: Arc<str>,
+    /// The deployment or the like.
+    pub workload_name: Arc<str>,
+    /// Whether their connections within the node may be direct, as they or their namespace say.
     pub direct: bool,
-    /// Which of its direct connections may be short-circuited, as it, its namespace or the agent says.
+    /// Which of their direct connections may be short-circuited, as they, their namespace or the agent says.
     pub short_circuit: ShortCircuit,
+    pub(super) identity: Identity,
+}
+
+/// Traits that are in use, each once.
+#[derive(Debug, Default)]
+pub struct SharedTraits {
+    known: HashSet<Arc<Traits>>,
+    /// How many there were after those that nobody used any more were dropped.
+    settled: usize,
+}
+
+impl SharedTraits {
+    const FEW: usize = 64;
+
+    /// The traits themselves, or others that equal them.
+    pub(super) fn of(&mut self, traits: Traits) -> Arc<Traits> {
+        if let Some(known) = self.known.get(&traits) {
+            return Arc::clone(known);
+        }
+        if self.known.len() >= self.settled.saturating_mul(2).max(Self::FEW) {
+            self.known.retain(|traits| Arc::strong_count(traits) > 1);
+            self.settled = self.known.len();
+        }
+        let traits = Arc::new(traits);
+        self.known.insert(Arc::clone(&traits));
+        traits
+    }
+}
+
+impl Hash for Traits {
+    /// Few differ in nothing of this.
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.identity.hash(state);
+        self.workload_name.hash(state);
+        self.locality.hash(state);
+        self.services.first().map(|(name, _)| name).hash(state);
+    }
 }
 
 /// What a source says about a workload.
@@ -162,10 +249,10 @@ impl Workload {
 }
 
 impl Deref for Workload {
-    type Target = WorkloadSpec;
+    type Target = Traits;
 
-    fn deref(&self) -> &WorkloadSpec {
-        &self.spec
+    fn deref(&self) -> &Traits {
+        &self.traits
     }
 }
 

@@ -37,6 +37,8 @@ const FIRST_ANSWER: Duration = Duration::from_secs(120);
 const REQUESTS: usize = 16;
 /// Pushes of more resources are put in force on a thread where that stops nobody else.
 const FEW: usize = 64;
+/// After pushes of more than that, what was freed is worth giving back.
+const MANY: usize = 1000;
 
 /// What is known about the connection, for readiness, `culvert status` and metrics.
 #[derive(Debug, Clone, Default)]
@@ -250,8 +252,13 @@ impl XdsClient {
             if let Some(demanded) = &self.demanded {
                 demanded.answers.hear(&taken);
             }
+            let many = taken.accepted.len() > MANY;
             let answer = self.session.answer(taken);
             send(&requests, answer).await?;
+            if many {
+                // It takes a while, and nothing waits for it.
+                let _ = tokio::task::spawn_blocking(sys::give_back_memory).await;
+            }
         }
     }
 
@@ -263,7 +270,6 @@ impl XdsClient {
         let mut feed = self.feed.take().ok_or_else(lost)?;
         let work = tokio::task::spawn_blocking(move || {
             let taken = feed.take(push);
-            sys::give_back_memory();
             (feed, taken)
         });
         let (feed, taken) = work

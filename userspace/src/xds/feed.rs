@@ -11,7 +11,7 @@ use prost::Message;
 
 use super::decode::{self, ResourceError, Shared};
 use super::session::{Push, Refused, ResourceType, Taken};
-use crate::mesh::{Draft, Mesh, MeshDefaults, Namespaces, Revision, Store};
+use crate::mesh::{Draft, Mesh, MeshDefaults, Namespaces, Revision, SharedTraits, Store};
 use crate::policy::PolicyName;
 use crate::wire::envoy::service::discovery::v3::Resource;
 use crate::wire::istio::{security, workload, workload::address::Type};
@@ -23,6 +23,7 @@ pub struct Feed {
     defaults: MeshDefaults,
     namespaces: Namespaces,
     shared: Shared,
+    traits: SharedTraits,
     /// What is known but not in force.
     held_back: Option<Mesh>,
     answered: [bool; ResourceType::ALL.len()],
@@ -37,6 +38,7 @@ impl Feed {
             defaults,
             namespaces: Namespaces::new(),
             shared: Shared::default(),
+            traits: SharedTraits::default(),
             held_back: Some(Mesh::default()),
             answered: [false; ResourceType::ALL.len()],
             in_force: None,
@@ -60,7 +62,7 @@ impl Feed {
             Some(mesh) => mesh,
             None => Mesh::clone(&self.store.load()),
         };
-        let mut draft = Draft::of(&mesh, &self.defaults, &self.namespaces);
+        let mut draft = Draft::of(&mesh, &self.defaults, &self.namespaces, &mut self.traits);
         // First what goes: an address may be given to another in the same push.
         for name in &removed {
             remove(&mut draft, kind, name);

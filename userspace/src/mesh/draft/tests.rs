@@ -160,16 +160,17 @@ proptest! {
     #[test]
     fn a_changed_mesh_answers_as_one_made_anew(changes in prop::collection::vec(change(), 0..40)) {
         let (defaults, namespaces) = (MeshDefaults::default(), Namespaces::new());
+    let mut shared = SharedTraits::default();
         let mut mesh = Mesh::default();
         for change in &changes {
             let before = answers(&mesh);
-            let mut draft = Draft::of(&mesh, &defaults, &namespaces);
+            let mut draft = Draft::of(&mesh, &defaults, &namespaces, &mut shared);
             apply(&mut draft, change);
             let next = draft.finish();
             prop_assert_eq!(&before, &answers(&mesh), "the old mesh changed");
             mesh = next;
         }
-        let mut anew = Draft::of(&Mesh::default(), &defaults, &namespaces);
+        let mut anew = Draft::of(&Mesh::default(), &defaults, &namespaces, &mut shared);
         for change in survivors(&changes) {
             apply(&mut anew, &change);
         }
@@ -180,12 +181,13 @@ proptest! {
 #[test]
 fn an_address_is_the_last_ones_and_goes_back_when_that_leaves() {
     let (defaults, namespaces) = (MeshDefaults::default(), Namespaces::new());
-    let mut draft = Draft::of(&Mesh::default(), &defaults, &namespaces);
+    let mut shared = SharedTraits::default();
+    let mut draft = Draft::of(&Mesh::default(), &defaults, &namespaces, &mut shared);
     draft.put_workload(pod(1, &[7], &[])).unwrap();
     draft.put_workload(pod(2, &[7], &[])).unwrap();
     let both = draft.finish();
     assert_eq!(&*both.workload_by_ip("", address(7)).unwrap().uid, "uid-2");
-    let mut draft = Draft::of(&both, &defaults, &namespaces);
+    let mut draft = Draft::of(&both, &defaults, &namespaces, &mut shared);
     assert!(draft.remove_workload("uid-2"));
     let one = draft.finish();
     assert_eq!(&*one.workload_by_ip("", address(7)).unwrap().uid, "uid-1");
@@ -194,7 +196,8 @@ fn an_address_is_the_last_ones_and_goes_back_when_that_leaves() {
 #[test]
 fn who_shares_the_nodes_address_is_not_found_by_it() {
     let (defaults, namespaces) = (MeshDefaults::default(), Namespaces::new());
-    let mut draft = Draft::of(&Mesh::default(), &defaults, &namespaces);
+    let mut shared = SharedTraits::default();
+    let mut draft = Draft::of(&Mesh::default(), &defaults, &namespaces, &mut shared);
     let spec = WorkloadSpec {
         host_network: true,
         ..pod(1, &[7], &[])
