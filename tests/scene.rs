@@ -41,6 +41,8 @@ pub struct Setting {
     pub policies: Option<Vec<Policy>>,
     /// Pods have IPv6 addresses too.
     pub ipv6: bool,
+    /// Agents get mesh and certificates from a control plane, not from files.
+    pub control_plane: bool,
     /// istio-cni's rules steer on the first node: they are made in its pods, and its agent is told.
     pub iptables: bool,
 }
@@ -86,7 +88,10 @@ impl Scene {
             ..Mesh::default()
         };
         mesh.write(&Agent::default_mesh_file(&node1))?;
-        let mut options = AgentOptions::default();
+        let mut options = AgentOptions {
+            control_plane: setting.control_plane,
+            ..AgentOptions::default()
+        };
         options.env.extend(
             setting
                 .env
@@ -152,7 +157,8 @@ impl Scene {
         self.mesh.write(&self.mesh_file())?;
         for (agent, before) in agents.into_iter().zip(before) {
             wait_until(SOON, "the agent to read the mesh", || {
-                Ok((mesh_status(agent)? != before).then_some(()))
+                let now = mesh_status(agent)?;
+                Ok((revision(&now) != revision(&before)).then_some(()))
             })?;
         }
         Ok(())
@@ -190,6 +196,11 @@ pub fn proposed_to(agent: &Agent, outcome: &str) -> Result<f64> {
 /// What `culvert status` says of the mesh.
 pub fn mesh_status(agent: &Agent) -> Result<String> {
     Ok(text(&status(agent)?, "mesh").to_owned())
+}
+
+/// The part of that which changes with the mesh alone.
+fn revision(status: &str) -> Option<&str> {
+    status.split(", ").find(|part| part.starts_with("revision"))
 }
 
 pub fn status(agent: &Agent) -> Result<Value> {

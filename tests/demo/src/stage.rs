@@ -91,8 +91,13 @@ impl Stage {
             ..Mesh::default()
         };
         mesh.write(&Agent::default_mesh_file(&stage.node1))?;
-        let first = stage.node1.start_agent(AgentOptions::default())?;
-        let second = stage.node2.start_agent(AgentOptions::default())?;
+        // As in a cluster: mesh and certificates come from a control plane.
+        let options = || AgentOptions {
+            control_plane: true,
+            ..AgentOptions::default()
+        };
+        let first = stage.node1.start_agent(options())?;
+        let second = stage.node2.start_agent(options())?;
         first.ready()?;
         second.ready()?;
         for pod in stage.pods() {

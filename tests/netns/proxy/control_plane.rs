@@ -1,8 +1,13 @@
-//! The development control plane as a process: what the harness relies on before an agent is asked.
+//! Agents that get their mesh and certificates from a control plane; first that one itself.
 
-use anyhow::Result;
-use culvert_harness::{ControlPlane, Fabric, Mesh, TcpState, Workload, culvert_binary};
-use culvert_tests::scene::SOON;
+use anyhow::{Result, ensure};
+use culvert_harness::{
+    Agent, ControlPlane, Fabric, Mesh, Policy, TcpState, Workload, culvert_binary, log::Stream,
+    wait_until,
+};
+use culvert_tests::scene::{
+    NAMESPACE, SOON, Scene, Setting, answered, echo, mesh_status, only, serve, status,
+};
 use nix::sys::signal::Signal;
 
 fn mesh_of(name: &str) -> Mesh {
@@ -53,5 +58,147 @@ fn it_follows_its_files_and_comes_back_at_the_same_address() -> Result<()> {
     assert_eq!(plane.address(), address);
     told(&plane, "the mesh file is in effect")?;
     assert!(dev_ca.join("root-cert.pem").is_file());
+    Ok(())
+}
+
+fn scene() -> Result<Scene> {
+    Scene::with(Setting {
+        control_plane: true,
+        ..Setting::default()
+    })
+}
+
+fn wait_for_status(agent: &Agent, words: &str) -> Result<()> {
+    wait_until(SOON, words, || {
+        Ok(mesh_status(agent)?.contains(words).then_some(()))
+    })
+}
+
+/// Whether the client still reaches a server, on this node or the other.
+fn reaches(scene: &Scene, near: bool) -> Result<bool> {
+    let server = if near {
+        &scene.server_a
+    } else {
+        &scene.server_b
+    };
+    Ok(answered(&echo(&scene.client, server)?))
+}
+
+#[test]
+fn both_ways_and_policy_work_as_with_a_file() -> Result<()> {
+    let mut scene = scene()?;
+    let _servers = (
+        serve(&scene.server_a, "echo")?,
+        serve(&scene.server_b, "echo")?,
+    );
+    assert!(mesh_status(&scene.agent1)?.starts_with("control plane, connected"));
+    for near in [true, false] {
+        assert!(reaches(&scene, near)?);
+    }
+    assert!(!answered(&echo(&scene.intruder, &scene.server_b)?));
+    scene.change_mesh(|mesh| mesh.policies = vec![only("intruder")])?;
+    for near in [true, false] {
+        assert!(!reaches(&scene, near)?);
+    }
+    assert!(answered(&echo(&scene.intruder, &scene.server_b)?));
+    Ok(())
+}
+
+#[test]
+fn without_its_control_plane_an_agent_goes_on_and_says_so() -> Result<()> {
+    let mut scene = scene()?;
+    let _servers = (
+        serve(&scene.server_a, "echo")?,
+        serve(&scene.server_b, "echo")?,
+    );
+    for near in [true, false] {
+        assert!(reaches(&scene, near)?);
+    }
+    scene.agent1.control_plane()?.stop(Signal::SIGKILL)?;
+    wait_for_status(&scene.agent1, "lost for")?;
+    let warnings = status(&scene.agent1)?["warnings"].to_string();
+    assert!(
+        warnings.contains("the control plane has been gone for"),
+        "{warnings}"
+    );
+    for near in [true, false] {
+        assert!(reaches(&scene, near)?);
+    }
+    // What changes meanwhile is learnt when it is back.
+    scene.mesh.policies = vec![only("intruder")];
+    scene.mesh.write(&scene.mesh_file())?;
+    scene.agent1.control_plane()?.restart()?;
+    wait_for_status(&scene.agent1, "connected")?;
+    wait_until(
+        SOON,
+        "the change to reach the other pod of the node",
+        || Ok((!reaches(&scene, true)?).then_some(())),
+    )
+}
+
+#[test]
+fn a_control_plane_that_misbehaves_changes_nothing() -> Result<()> {
+    let mut scene = scene()?;
+    let _server = serve(&scene.server_b, "echo")?;
+    let uid = scene.workload(&scene.client)?.uid.clone();
+    for behaviour in [
+        format!("xds: [{{garbage: {uid}}}]"),
+        format!("xds: [{{absurd-length: {uid}}}]"),
+        format!("xds: [{{absurd-values: {uid}}}]"),
+        format!("xds: [{{unknown-enum: {uid}}}]"),
+        format!("xds: [{{wrong-type: {uid}}}]"),
+        "xds: [{reset-after: 1}]".to_owned(),
+        "xds: [wrong-response-type]".to_owned(),
+        "xds: [wrong-version]".to_owned(),
+        "xds: [stall]".to_owned(),
+    ] {
+        let mark = scene.agent1.control_plane()?.log().mark();
+        scene.agent1.control_plane()?.misbehave(&behaviour)?;
+        scene
+            .agent1
+            .control_plane()?
+            .process()
+            .wait_for_line_after(mark, "another behaviour is in effect", SOON)?;
+        // Something is pushed, so that it has an occasion.
+        scene.mesh.policies.push(Policy::deny(
+            NAMESPACE,
+            &format!("p{}", scene.mesh.policies.len()),
+        ));
+        scene.mesh.write(&scene.mesh_file())?;
+        assert!(reaches(&scene, false)?, "{behaviour}");
+        ensure!(
+            scene.agent1.process().status().is_none(),
+            "{behaviour}: the agent ended"
+        );
+    }
+    scene.agent1.control_plane()?.misbehave("")?;
+    wait_for_status(&scene.agent1, "connected")?;
+    let count = scene.mesh.policies.len();
+    wait_until(SOON, "all policies", || {
+        let known = status(&scene.agent1)?["policies"].as_u64();
+        Ok((known == Some(count as u64)).then_some(()))
+    })?;
+    assert!(reaches(&scene, false)?);
+    Ok(())
+}
+
+#[test]
+fn no_secret_is_in_anything_that_is_printed() -> Result<()> {
+    let scene = scene()?;
+    let _server = serve(&scene.server_b, "echo")?;
+    assert!(reaches(&scene, false)?);
+    for agent in [&scene.agent1, &scene.agent2] {
+        let printed = [
+            agent.config_dump()?.body,
+            agent.metrics()?,
+            agent.log().text(Stream::Out) + &agent.log().text(Stream::Err),
+            agent.cli(["status", "--json"])?.stdout,
+        ];
+        for text in printed {
+            for secret in ["the-harness", "PRIVATE KEY"] {
+                assert!(!text.contains(secret), "{secret}: {text}");
+            }
+        }
+    }
     Ok(())
 }

@@ -210,7 +210,7 @@ fn a_waypoint_is_told_where_the_client_wanted_to_go() -> Result<()> {
     let _server = Impostor::telling(&waypoint, &ca, &identity)?;
     for destination in [format!("{VIP}:80"), scene.server_a.at(PORT)] {
         let report = connect_to(&scene.client, &destination, &["--read-all"])?;
-        assert_eq!(text(&report, "read"), destination, "{report}");
+        assert_eq!(text(&report, "data"), destination, "{report}");
         assert_eq!(text(&report, "peer"), destination, "{report}");
     }
     Ok(())
@@ -223,7 +223,7 @@ fn who_is_not_the_waypoint_gets_nothing_of_what_is_meant_for_it() -> Result<()> 
     let ca = mesh_ca(&scene)?;
     let _server = Impostor::telling(&waypoint, &ca, &identity("server-a")?)?;
     let report = connect_to(&scene.client, &format!("{VIP}:80"), &["--read-all"])?;
-    assert_ne!(text(&report, "read"), format!("{VIP}:80"), "{report}");
+    assert_ne!(text(&report, "data"), format!("{VIP}:80"), "{report}");
     assert!(was_reset(&report), "{report}");
     Ok(())
 }
