@@ -30,6 +30,8 @@ pub async fn run(
     shutdown: CancellationToken,
 ) {
     let mut meshes = store.subscribe();
+    // There may be one already.
+    meshes.mark_changed();
     loop {
         // An end of either means that its task has ended, which is noticed elsewhere.
         let changed = tokio::select! {
