@@ -37,7 +37,7 @@ pub struct Server {
     root: PathBuf,
     workloads: u32,
     pushes: mpsc::Sender<Push>,
-    acknowledged: mpsc::Receiver<Result<Duration, String>>,
+    acknowledged: mpsc::Receiver<Outcome>,
     shutdown: CancellationToken,
     thread: Option<JoinHandle<()>>,
 }
@@ -45,10 +45,16 @@ pub struct Server {
 /// Resources to send, as many as one wants.
 type Push = Vec<Resource>;
 
+/// What came of a push: how long it took, or why it was refused.
+type Outcome = Result<Duration, String>;
+
+/// Where pushes come from, and where what came of them goes.
+type Parts = (mpsc::Receiver<Push>, mpsc::Sender<Outcome>);
+
 /// What one agent is told.
 struct Teller {
     /// Taken by the one stream that there is.
-    parts: Mutex<Option<(mpsc::Receiver<Push>, mpsc::Sender<Result<Duration, String>>)>>,
+    parts: Mutex<Option<Parts>>,
 }
 
 impl Server {
@@ -189,7 +195,7 @@ impl AggregatedDiscoveryService for Teller {
 async fn tell(
     mut requests: Streaming<DeltaDiscoveryRequest>,
     mut pushes: mpsc::Receiver<Push>,
-    done: mpsc::Sender<Result<Duration, String>>,
+    done: mpsc::Sender<Outcome>,
     responses: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
 ) {
     let mut sent: Option<Instant> = None;

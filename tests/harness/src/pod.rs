@@ -123,9 +123,9 @@ impl Pod {
         )
     }
 
-    /// `culvert-probe` in the pod.
+    /// `culvert-probe` in the pod. What it complains of is shown by its last lines, which a backtrace would fill.
     pub fn probe(&self) -> Result<Launch> {
-        Ok(self.command(probe_binary()?))
+        Ok(self.command(probe_binary()?).env("RUST_BACKTRACE", "0"))
     }
 
     /// Runs a closure on a thread in the pod's namespace, but not in its cgroup (see [`Netns::enter`]).
