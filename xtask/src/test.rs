@@ -21,11 +21,12 @@ const THREADS: &str = "RUST_TEST_THREADS";
 
 /// Tests that make much load: under emulation they take minutes each, so that only `cargo xtask vm` and `cargo xtask test
 /// --long` run them there.
-const LOAD: [&str; 10] = [
+const LOAD: [&str; 11] = [
     "changes::",
     "crowd::",
     "full_tables::",
     "greed::",
+    "disruption::",
     "life::",
     "many_flows::",
     "services::shares",

@@ -185,8 +185,10 @@ fn agents_come_and_go(which: Which) -> Result<()> {
     println!(
         "{restarts} agents short-circuited {entered} of {count}; {known} told of an end otherwise"
     );
+    // Under emulation an agent needs as long to begin as all sequences take.
+    let is_quick = stretch(Duration::from_secs(1)) == Duration::from_secs(1);
     ensure!(
-        restarts > 2 && entered > 0.0,
+        !is_quick || restarts > 2 && entered > 0.0,
         "{restarts} agents short-circuited {entered}"
     );
     Ok(())
