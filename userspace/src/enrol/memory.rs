@@ -196,6 +196,7 @@ mod tests {
         fs::write(&memory.path, pods.to_string()).unwrap();
         assert_eq!(memory.recall().len(), 1);
     }
+
     #[test]
     fn what_istio_cni_handed_over_is_remembered_by_its_numbers() {
         let directory = tempfile::tempdir().unwrap();

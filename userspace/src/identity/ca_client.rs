@@ -10,6 +10,7 @@ use rcgen::{CertificateParams, DistinguishedName, KeyPair, PKCS_ECDSA_P256_SHA25
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime};
 use tokio::sync::Mutex;
+use tokio::time::timeout;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 use webpki::{EndEntityCert, KeyUsage};
@@ -28,6 +29,8 @@ mod tests;
 /// Certificates in an answer, and bytes of it: more than any real chain with its roots has.
 const MOST_CERTIFICATES: usize = 64;
 const MOST_BYTES: usize = 1 << 20;
+/// Less than what a request may take in all (`RenewalSettings::request_deadline`).
+const ANSWER: Duration = Duration::from_secs(9);
 
 /// The authority.
 pub struct CaClient {
@@ -102,13 +105,15 @@ impl CaClient {
         let channel = self.connected().await.map_err(unavailable)?;
         let mut service =
             IstioCertificateServiceClient::new(channel).max_decoding_message_size(MOST_BYTES);
-        match service.create_certificate(request).await {
-            Ok(answer) => Ok(answer.into_inner().cert_chain),
-            Err(status) => {
-                *self.connection.lock().await = None;
-                Err(said(identity, &status))
-            }
-        }
+        let call = timeout(ANSWER, service.create_certificate(request));
+        let status = match call.await {
+            Ok(Ok(answer)) => return Ok(answer.into_inner().cert_chain),
+            Ok(Err(status)) => status,
+            Err(_) => Status::deadline_exceeded(format!("no answer within {} s", ANSWER.as_secs())),
+        };
+        // The next request gets a connection of its own: this one may lead to somebody who never answers.
+        *self.connection.lock().await = None;
+        Err(said(identity, &status))
     }
 
     /// One connection serves all identities. Its roots are read when it is made.
@@ -140,6 +145,9 @@ impl CaClient {
                 None => trusted.push(Trusted { root, until }),
             }
         }
+        // However many it brings: the latest.
+        trusted.sort_by_key(|one| std::cmp::Reverse(one.until));
+        trusted.truncate(MOST_CERTIFICATES);
         let all: Vec<_> = trusted.iter().map(|one| one.root.clone()).collect();
         if *self.roots.certificates() == *all {
             return Ok(());

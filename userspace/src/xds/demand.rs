@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, watch};
 
 use super::session::Taken;
@@ -16,7 +17,7 @@ use crate::mesh::{Destination, NetworkAddress, ServiceName, Store};
 /// The most names that are asked for: pods may connect to any address there is.
 const MOST_NAMES: usize = 65_536;
 /// Names on their way to the control plane.
-const WAITING: usize = 256;
+const WAITING: usize = 4096;
 /// How long a connection waits for an answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -140,8 +141,14 @@ impl Demand {
         let mut news = self.answers.news.subscribe();
         let (answered, new) = self.answers.enter(name).ok_or(DemandError::TooMany)?;
         if new {
-            let asked = self.asks.send(name.to_owned()).await;
-            asked.map_err(|_| DemandError::Stopping)?;
+            // Nobody takes names while the control plane is gone: what finds no room must be asked for by the next one.
+            self.asks.try_send(name.to_owned()).map_err(|error| {
+                self.answers.names().remove(name);
+                match error {
+                    TrySendError::Full(_) => DemandError::Deadline,
+                    TrySendError::Closed(_) => DemandError::Stopping,
+                }
+            })?;
         }
         if answered || is_known() {
             return Ok(());

@@ -126,7 +126,7 @@ fn an_old_root_is_trusted_as_long_as_its_certificates_may_be_in_use() {
     client
         .trust(vec![new.clone()], now + 2 * HOUR, now + HOUR / 2)
         .unwrap();
-    assert_eq!(*client.roots().certificates(), [old, new.clone()]);
+    assert_eq!(*client.roots().certificates(), [new.clone(), old]);
     client
         .trust(vec![new.clone()], now + 3 * HOUR, now + HOUR + HOUR / 2)
         .unwrap();

@@ -45,3 +45,17 @@ async fn the_names_are_bounded() {
     let answer = demand.address("", [10, 0, 0, 1].into()).await;
     assert_eq!(answer, Err(DemandError::TooMany));
 }
+
+#[tokio::test]
+async fn while_nobody_takes_names_no_connection_waits_for_ever_and_the_next_one_asks_again() {
+    let (mut demand, mut demanded) = Demand::new(Arc::new(Store::new()));
+    demand.patience = Duration::from_millis(1);
+    for number in 0..WAITING {
+        demand.asks.try_send(number.to_string()).unwrap();
+    }
+    let ip: IpAddr = [10, 0, 0, 1].into();
+    assert_eq!(demand.address("", ip).await, Err(DemandError::Deadline));
+    while demanded.asks.try_recv().is_ok() {}
+    assert_eq!(demand.address("", ip).await, Err(DemandError::Deadline));
+    assert_eq!(demanded.asks.try_recv().unwrap(), "/10.0.0.1");
+}
