@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::{self, Write as _},
+    io::{self, Read as _, Write as _},
     process::{Command, Output, Stdio},
 };
 
@@ -49,17 +49,31 @@ impl Place {
         if legacy && !self.has_legacy_tables() {
             return Ok(String::new());
         }
-        let output = match Command::new(&program).stdin(Stdio::null()).output() {
+        let child = Command::new(&program)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
+        let mut child = match child {
             // Of these only the programs know: without them the node, and so istio-cni on it, uses the others.
             Err(error) if !legacy && error.kind() == io::ErrorKind::NotFound => {
                 return Ok(String::new());
             }
-            output => output.map_err(|error| missing(&program, &error))?,
+            child => child.map_err(|error| missing(&program, &error))?,
         };
-        let text = succeeded(&program, output)?;
-        if text.len() > MOST_OUTPUT {
+        let failed = |error: io::Error| format!("{program}: {error}");
+        let mut bytes = Vec::new();
+        // A pod may have made as many rules as it likes. The program ends when nobody reads on.
+        if let Some(output) = child.stdout.take() {
+            let most = MOST_OUTPUT as u64 + 1;
+            output.take(most).read_to_end(&mut bytes).map_err(failed)?;
+        }
+        let output = child.wait_with_output().map_err(failed)?;
+        if bytes.len() > MOST_OUTPUT {
             return Err(format!("{program} prints more than {MOST_OUTPUT} bytes"));
         }
+        succeeded(&program, output)?;
+        let text = String::from_utf8_lossy(&bytes).into_owned();
         Ok(text)
     }
 
