@@ -54,7 +54,7 @@ fn wait_for_open_flows(scene: &Scene, wanted: usize) -> Result<()> {
     })
 }
 
-// Heavy: forty thousand sockets, twice.
+// Heavy: forty thousand sockets, three times.
 #[test]
 fn twenty_thousand_open_flows_are_listed_and_counted_in_bounded_memory() -> Result<()> {
     let scene = Scene::with(Setting {
@@ -74,7 +74,7 @@ fn twenty_thousand_open_flows_are_listed_and_counted_in_bounded_memory() -> Resu
     wait_for_open_flows(&scene, 0)?;
     let (before, lines) = (resident(&scene)?, scene.agent1.metrics()?.lines().count());
     let mut after = Vec::new();
-    for round in 0..2 {
+    for round in 0..3 {
         let crowds = pairs.map(|(from, to)| open_many(from, to));
         wait_for_open_flows(&scene, 2 * EACH)?;
         for (from, _) in pairs {
@@ -110,9 +110,10 @@ fn twenty_thousand_open_flows_are_listed_and_counted_in_bounded_memory() -> Resu
         }
         wait_for_open_flows(&scene, 0)?;
     }
-    let grown = after[1].saturating_sub(after[0]);
+    // Which looks coincide differs from round to round, and with it what is taken for a moment; it is used again.
+    let grown = after[2].saturating_sub(after[0].max(after[1]));
     let little = 2 * EACH as u64 * BYTES_PER_FLOW / 4;
-    assert!(grown < little, "{grown} bytes more in the second round");
+    assert!(grown < little, "{grown} bytes more in the third round");
     for (from, _) in pairs {
         let quota = quotas(&scene.node1)?.get(&quota_of(&scene.node1, from)?, 0)?;
         assert_eq!(quota.flows, 0, "{}", from.name());

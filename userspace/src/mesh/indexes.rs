@@ -9,19 +9,16 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use rpds::HashTrieMapSync;
 
+use super::shared_map::SharedMap as Map;
 use super::{NetworkCidr, Service, ServiceName, Workload};
 use crate::policy::{Authorization, PolicyName, Scope};
-
-/// A map whose clones share their parts.
-type Map<K, V> = HashTrieMapSync<K, V>;
 
 #[derive(Debug, Clone, Default)]
 pub struct Indexes {
     pub workloads: Map<Arc<str>, Arc<Workload>>,
     /// By namespace, then name. Pods of two clusters may share both.
-    pub names: Map<Arc<str>, Map<Arc<str>, Sharing<Workload>>>,
+    pub names: Map<Arc<str>, Map<Arc<str>, Sharing>>,
     pub services: Map<ServiceName, Arc<Service>>,
     pub endpoints: Map<ServiceName, Vec<Arc<Workload>>>,
     pub networks: Map<Arc<str>, Network>,
@@ -36,7 +33,7 @@ pub struct Indexes {
 #[derive(Debug, Clone, Default)]
 pub struct Network {
     /// The one that came last is first: it has the address, and the others wait for it to go.
-    pub workloads: Map<IpAddr, Sharing<Workload>>,
+    pub workloads: Map<IpAddr, Sharing>,
     pub vips: Vips,
 }
 
@@ -49,28 +46,28 @@ pub struct Vips {
     lengths: BTreeMap<u8, usize>,
 }
 
-/// What goes by one name or address: nearly always one thing, which then takes no more room than itself.
+/// The workloads of one name or address: nearly always one, which then takes no more room than itself.
 #[derive(Debug, Clone)]
-pub enum Sharing<T> {
-    One(Arc<T>),
-    Several(Arc<[Arc<T>]>),
+pub enum Sharing {
+    One(Arc<Workload>),
+    Several(Arc<[Arc<Workload>]>),
 }
 
-impl<T> Sharing<T> {
-    pub fn as_slice(&self) -> &[Arc<T>] {
+impl Sharing {
+    pub fn as_slice(&self) -> &[Arc<Workload>] {
         match self {
             Self::One(only) => std::slice::from_ref(only),
             Self::Several(all) => all,
         }
     }
 
-    fn with_first(&self, new: &Arc<T>) -> Self {
+    fn with_first(&self, new: &Arc<Workload>) -> Self {
         let all = std::iter::once(new).chain(self.as_slice()).cloned();
         Self::Several(all.collect())
     }
 
     /// `None` when that was the last.
-    fn without(&self, gone: &Arc<T>) -> Option<Self> {
+    fn without(&self, gone: &Arc<Workload>) -> Option<Self> {
         let rest = self.as_slice().iter();
         let rest: Vec<_> = rest
             .filter(|one| !Arc::ptr_eq(one, gone))
@@ -89,15 +86,15 @@ impl Indexes {
     pub fn put_workload(&mut self, workload: &Arc<Workload>) {
         let before = self.workloads.get(&workload.uid).cloned();
         self.workloads
-            .insert_mut(Arc::clone(&workload.uid), Arc::clone(workload));
+            .insert(Arc::clone(&workload.uid), Arc::clone(workload));
         if let Some(before) = &before {
             self.remove_name(before);
             self.remove_addresses(before);
         }
-        let named = entry(&mut self.names, &workload.namespace);
+        let named = self.names.or_default(&workload.namespace);
         share(named, &workload.name, workload);
         if workload.is_indexed_by_address() {
-            let network = entry(&mut self.networks, &workload.network);
+            let network = self.networks.or_default(&workload.network);
             let mut seen: &[IpAddr] = &[];
             for (place, ip) in workload.addresses.iter().enumerate() {
                 // Some list an address twice.
@@ -115,7 +112,7 @@ impl Indexes {
         let Some(gone) = self.workloads.get(uid).cloned() else {
             return false;
         };
-        self.workloads.remove_mut(uid);
+        self.workloads.remove(uid);
         self.remove_name(&gone);
         self.remove_addresses(&gone);
         for (service, _) in &gone.services {
@@ -130,7 +127,7 @@ impl Indexes {
         };
         unshare(named, &gone.name, gone);
         if named.is_empty() {
-            self.names.remove_mut(&gone.namespace);
+            self.names.remove(&gone.namespace);
         }
     }
 
@@ -142,7 +139,7 @@ impl Indexes {
             unshare(&mut network.workloads, ip, gone);
         }
         if network.is_empty() {
-            self.networks.remove_mut(&gone.network);
+            self.networks.remove(&gone.network);
         }
     }
 
@@ -162,7 +159,7 @@ impl Indexes {
                 // One that lists a service twice is still one endpoint of it.
                 continue;
             }
-            let endpoints = entry(&mut self.endpoints, service);
+            let endpoints = self.endpoints.or_default(service);
             let place = before
                 .filter(|before| lists(before, service))
                 .and_then(|before| endpoints.iter().position(|one| Arc::ptr_eq(one, before)));
@@ -179,7 +176,7 @@ impl Indexes {
         };
         endpoints.retain(|endpoint| !Arc::ptr_eq(endpoint, gone));
         if endpoints.is_empty() {
-            self.endpoints.remove_mut(service);
+            self.endpoints.remove(service);
         }
     }
 
@@ -187,9 +184,9 @@ impl Indexes {
     pub fn put_service(&mut self, service: &Arc<Service>) {
         self.remove_service(service.id.as_str());
         self.services
-            .insert_mut(service.id.clone(), Arc::clone(service));
+            .insert(service.id.clone(), Arc::clone(service));
         for vip in &service.vips {
-            let network = entry(&mut self.networks, &vip.network);
+            let network = self.networks.or_default(&vip.network);
             network.vips.put(vip, service);
         }
     }
@@ -199,12 +196,12 @@ impl Indexes {
         let Some(gone) = self.services.get(name).cloned() else {
             return false;
         };
-        self.services.remove_mut(name);
+        self.services.remove(name);
         for vip in &gone.vips {
             if let Some(network) = self.networks.get_mut(&vip.network) {
                 network.vips.remove(vip, &gone);
                 if network.is_empty() {
-                    self.networks.remove_mut(&vip.network);
+                    self.networks.remove(&vip.network);
                 }
             }
         }
@@ -215,12 +212,12 @@ impl Indexes {
     pub fn put_policy(&mut self, policy: &Arc<Authorization>) {
         self.remove_policy(&policy.name);
         self.policies
-            .insert_mut(policy.name.clone(), Arc::clone(policy));
+            .insert(policy.name.clone(), Arc::clone(policy));
         let policies = match policy.scope {
             Scope::Global => &mut self.global_policies,
             Scope::Namespace => {
                 let namespace: Arc<str> = policy.name.namespace().into();
-                entry(&mut self.namespace_policies, &namespace)
+                self.namespace_policies.or_default(&namespace)
             }
             Scope::WorkloadSelector => return,
         };
@@ -233,14 +230,14 @@ impl Indexes {
         let Some(gone) = self.policies.get(name).cloned() else {
             return false;
         };
-        self.policies.remove_mut(name);
+        self.policies.remove(name);
         match gone.scope {
             Scope::Global => self.global_policies.retain(|one| !Arc::ptr_eq(one, &gone)),
             Scope::Namespace => {
                 if let Some(policies) = self.namespace_policies.get_mut(name.namespace()) {
                     policies.retain(|one| !Arc::ptr_eq(one, &gone));
                     if policies.is_empty() {
-                        self.namespace_policies.remove_mut(name.namespace());
+                        self.namespace_policies.remove(name.namespace());
                     }
                 }
             }
@@ -280,12 +277,12 @@ impl Vips {
 
     fn put(&mut self, vip: &NetworkCidr, service: &Arc<Service>) {
         let sharing = match vip.single() {
-            Some(ip) => entry(&mut self.exact, &ip),
+            Some(ip) => self.exact.or_default(&ip),
             None => {
                 if !self.ranges.contains_key(&vip.net) {
                     *self.lengths.entry(vip.net.prefix_len()).or_default() += 1;
                 }
-                entry(&mut self.ranges, &vip.net)
+                self.ranges.or_default(&vip.net)
             }
         };
         // A service that repeats an address is still one service there.
@@ -308,31 +305,19 @@ impl Vips {
     }
 }
 
-/// The value of a key, which is there afterwards.
-fn entry<'a, K: Hash + Eq + Clone, V: Clone + Default>(
-    map: &'a mut Map<K, V>,
-    key: &K,
-) -> &'a mut V {
-    if !map.contains_key(key) {
-        map.insert_mut(key.clone(), V::default());
-    }
-    #[expect(clippy::expect_used, reason = "it was inserted above")]
-    map.get_mut(key).expect("present")
-}
-
-fn share<K: Hash + Eq + Clone, T>(map: &mut Map<K, Sharing<T>>, key: &K, new: &Arc<T>) {
+fn share<K: Hash + Eq + Clone>(map: &mut Map<K, Sharing>, key: &K, new: &Arc<Workload>) {
     let sharing = match map.get(key) {
         Some(before) => before.with_first(new),
         None => Sharing::One(Arc::clone(new)),
     };
-    map.insert_mut(key.clone(), sharing);
+    map.insert(key.clone(), sharing);
 }
 
-fn unshare<K: Hash + Eq + Clone, T>(map: &mut Map<K, Sharing<T>>, key: &K, gone: &Arc<T>) {
+fn unshare<K: Hash + Eq + Clone>(map: &mut Map<K, Sharing>, key: &K, gone: &Arc<Workload>) {
     match map.get(key).map(|sharing| sharing.without(gone)) {
-        Some(Some(rest)) => map.insert_mut(key.clone(), rest),
+        Some(Some(rest)) => map.insert(key.clone(), rest),
         Some(None) => {
-            map.remove_mut(key);
+            map.remove(key);
         }
         None => {}
     }
@@ -350,7 +335,7 @@ fn leave<K: Hash + Eq + Clone>(
     sharing.retain(|one| !Arc::ptr_eq(one, gone));
     let last = sharing.is_empty();
     if last {
-        map.remove_mut(key);
+        map.remove(key);
     }
     last
 }

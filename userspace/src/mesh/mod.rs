@@ -10,6 +10,7 @@ mod draft;
 mod indexes;
 mod kernel_choice;
 mod service;
+mod shared_map;
 mod short_circuit;
 mod slots;
 mod snapshot;
