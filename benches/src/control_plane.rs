@@ -1,12 +1,14 @@
 //! What a large mesh costs the agent: a real one takes 100,000 workloads over delta xDS, then single changes.
 //!
 //! Times are from a push to its acknowledgement, which the agent sends when the push is in force: transfer, TLS and decoding are in them.
+//! Then requests go through the same agent while nothing changes, while one change follows the other, and while all is pushed anew.
 
 mod mesh;
 mod server;
+mod traffic;
 
 use std::fmt::Write;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use culvert_harness::{Agent, AgentOptions, Fabric, wait_until};
@@ -14,8 +16,11 @@ use serde::Serialize;
 
 use crate::machine::Machine;
 use server::Server;
+use traffic::Traffic;
 
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Of requests beside something else.
+const LENGTH: Duration = Duration::from_secs(2);
 
 /// How much of it.
 #[derive(Clone, Copy)]
@@ -62,25 +67,45 @@ pub fn measure(size: Size) -> Result<Report> {
     let fabric = Fabric::new()?;
     let node = fabric.node()?;
     let mut server = Server::start(&node, size.workloads)?;
+    let traffic = Traffic::new(&node)?;
     let mut options = AgentOptions::default();
     options.env.extend(server.variables());
+    options
+        .env
+        .insert("CULVERT_DIRECT".to_owned(), "false".to_owned());
     let agent = node.start_agent(options)?;
     server.asked(PATIENCE)?;
     let before = memory(&agent, "VmRSS")?;
-    let first = server.first_push(PATIENCE)?;
+    let first = server.push_all(0, &traffic.pods(), PATIENCE)?;
     agent.ready()?;
-    let after = memory(&agent, "VmRSS")?;
-    let peak = memory(&agent, "VmHWM")?;
     let mut changes = Vec::new();
     for number in 0..size.changes {
         changes.push(server.change(number, PATIENCE)?.as_secs_f64() * 1e3);
     }
+    // What a push took for a moment is given back soon after it is in force.
+    let after = memory(&agent, "VmRSS")?;
+    let peak = memory(&agent, "VmHWM")?;
+    traffic.enrol(&agent)?;
+    let (quiet, ()) = traffic.beside(LENGTH, || Ok(()))?;
+    let (changing, more) = traffic.beside(LENGTH, || {
+        let until = Instant::now() + LENGTH;
+        let mut number = size.changes;
+        while Instant::now() < until {
+            server.change(number, PATIENCE)?;
+            number += 1;
+        }
+        Ok(number - size.changes)
+    })?;
+    let (pushed, _) = traffic.beside(LENGTH, || {
+        server.push_all(size.changes + more, &traffic.pods(), PATIENCE)
+    })?;
+    let all = u64::from(size.workloads) + traffic.pods().len() as u64;
     let known = wait_until(PATIENCE, "all changes", || {
         let status = agent.cli(["status", "--json"])?.json()?;
         Ok(status.get("workloads").and_then(serde_json::Value::as_u64))
     })?;
-    if known != u64::from(size.workloads) {
-        bail!("the agent knows {known} workloads of {}", size.workloads);
+    if known != all {
+        bail!("the agent knows {known} workloads of {all}");
     }
     changes.sort_unstable_by(f64::total_cmp);
     let at = |part: usize| changes.get(changes.len() * part / 100).copied();
@@ -90,6 +115,7 @@ pub fn measure(size: Size) -> Result<Report> {
         value,
         goal,
     };
+    let per_second = f64::from(more) / LENGTH.as_secs_f64();
     Ok(Report {
         workloads: size.workloads,
         changes: size.changes,
@@ -100,6 +126,13 @@ pub fn measure(size: Size) -> Result<Report> {
             figure("memory_peak", "MB", peak, None),
             figure("change_p50", "ms", at(50).context("no change")?, Some(1.0)),
             figure("change_p99", "ms", at(99).context("no change")?, None),
+            figure("quiet_rr_p50", "us", quiet.p50, None),
+            figure("quiet_rr_p99", "us", quiet.p99, None),
+            figure("changes_per_s", "1/s", per_second, None),
+            figure("changes_rr_p50", "us", changing.p50, None),
+            figure("changes_rr_p99", "us", changing.p99, None),
+            figure("push_rr_p50", "us", pushed.p50, None),
+            figure("push_rr_p99", "us", pushed.p99, None),
         ],
         machine: Machine::describe(),
     })

@@ -1,10 +1,16 @@
 //! A large mesh as a control plane would send it: pods of 1,000 deployments in 100 namespaces, on 500 nodes.
 
+use std::net::IpAddr;
+
 use culvert::wire::envoy::service::discovery::v3::{Content, Resource};
 use culvert::wire::istio::workload::{Address, Locality, Port, PortList, Workload, address::Type};
+use culvert_harness::{Pod, Workload as Described};
 use prost::Message as _;
 
 use super::server::ADDRESS;
+
+/// The namespace of the pods that exist.
+pub const TRAFFIC: &str = "traffic";
 
 const NAMESPACES: u32 = 100;
 const DEPLOYMENTS: u32 = 1_000;
@@ -27,7 +33,7 @@ pub fn workload(number: u32, changes: u32) -> Resource {
         }],
     };
     let workload = Workload {
-        uid: uid.clone(),
+        uid,
         name: pod,
         namespace: namespace.clone(),
         addresses: vec![vec![10, 128 | a, b, c].into()],
@@ -49,11 +55,36 @@ pub fn workload(number: u32, changes: u32) -> Resource {
         status: i32::try_from(changes % 2).unwrap_or(0),
         ..Workload::default()
     };
+    resource(workload, changes)
+}
+
+/// A pod that exists, as it always is.
+pub fn of_pod(pod: &Pod) -> Resource {
+    let IpAddr::V4(address) = pod.address() else {
+        unreachable!("pods of the harness have IPv4 addresses first");
+    };
+    let described = Described::of_pod(pod, TRAFFIC, pod.name());
+    let workload = Workload {
+        uid: described.uid,
+        name: described.name,
+        namespace: described.namespace,
+        addresses: vec![address.octets().to_vec().into()],
+        tunnel_protocol: 1,
+        trust_domain: "cluster.local".to_owned(),
+        service_account: described.service_account,
+        node: described.node,
+        ..Workload::default()
+    };
+    resource(workload, 0)
+}
+
+fn resource(workload: Workload, changes: u32) -> Resource {
+    let name = workload.uid.clone();
     let address = Address {
         r#type: Some(Type::Workload(workload)),
     };
     Resource {
-        name: uid,
+        name,
         version: changes.to_string(),
         resource: Some(Content {
             type_url: ADDRESS.to_owned(),

@@ -15,7 +15,7 @@ use culvert::wire::envoy::service::discovery::v3::aggregated_discovery_service_s
 use culvert::wire::envoy::service::discovery::v3::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource,
 };
-use culvert_harness::Node;
+use culvert_harness::{Node, Pod};
 use rustls_pki_types::pem::PemObject as _;
 use tokio::net::TcpListener;
 use tokio::sync::{Mutex, mpsc};
@@ -58,7 +58,7 @@ struct Teller {
 }
 
 impl Server {
-    /// Listens. The agent's first request is answered by [`Self::first_push`].
+    /// Listens. The agent's first request is answered by [`Self::push_all`].
     pub fn start(node: &Node, workloads: u32) -> Result<Self> {
         let listener = node.in_netns(|| StdListener::bind((Ipv4Addr::LOCALHOST, 0)))??;
         listener.set_nonblocking(true)?;
@@ -123,10 +123,16 @@ impl Server {
         self.wait(patience).map(drop)
     }
 
-    /// Sends the whole mesh; returns how long it took until that was in force.
-    pub fn first_push(&mut self, patience: Duration) -> Result<Duration> {
-        let all = (0..self.workloads).map(|number| mesh::workload(number, 0));
-        self.push(all.collect(), patience)
+    /// Sends the whole mesh, as it is after so many changes; returns how long it took until that was in force.
+    pub fn push_all(
+        &mut self,
+        changes: u32,
+        pods: &[&Pod],
+        patience: Duration,
+    ) -> Result<Duration> {
+        let all = (0..self.workloads).map(|number| mesh::workload(number, changes));
+        let pods = pods.iter().map(|pod| mesh::of_pod(pod));
+        self.push(all.chain(pods).collect(), patience)
     }
 
     /// The same for one workload that changes.

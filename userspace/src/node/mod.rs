@@ -33,7 +33,7 @@ use crate::{
     config::Config,
     enrol::zds,
     identity::{CaClient, Certificates, DevCa, DevCaIssuer, Issuer, RenewalSettings},
-    kernel::{HostProcesses, Kernel, KernelSettings, RoutingSettings, Verdicts, sys},
+    kernel::{HostProcesses, Kernel, KernelSettings, RoutingSettings, Verdicts},
     mesh::{MeshDefaults, Revision, ShortCircuitMode, Store},
     policy::{DenyReason, PolicyName},
     proxy::{Context, OpenConnections, Workers, hbone},
@@ -115,8 +115,6 @@ pub async fn run(
     )?;
 
     let (kernel, events, candidates) = Kernel::attach(&kernel)?;
-    // What was read of the kernel's types is not needed any more.
-    sys::give_back_memory();
     let short = kernel.short_circuit();
     let tables = Arc::clone(kernel.tables());
     {
