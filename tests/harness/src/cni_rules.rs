@@ -69,6 +69,32 @@ pub fn program(pod: &Pod, backend: Backend) -> Result<()> {
     Ok(())
 }
 
+/// Takes away what [`program`] made, as istio-cni does when a pod leaves the mesh: rule by rule, and it is an error if one is missing.
+pub fn unprogram(pod: &Pod, backend: Backend) -> Result<()> {
+    for family in FAMILIES {
+        let Family { ip, everything, .. } = family;
+        let iptables = backend.program(family.iptables, "");
+        let iptables = iptables.trim_end_matches('-');
+        let mut script = String::new();
+        for table in ["mangle", "nat"] {
+            for (from, chain) in [("PREROUTING", "ISTIO_PRERT"), ("OUTPUT", "ISTIO_OUTPUT")] {
+                for step in [
+                    format!("-D {from} -j {chain}"),
+                    format!("-F {chain}"),
+                    format!("-X {chain}"),
+                ] {
+                    script += &format!("{iptables} -t {table} {step}\n");
+                }
+            }
+        }
+        script += &format!(
+            "{ip} rule del fwmark 0x111/0xfff pref 32764 lookup 100\n{ip} route del local {everything} dev lo table 100"
+        );
+        shell(pod, &script)?;
+    }
+    Ok(())
+}
+
 /// All rules and policy routes that a pod has, in a form that can be compared.
 pub fn redirection(pod: &Pod, backend: Backend) -> Result<String> {
     let mut all = String::new();

@@ -435,7 +435,13 @@ fn two_agents_in_an_upgrade_each_serve_what_they_were_told() -> Result<()> {
         let _ = cni.del("late");
     }
     stage.wait_for_pods(&agent, &[(&client, "active"), (&server, "active")])?;
-    stage.agent.process().wait(SOON * 3)?;
+    // The old one stays until kubelet ends it, which would start it anew at once otherwise.
+    stage
+        .agent
+        .process()
+        .wait_for_line("another agent serves this node", SOON * 3)?;
+    assert!(stage.agent.process().status().is_none());
+    stage.agent.stop(Signal::SIGTERM)?;
     goes_on(&held, "after")?;
     assert!(answered(&echo(&stage.client, &stage.server)?));
     assert!(stage.cni.is_left_alone(Duration::from_millis(500)));

@@ -1,19 +1,18 @@
-//! istio-cni's own redirection inside a pod: chains of iptables that send connections to the agent's ports, with a rule and a route for
-//! the answers. Where the kernel part steers they are in its way; they are taken over, and given back when the pod leaves.
+//! istio-cni's own redirection inside a pod: chains of iptables that send connections to the agent's ports. Where the kernel part
+//! steers they are in its way: the chains are emptied, and filled again when the pod leaves.
+//!
+//! The chains themselves, what leads to them, and the rule and route for the answers (which concern nobody then) stay: when a pod
+//! leaves the mesh istio-cni first deletes all that, one by one, and if something is missing gives up before it tells the agent
+//! (`RemovePodFromMesh` and `DeleteInpodRules` in Istio's `cni/pkg`). A chain that is gone later was deleted by it, and stays gone.
 //!
 //! Invariant: what is not istio-cni's is not touched. Called by `enrol` and when the kernel part is unloaded.
 
-mod policy_route;
 mod programs;
 mod tables;
 
 use serde::{Deserialize, Serialize};
 
-use super::{
-    KernelError, Netns,
-    routing::{self, Family},
-};
-use policy_route::PolicyRoute;
+use super::{KernelError, Netns, routing};
 use programs::Place;
 use tables::Taken;
 
@@ -21,7 +20,6 @@ use tables::Taken;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CniRules {
     tables: Vec<(Place, Vec<Taken>)>,
-    routes: Vec<(Family, PolicyRoute)>,
 }
 
 impl CniRules {
@@ -30,7 +28,7 @@ impl CniRules {
         self.tables.is_empty()
     }
 
-    /// Whether a pod has such rules now.
+    /// Whether a pod has such rules now. Empty chains are none.
     pub fn are_in(netns: &Netns) -> Result<bool, KernelError> {
         routing::on_thread(
             netns,
@@ -54,7 +52,7 @@ impl CniRules {
         Ok(now.over(earlier))
     }
 
-    /// Gives back what was taken, where it is not there again.
+    /// Gives back what was taken, where there is room for it: not where istio-cni has deleted its chains, or filled them again.
     pub fn put_back(&self, netns: &Netns) -> Result<(), KernelError> {
         if self.is_empty() {
             return Ok(());
@@ -71,23 +69,10 @@ impl CniRules {
             self.tables.push((place, taken));
             place.restore(&script)?;
         }
-        for family in Family::ALL {
-            if self.tables.iter().any(|(place, _)| place.family == family) {
-                let route = routing::with_netlink(async |handle| {
-                    policy_route::take(&handle, family).await
-                })?;
-                self.routes.push((family, route));
-            }
-        }
         Ok(())
     }
 
     fn put_all_back(&self) -> Result<(), String> {
-        for (family, route) in &self.routes {
-            routing::with_netlink(async |handle| {
-                policy_route::put_back(&handle, *family, route).await
-            })?;
-        }
         for (place, taken) in &self.tables {
             place.restore(&tables::restoral(taken, &place.save()?))?;
         }
@@ -101,11 +86,6 @@ impl CniRules {
                 self.tables.push((*place, taken.clone()));
             }
         }
-        for (family, route) in &earlier.routes {
-            if self.routes.iter().all(|(found, _)| found != family) {
-                self.routes.push((*family, route.clone()));
-            }
-        }
         self
     }
 }
@@ -113,9 +93,7 @@ impl CniRules {
 fn find() -> Result<Vec<(Place, Vec<Taken>)>, String> {
     let mut found = Vec::new();
     for place in Place::ALL {
-        let taken = tables::find(&place.save()?).map_err(|rule| {
-            format!("the rule `{rule}` of somebody else leads to a chain of istio-cni's; remove it")
-        })?;
+        let taken = tables::find(&place.save()?);
         if !taken.is_empty() {
             found.push((place, taken));
         }

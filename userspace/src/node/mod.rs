@@ -14,6 +14,7 @@ mod outcomes;
 mod pods;
 mod readiness;
 mod short_circuit;
+mod signals;
 mod unload;
 
 use std::{
@@ -22,10 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    task::JoinSet,
-};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -33,7 +31,7 @@ use crate::{
     config::Config,
     enrol::zds,
     identity::{CaClient, Certificates, DevCa, DevCaIssuer, Issuer, RenewalSettings},
-    kernel::{HostProcesses, Kernel, KernelSettings, RoutingSettings, Verdicts},
+    kernel::{HostProcesses, Kernel, KernelSettings, RoutingSettings, Tables, Verdicts},
     mesh::{MeshDefaults, Revision, ShortCircuitMode, Store},
     policy::{DenyReason, PolicyName},
     proxy::{Context, OpenConnections, Workers, hbone},
@@ -47,6 +45,7 @@ use mesh_source::MeshSource;
 use outcomes::Outcomes;
 use pods::Pods;
 use readiness::Readiness;
+use signals::Signals;
 pub use unload::{UndonePod, Unloaded, unload};
 
 /// How often what could not be written or cut is tried again.
@@ -56,7 +55,9 @@ const LOOK: Duration = Duration::from_secs(2);
 /// How often the kernel part is told that the agent lives.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 
-/// Runs the agent until SIGTERM, SIGINT or `/quitquitquit`.
+/// Runs the agent until SIGTERM, SIGINT or `/quitquitquit`, or until another agent takes its kernel part over. One that istio-cni
+/// tells of its pods is kubelet's, which would start it anew, and it would take over from its successor, and so on: it stays, and
+/// does nothing, until the signal.
 ///
 /// `access_log` is where connections are logged.
 pub async fn run(
@@ -64,6 +65,32 @@ pub async fn run(
     cgroup_mount: PathBuf,
     access_log: AccessLog,
 ) -> Result<(), NodeError> {
+    let is_kubelet_s = config.inpod_uds.is_some();
+    let end = serve(config, cgroup_mount, access_log).await?;
+    if let End::TakenOver(mut signals) = end
+        && is_kubelet_s
+    {
+        tracing::info!(
+            "another agent serves this node: this one does nothing more, and waits for SIGTERM"
+        );
+        signals.wait().await;
+    }
+    Ok(())
+}
+
+/// Why an agent ends that could go on.
+enum End {
+    /// By a signal or a request.
+    Asked,
+    /// Its kernel part is another agent's by now. No signal was heard yet.
+    TakenOver(Signals),
+}
+
+async fn serve(
+    config: Config,
+    cgroup_mount: PathBuf,
+    access_log: AccessLog,
+) -> Result<End, NodeError> {
     let started = Instant::now();
     limits::raise_open_files();
     let knobs = knobs::Knobs::of(&config)?;
@@ -332,7 +359,7 @@ pub async fn run(
     }
     tracing::info!(node = %config.node_name, version = env!("CARGO_PKG_VERSION"), "the agent is running");
 
-    let outcome = supervise(&shutdown, &failed, &mut tasks).await;
+    let outcome = supervise(&tables, &shutdown, &failed, &mut tasks).await;
     shutdown.cancel();
     pods.stop(
         config
@@ -468,18 +495,20 @@ fn follow_mesh(
 
 /// Waits for the end: asked for, or because a part ended that must not.
 async fn supervise(
+    tables: &Tables,
     shutdown: &CancellationToken,
     failed: &CancellationToken,
     tasks: &mut JoinSet<&'static str>,
-) -> Result<(), NodeError> {
-    let mut terminate = signal(SignalKind::terminate()).map_err(NodeError::Signals)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(NodeError::Signals)?;
+) -> Result<End, NodeError> {
+    let mut signals = Signals::new()?;
     tokio::select! {
         // In this order: once the end was asked for, parts end as they should.
         biased;
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
-        () = shutdown.cancelled() => Ok(()),
+        () = signals.wait() => Ok(End::Asked),
+        () = shutdown.cancelled() => Ok(match tables.is_owner() {
+            true => End::Asked,
+            false => End::TakenOver(signals),
+        }),
         () = failed.cancelled() => Err(NodeError::Ended("a listener of a pod".to_owned())),
         ended = tasks.join_next() => Err(match ended {
             Some(Ok(part)) => NodeError::Ended(part.to_owned()),

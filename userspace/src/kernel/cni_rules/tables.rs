@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-/// The chains of istio-cni, and the chain of the kernel that leads to each.
-const CHAINS: [(&str, &str); 2] = [("ISTIO_PRERT", "PREROUTING"), ("ISTIO_OUTPUT", "OUTPUT")];
+/// The chains of istio-cni.
+const CHAINS: [&str; 2] = ["ISTIO_PRERT", "ISTIO_OUTPUT"];
 /// What the rules in those chains do with a packet. A chain with other targets is somebody else's of that name, such as a sidecar's.
 const TARGETS: [&str; 6] = ["ACCEPT", "REDIRECT", "CONNMARK", "MARK", "CT", "RETURN"];
 /// More than istio-cni ever makes.
@@ -20,16 +20,8 @@ pub struct Taken {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct TakenChain {
     name: String,
-    /// Where it is entered from, and as which rule there; counted from 1.
-    entry: Option<Entry>,
-    /// As they are printed.
+    /// As they are printed; at least one.
     rules: Vec<String>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Entry {
-    chain: String,
-    position: usize,
 }
 
 /// One table as it is printed.
@@ -56,64 +48,24 @@ impl Printed<'_> {
 }
 
 /// What of a whole output is istio-cni's.
-///
-/// # Errors
-/// The text of a rule that is not istio-cni's and leads to one of its chains: without the chain it could not be.
-pub fn find(output: &str) -> Result<Vec<Taken>, String> {
-    let mut found = Vec::new();
-    for table in printed(output) {
-        let ours: Vec<_> = CHAINS
-            .iter()
-            .filter(|(chain, _)| table.has(chain) && table.of(chain).all(is_plain))
-            .collect();
-        for (chain, _) in &ours {
-            let foreign = table
-                .rules
-                .iter()
-                .find(|rule| leads_to(rule, chain) && !is_entry(rule));
-            if let Some(rule) = foreign {
-                return Err((*rule).to_owned());
-            }
-        }
-        let chains: Vec<TakenChain> = ours
+pub fn find(output: &str) -> Vec<Taken> {
+    let found = printed(output).into_iter().map(|table| Taken {
+        table: table.name.to_owned(),
+        chains: CHAINS
             .into_iter()
-            .map(|(chain, from)| TakenChain {
-                name: (*chain).to_owned(),
-                entry: entry(&table, chain, from),
+            .filter(|chain| table.has(chain) && table.of(chain).all(is_plain))
+            .map(|chain| TakenChain {
+                name: chain.to_owned(),
                 rules: table.of(chain).map(str::to_owned).collect(),
             })
-            .collect();
-        let rules: usize = chains.iter().map(|chain| chain.rules.len()).sum();
-        if !chains.is_empty() && rules <= MOST_RULES {
-            found.push(Taken {
-                table: table.name.to_owned(),
-                chains,
-            });
-        }
-    }
-    Ok(found)
-}
-
-fn entry(table: &Printed<'_>, chain: &str, from: &str) -> Option<Entry> {
-    let index = table
-        .of(from)
-        .position(|rule| leads_to(rule, chain) && is_entry(rule))?;
-    Some(Entry {
-        chain: from.to_owned(),
-        position: index + 1,
-    })
-}
-
-/// Whether a rule is the one that istio-cni enters a chain of its by.
-fn is_entry(rule: &str) -> bool {
-    CHAINS
-        .iter()
-        .any(|(chain, from)| rule == format!("-A {from} -j {chain}"))
-}
-
-fn leads_to(rule: &str, chain: &str) -> bool {
-    let mut words = rule.split(' ');
-    words.any(|word| word == "-j" || word == "-g") && words.next() == Some(chain)
+            .filter(|chain| !chain.rules.is_empty())
+            .collect(),
+    });
+    let is_cni_s = |taken: &Taken| {
+        let rules: usize = taken.chains.iter().map(|chain| chain.rules.len()).sum();
+        (1..=MOST_RULES).contains(&rules)
+    };
+    found.filter(is_cni_s).collect()
 }
 
 fn is_plain(rule: &str) -> bool {
@@ -143,42 +95,21 @@ fn printed(output: &str) -> Vec<Printed<'_>> {
 /// Takes away what was found, all of it or nothing of each table.
 pub fn removal(taken: &[Taken]) -> String {
     script(taken, |table| {
-        let entries = table.chains.iter().filter_map(|chain| {
-            let from = &chain.entry.as_ref()?.chain;
-            Some(format!("-D {from} -j {}", chain.name))
-        });
-        let flushed = table
-            .chains
-            .iter()
-            .map(|chain| format!("-F {}", chain.name));
-        let removed = table
-            .chains
-            .iter()
-            .map(|chain| format!("-X {}", chain.name));
-        entries.chain(flushed).chain(removed).collect()
+        let chains = table.chains.iter();
+        chains.map(|chain| format!("-F {}", chain.name)).collect()
     })
 }
 
-/// Puts it back where it was, as far as that is still a place, and nothing of what is there again.
+/// Puts it back where the chain is still there and empty.
 pub fn restoral(taken: &[Taken], output: &str) -> String {
     let now = printed(output);
     script(taken, |table| {
         let now = now.iter().find(|now| now.name == table.table);
-        let mut lines = Vec::new();
-        for chain in &table.chains {
-            if now.is_some_and(|now| now.has(&chain.name)) {
-                continue;
-            }
-            lines.push(format!(":{} - [0:0]", chain.name));
-            lines.extend(chain.rules.iter().cloned());
-            if let Some(entry) = &chain.entry {
-                let others = now.map_or(0, |now| now.of(&entry.chain).count());
-                let position = entry.position.min(others + 1);
-                let (from, name) = (&entry.chain, &chain.name);
-                lines.push(format!("-I {from} {position} -j {name}"));
-            }
-        }
-        lines
+        let has_room = |chain: &&TakenChain| {
+            now.is_some_and(|now| now.has(&chain.name) && now.of(&chain.name).next().is_none())
+        };
+        let chains = table.chains.iter().filter(has_room);
+        chains.flat_map(|chain| chain.rules.clone()).collect()
     })
 }
 
@@ -201,43 +132,38 @@ mod tests {
 
     #[test]
     fn what_is_istio_cni_s_is_found_and_the_rest_is_not() {
-        let found = find(SAVED).unwrap();
+        let found = find(SAVED);
         assert_eq!(found.len(), 1);
+        assert_eq!(removal(&found), "*nat\n-F ISTIO_OUTPUT\nCOMMIT\n");
+        let without = |part: &str| -> String {
+            let lines = SAVED.lines().filter(|line| !line.contains(part));
+            lines.map(|line| format!("{line}\n")).collect()
+        };
+        let emptied = without("-A ISTIO_OUTPUT");
+        assert_eq!(find(&emptied), []);
         assert_eq!(
-            removal(&found),
-            "*nat\n-D OUTPUT -j ISTIO_OUTPUT\n-F ISTIO_OUTPUT\n-X ISTIO_OUTPUT\nCOMMIT\n"
+            restoral(&found, &emptied),
+            "*nat\n-A ISTIO_OUTPUT -d 169.254.7.127/32 -p tcp -j ACCEPT\n-A ISTIO_OUTPUT ! -d 127.0.0.1/32 -p tcp -j REDIRECT --to-ports 15001\nCOMMIT\n"
         );
-        let without: String = SAVED
-            .lines()
-            .filter(|line| !line.contains("ISTIO"))
-            .map(|line| format!("{line}\n"))
-            .collect();
+        assert_eq!(restoral(&found, SAVED), "", "they are there again");
         assert_eq!(
-            restoral(&found, &without),
-            "*nat\n:ISTIO_OUTPUT - [0:0]\n-A ISTIO_OUTPUT -d 169.254.7.127/32 -p tcp -j ACCEPT\n-A ISTIO_OUTPUT ! -d 127.0.0.1/32 -p tcp -j REDIRECT --to-ports 15001\n-I OUTPUT 2 -j ISTIO_OUTPUT\nCOMMIT\n"
+            restoral(&found, &without("ISTIO")),
+            "",
+            "istio-cni was there"
         );
-        assert_eq!(restoral(&found, SAVED), "", "it is there again");
-        assert!(restoral(&found, "").contains("-I OUTPUT 1 -j ISTIO_OUTPUT"));
-        assert_eq!(find(&without).unwrap(), []);
+        assert_eq!(restoral(&found, ""), "");
     }
 
     #[test]
     fn a_sidecar_s_chain_of_the_same_name_is_left_alone() {
         let sidecar = "*nat\n:ISTIO_OUTPUT - [0:0]\n:ISTIO_REDIRECT - [0:0]\n-A OUTPUT -p tcp -j ISTIO_OUTPUT\n-A ISTIO_OUTPUT -j ISTIO_REDIRECT\nCOMMIT\n";
-        assert_eq!(find(sidecar).unwrap(), []);
-    }
-
-    #[test]
-    fn a_chain_that_somebody_else_uses_is_not_taken() {
-        let rule = "-A MINE -p tcp -j ISTIO_OUTPUT";
-        let used = SAVED.replace("-A MINE -j RETURN", rule);
-        assert_eq!(find(&used).unwrap_err(), rule);
+        assert_eq!(find(sidecar), []);
     }
 
     #[test]
     fn what_is_no_output_has_nothing() {
         for text in ["", "*", "-A", ":\n-A OUTPUT", "*nat\n:\n-A \n-j -j"] {
-            assert_eq!(find(text).unwrap(), [], "{text:?}");
+            assert_eq!(find(text), [], "{text:?}");
         }
     }
 }
