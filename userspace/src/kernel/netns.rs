@@ -110,6 +110,24 @@ impl Netns {
         Ok(devices.iter().any(|device| device.name() != c"lo"))
     }
 
+    /// Whether a process in it has a TCP socket: without one no connection can be under way.
+    pub fn has_tcp_sockets(&self) -> io::Result<bool> {
+        self.run(|| {
+            // "TCP: inuse 3 orphan 0 ..." and "TCP6: inuse 1"; a kernel without IPv6 has no second list.
+            let in_use = |list: &str| {
+                let list = std::fs::read_to_string(list).unwrap_or_default();
+                let counts = list.lines().filter(|line| line.starts_with("TCP"));
+                let counts = counts.filter_map(|line| line.split(' ').nth(2)?.parse::<u64>().ok());
+                counts.sum::<u64>()
+            };
+            let lists = [
+                "/proc/thread-self/net/sockstat",
+                "/proc/thread-self/net/sockstat6",
+            ];
+            lists.into_iter().map(in_use).sum::<u64>() > 0
+        })
+    }
+
     pub fn cookie(&self) -> NetnsCookie {
         self.cookie
     }

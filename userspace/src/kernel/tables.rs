@@ -13,7 +13,7 @@ use std::{
 use aya::maps::{HashMap, Map, MapData, MapError, PerCpuArray, SkStorage, SockHash};
 use culvert_abi::{
     Address, Claim, Endpoint, Flow, FlowKey, Isolated, Listener, Lost, LostKey, Pod, Quota, Reason,
-    SocketState, Verdict, VerdictKey, config_flag, role,
+    SocketState, Verdict, VerdictKey, claim_kind, config_flag, role,
 };
 
 use super::{
@@ -350,6 +350,17 @@ impl Tables {
             .map(|(key, _)| key)
             .collect();
         delete("CLAIMS", &self.claims, &gone)
+    }
+
+    /// Whether there is a connection from or to a pod of which `connect` has decided and `inbound` has not heard.
+    pub fn has_claims_under_way(&self, pod: NetnsCookie) -> Result<bool, KernelError> {
+        let claims = all("CLAIMS", &lock(&self.claims), sys::BatchReads::Copies)?;
+        let mut claims = claims.into_iter();
+        Ok(claims.any(|(_, claim)| {
+            let is_the_pod_s = claim.client_netns == pod.0 || claim.server_netns == pod.0;
+            let is_marked = matches!(claim.kind, claim_kind::DIRECT | claim_kind::STEERED);
+            is_the_pod_s && is_marked && claim.admitted == 0
+        }))
     }
 
     /// The direct flows that are open now: each that is open all the while this takes, once.

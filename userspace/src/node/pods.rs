@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::Mutex;
+use tokio::{sync::Mutex, time::sleep};
 
 use super::enforcer::{Enforcer, View};
 use crate::{
@@ -20,7 +20,7 @@ use crate::{
     kernel::{Kernel, KernelError, Netns, NetnsCookie, RoutingSettings},
     proxy::{Context, PodProxy, Workers},
 };
-use leaving::Leaving;
+use leaving::{Leaving, UNDER_WAY};
 use waiting::Waiting;
 pub use waiting::WaitingPod;
 
@@ -211,6 +211,9 @@ impl Pods {
         }
         self.registry.check_addresses(&uid, &own)?;
         let left = self.come_back(leaving, netns.cookie());
+        // What the kernel part already decides goes on being decided.
+        let is_new = known.is_none() && left.is_none();
+        let is_in_use = is_new && netns.has_tcp_sockets().unwrap_or(true);
         let (mut enrolment, listeners) = tokio::task::block_in_place(|| {
             Enrolment::begin(
                 kernel,
@@ -237,6 +240,10 @@ impl Pods {
                 .into());
             }
         };
+        // A handshake that was under way before there was a hook has no claim, and must have ended when claims are asked for.
+        if is_in_use && enrolment.is_steered() {
+            sleep(UNDER_WAY).await;
+        }
         // The pod's connections are decided from here on.
         if enrolment.is_steered()
             && let Err(error) = self.enforcer.add(Arc::clone(&pod))

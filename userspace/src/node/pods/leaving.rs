@@ -2,17 +2,19 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{Pods, Running};
 use crate::{
     enrol::{EnrolError, Enrolment, KnownPod},
-    kernel::NetnsCookie,
+    kernel::{Kernel, NetnsCookie},
     proxy::PodProxy,
 };
 
 /// How long a connection takes from the decision about it to a listener, and from there to be accepted.
-const UNDER_WAY: Duration = Duration::from_millis(50);
+pub(super) const UNDER_WAY: Duration = Duration::from_millis(50);
+/// How long it may take at most, on a node that is too busy to do it at once.
+const LONG_UNDER_WAY: Duration = Duration::from_secs(1);
 /// How long who releases a pod waits for its connections to end.
 const SHORTLY: Duration = Duration::from_millis(200);
 
@@ -49,6 +51,7 @@ impl Pods {
         let pod = Arc::clone(&enrolment.pod);
         if pod.sockets.netns().has_devices().unwrap_or(false) {
             sleep(UNDER_WAY).await;
+            self.arrived(&running.kernel, pod.cookie()).await;
             let withdrawn = tokio::task::block_in_place(|| enrolment.withdraw());
             sleep(UNDER_WAY).await;
             proxy.leave();
@@ -61,6 +64,18 @@ impl Pods {
             }
         }
         self.end(Leaving { enrolment, proxy }).await
+    }
+
+    /// Waits until the SYNs of connections that were decided while the pod was in the mesh have found their listeners; not for long, as
+    /// one to an address that nobody has any more never does.
+    async fn arrived(&self, kernel: &Kernel, pod: NetnsCookie) {
+        let tables = kernel.tables();
+        let deadline = Instant::now() + LONG_UNDER_WAY;
+        while Instant::now() < deadline
+            && tokio::task::block_in_place(|| tables.has_claims_under_way(pod)).unwrap_or(false)
+        {
+            sleep(UNDER_WAY).await;
+        }
     }
 
     /// Takes down the pods whose last connections have ended.
