@@ -6,6 +6,7 @@ pub mod config;
 pub mod control_channel;
 pub mod dev_control_plane;
 pub mod enrol;
+pub mod followed_file;
 pub mod identity;
 pub mod kernel;
 pub mod mesh;

@@ -19,7 +19,7 @@ const LIFE: Duration = Duration::from_secs(3);
 /// Certificates count in whole seconds.
 const PAST: Duration = Duration::from_secs(1);
 
-async fn echoes(body: &mut SendStream<Bytes>, answer: &mut RecvStream) -> Result<()> {
+pub async fn echoes(body: &mut SendStream<Bytes>, answer: &mut RecvStream) -> Result<()> {
     body.send_data(Bytes::from_static(b"hello"), false)?;
     let mut data = Vec::new();
     while data.len() < 5 {

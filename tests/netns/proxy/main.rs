@@ -13,6 +13,7 @@ mod certificates;
 mod cni_rules;
 mod configuration;
 mod control_plane;
+mod crl;
 mod expiry;
 mod identities;
 mod limits;

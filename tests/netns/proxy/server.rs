@@ -2,7 +2,7 @@
 
 use std::{net::TcpListener as StdListener, time::SystemTime};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use culvert::{
     identity::DevCa,
     policy::Identity,
@@ -13,6 +13,7 @@ use culvert::{
 };
 use culvert_harness::Pod;
 use culvert_tests::scene::SOON;
+use rustls::pki_types::CertificateDer;
 use tokio::{net::TcpListener, task::JoinSet};
 
 use super::peer::TUNNEL_PORT;
@@ -20,6 +21,8 @@ use super::peer::TUNNEL_PORT;
 /// Serves until it is dropped.
 pub struct Impostor {
     stop: Stop,
+    /// What it presents.
+    pub leaf: CertificateDer<'static>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -46,7 +49,8 @@ impl Impostor {
         let listener = pod.in_netns(|| StdListener::bind(("0.0.0.0", TUNNEL_PORT)))??;
         listener.set_nonblocking(true)?;
         let certificate = std::sync::Arc::new(ca.issue(identity, SOON * 20, SystemTime::now())?);
-        let config = tls::server_config(&certificate, tls::TestKnobs::default())?;
+        let leaf = certificate.chain().first().context("a leaf")?.clone();
+        let config = tls::server_config(&certificate, &tls::PeerChecks::default())?;
         let stop = Stop::default();
         let until = stop.clone();
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -73,6 +77,7 @@ impl Impostor {
         });
         Ok(Self {
             stop,
+            leaf,
             thread: Some(thread),
         })
     }

@@ -146,6 +146,9 @@ pub struct Status {
     pub mesh: String,
     /// Identities with a certificate, and until when it is valid.
     pub certificates: Vec<String>,
+    /// The revocation lists in force, if there is a file of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revocation_lists: Option<String>,
     /// The short-circuit; an agent of an earlier version does not say it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub short_circuit: Option<ShortCircuitStatus>,

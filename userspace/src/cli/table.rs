@@ -120,6 +120,12 @@ pub(super) fn status(status: &Status) -> String {
     ];
     rows.extend(
         status
+            .revocation_lists
+            .as_ref()
+            .map(|lists| row("revocation lists", lists.clone())),
+    );
+    rows.extend(
+        status
             .short_circuit
             .as_ref()
             .map(|short| row("short-circuit", short_circuit(short))),

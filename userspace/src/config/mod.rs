@@ -95,6 +95,9 @@ pub struct Config {
     /// The name in that server's certificate.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alt_ca_hostname: Option<String>,
+    /// Certificate revocation lists.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub crl_path: Option<PathBuf>,
     /// More headers for the control plane: `XDS_HEADER_*` without that beginning. They may be secrets.
     #[serde(skip)]
     pub xds_headers: Vec<(String, String)>,
@@ -258,6 +261,7 @@ impl Config {
         };
         let ca_root_ca = layers.or(&settings::CA_ROOT_CA, RootSource::parse, roots());
         let alt_ca_hostname = layers.take(&settings::ALT_CA_HOSTNAME, values::host);
+        let crl_path = layers.take(&settings::CRL_PATH, values::path);
         let mut with = |prefix| layers.beginning_with(environment, prefix);
         let (xds_headers, ca_headers) = (with("XDS_HEADER_"), with("CA_HEADER_"));
         let node_metadata = with("ISTIO_META_").into_iter().collect();
@@ -386,6 +390,7 @@ impl Config {
             ca_address,
             ca_root_ca,
             alt_ca_hostname,
+            crl_path,
             xds_headers,
             ca_headers,
             node_metadata,

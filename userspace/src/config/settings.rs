@@ -88,6 +88,9 @@ settings! {
     ALT_CA_HOSTNAME = "altCaHostname", "ALT_CA_HOSTNAME", "alt-ca-hostname",
         "a DNS name or an IP address",
         "The name in the certificate of that authority's server [the address's]";
+    CRL_PATH = "crlPath", "CRL_PATH", "crl-path",
+        "the path of a file with certificate revocation lists, as PEM, or one as DER",
+        "Revocation lists of the mesh's authorities, read again when the file changes; peers whose certificate is on one are refused, and cut off [none]";
     INPOD_UDS = "inpodUds", "INPOD_UDS", "inpod-uds",
         "an absolute path of at most 90 bytes",
         "Unix socket of istio-cni, which tells what pods of this node are in the mesh [none: pods are enrolled with `culvert pod add`; as `culvert proxy ztunnel` /var/run/ztunnel/ztunnel.sock]";

@@ -13,6 +13,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
 use x509_parser::certificate::X509Certificate;
 
+use super::crl::RevocationLists;
 use super::spiffe::{self, SpiffeError};
 use crate::policy::Identity;
 
@@ -93,7 +94,7 @@ impl Validity {
     }
 }
 
-fn at(unix_seconds: i64) -> Option<SystemTime> {
+pub(super) fn at(unix_seconds: i64) -> Option<SystemTime> {
     let distance = Duration::from_secs(unix_seconds.unsigned_abs());
     if unix_seconds < 0 {
         UNIX_EPOCH.checked_sub(distance)
@@ -210,6 +211,12 @@ impl WorkloadCertificate {
 
     pub fn roots(&self) -> &Roots {
         &self.roots
+    }
+
+    /// Whether it, or what it was issued under, is on one of these lists.
+    pub fn is_revoked(&self, lists: &RevocationLists) -> bool {
+        // The moment matters only to the chain, which held from the beginning.
+        lists.revoke(self.chain(), &self.roots.store(), self.validity.not_before)
     }
 
     /// Leaf first.

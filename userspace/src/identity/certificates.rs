@@ -11,9 +11,10 @@ use std::time::SystemTime;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::{debug, error, warn};
 
 use super::certificate::{PROVIDER, Roots, WorkloadCertificate};
+use super::crl::{RevocationLists, Revocations};
 use super::issuer::{IssueError, Issuer};
 use super::renewal::{Now, Renewal, RenewalSettings};
 use crate::policy::Identity;
@@ -43,6 +44,7 @@ pub struct Certificates {
 struct Inner {
     issuer: Arc<dyn Issuer>,
     settings: RenewalSettings,
+    revocations: Revocations,
     slots: Mutex<HashMap<Identity, Slot>>,
     changed: Notify,
 }
@@ -59,10 +61,15 @@ type Fetched = (Identity, Result<WorkloadCertificate, IssueError>);
 
 impl Certificates {
     /// An empty store. Nothing is fetched until [`Certificates::run`] runs.
-    pub fn new(issuer: Arc<dyn Issuer>, settings: RenewalSettings) -> Self {
+    pub fn new(
+        issuer: Arc<dyn Issuer>,
+        settings: RenewalSettings,
+        revocations: Revocations,
+    ) -> Self {
         let inner = Inner {
             issuer,
             settings,
+            revocations,
             slots: Mutex::default(),
             changed: Notify::new(),
         };
@@ -154,6 +161,15 @@ impl Certificates {
             .collect()
     }
 
+    /// The identities whose certificate is revoked. It is presented until there is another: peers without the list take it.
+    pub fn revoked(&self) -> Vec<Identity> {
+        self.slots()
+            .iter()
+            .filter(|(_, slot)| slot.renewal.revoked())
+            .map(|(identity, _)| identity.clone())
+            .collect()
+    }
+
     /// The issuer's roots as they are known now.
     pub fn roots(&self) -> Roots {
         self.inner.issuer.roots()
@@ -165,12 +181,14 @@ impl Certificates {
         // A ticker, not a timer to the next renewal: timers do not see the wall clock being set, nor a suspended machine.
         let mut ticks = tokio::time::interval(self.inner.settings.check_every);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut lists = self.inner.revocations.subscribe();
         loop {
             self.begin_due(&mut requests, Now::read());
             tokio::select! {
                 () = shutdown.cancelled() => break,
                 _ = ticks.tick() => {}
                 () = self.inner.changed.notified() => {}
+                () = others(&mut lists) => self.look_up(),
                 Some(done) = requests.join_next() => match done {
                     Ok((identity, result)) => self.finish(&identity, result, Now::read()),
                     Err(error) => warn!(%error, "a request for a certificate ended unexpectedly"),
@@ -178,6 +196,16 @@ impl Certificates {
             }
         }
         requests.shutdown().await;
+    }
+
+    /// Looks all certificates up in the lists that are in force now.
+    fn look_up(&self) {
+        let lists = self.inner.revocations.current();
+        for (identity, slot) in self.slots().iter_mut() {
+            if slot.renewal.look_up(&lists) {
+                error!(%identity, "the own certificate is revoked by a list in CRL_PATH; peers that have the list refuse it, and another one is asked for");
+            }
+        }
     }
 
     fn begin_due(&self, requests: &mut JoinSet<Fetched>, now: Now) {
@@ -212,6 +240,7 @@ impl Certificates {
                 debug!(%identity, until = ?certificate.validity().not_after, "certificate issued");
                 slot.renewal
                     .succeeded(Arc::new(certificate), now, &self.inner.settings);
+                slot.renewal.look_up(&self.inner.revocations.current());
                 slot.last_failure = None;
             }
             Err(error) => {
@@ -256,7 +285,22 @@ impl Inner {
                 identity: identity.clone(),
             });
         }
+        if certificate.is_revoked(&self.revocations.current()) {
+            return Err(IssueError::Revoked {
+                identity: identity.clone(),
+            });
+        }
         Ok(certificate)
+    }
+}
+
+/// Ends when other lists come into force, if ever they do.
+async fn others(lists: &mut Option<watch::Receiver<Arc<RevocationLists>>>) {
+    let Some(changed) = lists.as_mut().map(watch::Receiver::changed) else {
+        return std::future::pending().await;
+    };
+    if changed.await.is_err() {
+        std::future::pending().await
     }
 }
 

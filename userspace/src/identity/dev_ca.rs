@@ -177,6 +177,35 @@ impl DevCa {
         self.sign(names, validity)
     }
 
+    /// A revocation list that names these certificates, as PEM.
+    #[cfg(any(test, feature = "test-knobs"))]
+    pub fn revocation_list(
+        &self,
+        revoked: &[CertificateDer<'_>],
+        next_update: SystemTime,
+    ) -> Result<String, DevCaError> {
+        let this_update = calendar(self.validity.not_before)?;
+        let revoked_certs = revoked.iter().map(|certificate| {
+            let parsed =
+                spiffe::parse(certificate).map_err(|error| DevCaError::Unusable(error.into()))?;
+            Ok(rcgen::RevokedCertParams {
+                serial_number: rcgen::SerialNumber::from_slice(parsed.raw_serial()),
+                revocation_time: this_update,
+                reason_code: None,
+                invalidity_date: None,
+            })
+        });
+        let params = rcgen::CertificateRevocationListParams {
+            this_update,
+            next_update: calendar(next_update)?,
+            crl_number: rcgen::SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: revoked_certs.collect::<Result<_, DevCaError>>()?,
+            key_identifier_method: rcgen::KeyIdMethod::Sha256,
+        };
+        Ok(params.signed_by(&self.issuer)?.pem()?)
+    }
+
     pub fn roots(&self) -> &Roots {
         &self.roots
     }

@@ -29,6 +29,10 @@ pub enum IssueError {
         "the issuer answered the request for {identity} with a certificate that has already expired; compare the clocks"
     )]
     Expired { identity: Identity },
+    #[error(
+        "the issuer answered the request for {identity} with a certificate that is revoked by a list in CRL_PATH; look for its authority's own certificate there"
+    )]
+    Revoked { identity: Identity },
     #[error("the issuer did not answer the request for {identity} within {deadline:?}")]
     Deadline {
         identity: Identity,

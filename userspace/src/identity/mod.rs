@@ -5,6 +5,7 @@
 pub mod ca_client;
 pub mod certificate;
 pub mod certificates;
+pub mod crl;
 pub mod dev_ca;
 pub mod issuer;
 pub mod renewal;
@@ -13,6 +14,9 @@ pub mod spiffe;
 pub use ca_client::CaClient;
 pub use certificate::{MalformedCertificate, Roots, Validity, WorkloadCertificate};
 pub use certificates::{CertificateError, Certificates};
+pub use crl::{
+    CrlFile, CrlFileError, CrlFileStatus, RevocationCounts, RevocationLists, Revocations,
+};
 pub use dev_ca::{DevCa, DevCaError};
 pub use issuer::{DevCaIssuer, IssueError, Issuer};
 pub use renewal::RenewalSettings;

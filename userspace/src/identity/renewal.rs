@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::certificate::WorkloadCertificate;
+use super::crl::RevocationLists;
 
 /// Both clocks, read at one moment.
 #[derive(Debug, Clone, Copy)]
@@ -57,6 +58,8 @@ pub(super) struct Renewal {
     failures: u32,
     not_until: Option<Instant>,
     under_way: bool,
+    /// The certificate is on a revocation list.
+    revoked: bool,
 }
 
 impl Renewal {
@@ -72,12 +75,30 @@ impl Renewal {
         self.current.as_ref()
     }
 
+    pub(super) fn revoked(&self) -> bool {
+        self.revoked
+    }
+
+    /// Looks the certificate up in lists that have just come into force. True if it is on one of them and was on none before: then it
+    /// is due at once, however long the next attempt was to wait.
+    pub(super) fn look_up(&mut self, lists: &RevocationLists) -> bool {
+        let before = self.revoked;
+        let revoked = |own: &Arc<WorkloadCertificate>| own.is_revoked(lists);
+        self.revoked = self.current.as_ref().is_some_and(revoked);
+        let news = self.revoked && !before;
+        if news {
+            self.not_until = None;
+        }
+        news
+    }
+
     /// Whether to ask the issuer now. If so the caller must report back with `succeeded` or `failed`.
     pub(super) fn begin(&mut self, now: Now) -> bool {
-        let due = self
-            .current
-            .as_ref()
-            .is_none_or(|certificate| certificate.validity().renewal_due(now.wall));
+        let due = self.revoked
+            || self
+                .current
+                .as_ref()
+                .is_none_or(|certificate| certificate.validity().renewal_due(now.wall));
         let waiting = self.not_until.is_some_and(|until| now.monotonic < until);
         let begin = due && !waiting && !self.under_way;
         self.under_way |= begin;

@@ -4,7 +4,7 @@ use std::io;
 
 use crate::{
     admin::{http::BindError, socket::SocketError},
-    identity::DevCaError,
+    identity::{CrlFileError, DevCaError},
     kernel::KernelError,
     xds::LocalFileError,
 };
@@ -35,6 +35,8 @@ pub enum NodeError {
     Ca(#[from] DevCaError),
     #[error(transparent)]
     Mesh(#[from] LocalFileError),
+    #[error(transparent)]
+    Crl(#[from] CrlFileError),
     #[error(transparent)]
     Kernel(#[from] KernelError),
 }

@@ -8,6 +8,7 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    crl::Crl,
     pods::{Pods, WaitingPod},
     readiness::Readiness,
 };
@@ -33,6 +34,7 @@ pub struct HandlerParts {
     pub certificates: Certificates,
     pub telemetry: Arc<Telemetry>,
     pub readiness: Arc<Readiness>,
+    pub crl: Crl,
     pub tables: Arc<Tables>,
     /// What short-circuits flows, or why nothing on this kernel does.
     pub short: Result<Arc<ShortCircuit>, String>,
@@ -150,6 +152,12 @@ impl AdminHandler for Handler {
     async fn status(&self) -> Status {
         let mesh = self.parts.store.load();
         let mut warnings = self.parts.readiness.warnings();
+        warnings.extend(self.parts.crl.warnings(SystemTime::now()));
+        warnings.extend(self.parts.certificates.revoked().into_iter().map(|identity| {
+            format!(
+                "the certificate of {identity} is revoked by a list in CRL_PATH: peers that have the list refuse its pods until another one is issued, which is being asked for"
+            )
+        }));
         warnings.push("certificates come from a development CA: not for production".to_owned());
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -163,6 +171,7 @@ impl AdminHandler for Handler {
             policies: mesh.policies().len(),
             mesh: self.parts.readiness.mesh(),
             certificates: self.held(),
+            revocation_lists: self.parts.crl.describe(),
             short_circuit: Some(self.short_circuit()),
             warnings,
         }

@@ -77,6 +77,8 @@ impl Knobs {
                 "skip-server-identity" => knobs.proxy.tls.skip_server_identity = true,
                 "skip-trust-domain" => knobs.proxy.tls.skip_trust_domain = true,
                 "skip-single-name" => knobs.proxy.tls.skip_single_name = true,
+                "skip-revocation-lists" => knobs.proxy.tls.skip_revocation_lists = true,
+                "keep-revoked-tunnels" => knobs.proxy.tls.keep_revoked_tunnels = true,
                 "skip-mesh-wait" => knobs.proxy.skip_mesh_wait = true,
                 "share-budgets" => knobs.proxy.share_budgets = true,
                 "keep-expired-tunnels" => knobs.proxy.keep_expired_tunnels = true,

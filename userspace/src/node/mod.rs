@@ -3,6 +3,7 @@
 //! Control (mesh, certificates, admin, telemetry) runs on the runtime that calls [`run`]; connections run on data threads.
 
 mod counters;
+mod crl;
 mod direct_flows;
 mod enforcer;
 mod error;
@@ -30,14 +31,15 @@ use crate::{
     admin::{AdminSocket, HttpServers, http},
     config::Config,
     enrol::zds,
-    identity::{CaClient, Certificates, DevCa, DevCaIssuer, Issuer, RenewalSettings},
+    identity::{CaClient, Certificates, DevCa, DevCaIssuer, Issuer, RenewalSettings, Revocations},
     kernel::{HostProcesses, Kernel, KernelSettings, RoutingSettings, Tables, Verdicts},
     mesh::{MeshDefaults, Revision, ShortCircuitMode, Store},
     policy::{DenyReason, PolicyName},
-    proxy::{Context, OpenConnections, Workers, hbone},
+    proxy::{Context, OpenConnections, Workers, hbone, tls},
     telemetry::{AccessLog, Telemetry},
 };
 
+use crl::Crl;
 use enforcer::{Enforcer, EnforcerSettings};
 pub use error::NodeError;
 use handler::{Handler, HandlerParts};
@@ -123,7 +125,14 @@ async fn serve(
     let admin = AdminSocket::bind(&config.admin_socket, knobs.admin)?;
 
     let telemetry = Arc::new(Telemetry::logging_to(access_log));
-    let certificates = certificates(&config)?;
+    // Before anybody is believed.
+    let crl = Crl::start(&config, &control, &mut tasks)?;
+    crl.count(&telemetry.metrics);
+    let peers = tls::PeerChecks {
+        revocations: crl.revocations.clone(),
+        knobs: knobs.proxy.tls,
+    };
+    let certificates = certificates(&config, crl.revocations.clone())?;
     {
         let (certificates, control) = (certificates.clone(), control.clone());
         tasks.spawn(async move {
@@ -199,6 +208,7 @@ async fn serve(
                 .saturating_sub(Duration::from_secs(5)),
             ..hbone::ServerSettings::default()
         },
+        peers: peers.clone(),
         knobs: knobs.proxy,
     });
     let pool = hbone::PoolSettings {
@@ -206,7 +216,7 @@ async fn serve(
         ..hbone::PoolSettings::default()
     };
     let threads = usize::try_from(config.threads).unwrap_or(1);
-    let workers = Workers::start(threads, pool, knobs.proxy.tls).map_err(NodeError::Threads)?;
+    let workers = Workers::start(threads, pool, &peers).map_err(NodeError::Threads)?;
 
     {
         let counting = source
@@ -293,6 +303,7 @@ async fn serve(
         certificates,
         telemetry,
         readiness,
+        crl,
         tables: Arc::clone(&tables),
         short,
         auto_short_circuits: auto_short_circuits(&short_circuit),
@@ -395,7 +406,7 @@ fn auto_short_circuits(tried: &Result<Verdicts, String>) -> bool {
     tried.as_ref().is_ok_and(Verdicts::nothing_differs)
 }
 
-fn certificates(config: &Config) -> Result<Certificates, NodeError> {
+fn certificates(config: &Config, revocations: Revocations) -> Result<Certificates, NodeError> {
     let issuer: Arc<dyn Issuer> = match (&config.dev_ca, mesh_source::authority(config)) {
         (Some(directory), _) => {
             let ca = DevCa::open(directory, &config.trust_domain)?;
@@ -408,7 +419,8 @@ fn certificates(config: &Config) -> Result<Certificates, NodeError> {
         (None, Some(channel)) => Arc::new(CaClient::new(channel, config.secret_ttl)),
         (None, None) => return Err(NodeError::NoCa),
     };
-    Ok(Certificates::new(issuer, RenewalSettings::default()))
+    let settings = RenewalSettings::default();
+    Ok(Certificates::new(issuer, settings, revocations))
 }
 
 /// Which processes are kubelet and the like.

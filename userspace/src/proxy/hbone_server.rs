@@ -1,6 +1,8 @@
 //! Port 15008: tunnels from other agents, each stream one connection to this pod's application.
 
 use std::{
+    convert::Infallible,
+    future::pending,
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, SystemTime},
@@ -12,11 +14,11 @@ use super::{
     arrival::{Arrival, names_application},
     budget::{Budget, Permit},
     dial,
-    hbone::{Incoming, Refusal, serve},
+    hbone::{Incoming, Refusal, Stop, serve},
     inbound,
     pod::Ours,
-    report::Report,
-    tls,
+    report::{Cut, Report},
+    tls::{self, RevocationWatch},
 };
 use crate::{
     policy::{Connection, Identity},
@@ -61,7 +63,8 @@ pub(super) async fn handle(
             );
         }
     };
-    let config = match tls::server_config(&certificate, ours.context.knobs.tls) {
+    let watch = RevocationWatch::begin(&ours.context.peers, &certificate);
+    let config = match tls::server_config(&certificate, &ours.context.peers) {
         Ok(config) => config,
         Err(error) => {
             dial::reset(stream);
@@ -91,17 +94,33 @@ pub(super) async fn handle(
         ip: source_ip,
     };
     let tunnel = arrival.destination;
-    let per_stream = ours.clone();
+    let peer_revoked = watch.peer_revoked(accepted.stream.get_ref().1);
+    // What cuts the streams of this tunnel and no others.
+    let stop = Stop {
+        revoked: ours.stop.close.child_token(),
+        ..ours.stop.clone()
+    };
+    let per_stream = Ours {
+        stop: stop.clone(),
+        ..ours.clone()
+    };
+    let revoke = {
+        let (stop, identity) = (stop.clone(), client.identity.clone());
+        async move {
+            peer_revoked.await;
+            let identity = identity.map(|identity| identity.to_string());
+            tracing::warn!(peer = %arrival.source, identity, "a tunnel is closed: its client's certificate was revoked");
+            stop.revoked.cancel();
+            pending::<Infallible>().await
+        }
+    };
     let handler = move |incoming: Incoming| {
         stream_into_pod(per_stream.clone(), incoming, client.clone(), tunnel)
     };
-    let end = serve(
-        accepted.stream,
-        ours.context.server,
-        ours.stop.clone(),
-        handler,
-    )
-    .await;
+    let end = tokio::select! {
+        end = serve(accepted.stream, ours.context.server, stop, handler) => end,
+        never = revoke => match never {},
+    };
     tracing::debug!(peer = %arrival.source, %end, "a tunnel ended");
 }
 
@@ -159,7 +178,7 @@ async fn stream_into_pod(ours: Ours, incoming: Incoming, client: Client, tunnel:
     }
     let connection = Connection::new(peer, source_ip, target);
     drop(mesh);
-    let open = match inbound::admit(&ours, &connection) {
+    let open = match inbound::admit(&ours, &connection, &ours.stop.revoked) {
         Ok((open, policy)) => {
             report.policy(policy.as_ref());
             open
@@ -180,9 +199,10 @@ async fn stream_into_pod(ours: Ours, incoming: Incoming, client: Client, tunnel:
     };
     match incoming.accept() {
         Ok(stream) => {
-            report
-                .carry(stream, application, &open.cancel, || open.was_revoked())
-                .await
+            let stop = &ours.stop;
+            let revoked = || stop.revoked.is_cancelled() && !stop.close.is_cancelled();
+            let cut = || open.cut().or(revoked().then_some(Cut::Certificate));
+            report.carry(stream, application, &open.cancel, cut).await
         }
         Err(error) => {
             dial::reset(application);

@@ -1,6 +1,7 @@
 //! Into a pod: policy, then the application. Plaintext connections arrive here; `hbone_server` shares the rest.
 
 use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
 
 use super::{
     Context, ProxyKnobs,
@@ -58,16 +59,17 @@ pub(super) fn authorize(
     }
 }
 
-/// Enters a connection among the open ones, if policy allows it; then also the name of the policy, if one had to.
+/// Enters a connection among the open ones, which `stop` cuts, if policy allows it; then also the name of the policy, if one had to.
 pub(super) fn admit(
     ours: &Ours,
     connection: &Connection,
+    stop: &CancellationToken,
 ) -> Result<(OpenConnection, Option<PolicyName>), Denial> {
     let Context {
         open, mesh, knobs, ..
     } = &*ours.context;
     // In this order: a mesh that replaces the one that is asked here finds the connection among the open ones.
-    let entered = open.enter(&ours.pod, connection, &ours.worker, &ours.stop.close);
+    let entered = open.enter(&ours.pod, connection, &ours.worker, stop);
     let policy = authorize(&mesh.load(), &ours.pod, connection, *knobs)?;
     Ok((entered, policy))
 }
@@ -104,7 +106,7 @@ pub(super) async fn handle_plaintext(ours: Ours, stream: TcpStream) {
     }
     let connection = Connection::new(None, source.ip(), destination);
     drop(mesh);
-    let open = match admit(&ours, &connection) {
+    let open = match admit(&ours, &connection, &ours.stop.close) {
         Ok((open, policy)) => {
             report.policy(policy.as_ref());
             open
@@ -120,7 +122,7 @@ pub(super) async fn handle_plaintext(ours: Ours, stream: TcpStream) {
     match dial::to_application(&ours.pod, seen_as, destination).await {
         Ok(application) => {
             report
-                .carry(stream, application, &open.cancel, || open.was_revoked())
+                .carry(stream, application, &open.cancel, || open.cut())
                 .await
         }
         Err(error) => {

@@ -62,5 +62,7 @@ pub struct Context {
     /// Cancelled when a part of the proxy has ended that must not.
     pub failed: CancellationToken,
     pub server: hbone::ServerSettings,
+    /// What peers' certificates are looked at with.
+    pub peers: tls::PeerChecks,
     pub knobs: ProxyKnobs,
 }

@@ -10,7 +10,7 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
-use super::{ProxyKnobs, inbound, workers::Worker};
+use super::{ProxyKnobs, inbound, report::Cut, workers::Worker};
 use crate::{enrol::LocalPod, mesh::Mesh, policy::Connection};
 
 /// Connections that a data thread cuts before it turns to others again, some milliseconds at most.
@@ -144,8 +144,8 @@ async fn execute(connections: Vec<CancellationToken>) {
 
 impl OpenConnection {
     /// Whether policy cut it, as opposed to the agent's or the pod's end.
-    pub fn was_revoked(&self) -> bool {
-        self.revoked.load(Ordering::Relaxed)
+    pub fn cut(&self) -> Option<Cut> {
+        self.revoked.load(Ordering::Relaxed).then_some(Cut::Policy)
     }
 }
 

@@ -11,7 +11,7 @@ use super::{
     hbone::{ConnectRequest, HboneError, PoolKey},
     passthrough,
     pod::Ours,
-    report::Report,
+    report::{Cut, Report},
     route::{Route, Tunnel, TunnelEnd, route},
     tls::ExpectedServer,
 };
@@ -193,9 +193,12 @@ async fn carry(
     };
     match connected {
         Ok(upstream) => {
-            report
-                .carry(stream, upstream, &ours.stop.close, || false)
-                .await
+            let revoked = upstream.peer_revoked();
+            let cut = || {
+                let revoked = revoked.as_ref()?.is_cancelled();
+                revoked.then_some(Cut::Certificate)
+            };
+            report.carry(stream, upstream, &ours.stop.close, cut).await
         }
         Err(error) => {
             dial::reset(stream);
@@ -215,7 +218,7 @@ fn expected(end: &TunnelEnd) -> ExpectedServer {
 fn flags(error: &HboneError) -> ResponseFlags {
     match error {
         HboneError::Refused { status, .. } if status.as_u16() == 401 => ResponseFlags::Deny,
-        HboneError::Tls { .. } => ResponseFlags::TlsFailure,
+        HboneError::Tls { .. } | HboneError::Revoked(_) => ResponseFlags::TlsFailure,
         HboneError::Http2 { .. } => ResponseFlags::Http2Failure,
         HboneError::Config(_) => ResponseFlags::IdentityFailure,
         _ => ResponseFlags::Connect,

@@ -17,7 +17,7 @@ pub(super) async fn carry(
     match dial::out_of_pod(ours.pod.sockets.clone(), from, destination).await {
         Ok(upstream) => {
             report
-                .carry(stream, upstream, &ours.stop.close, || false)
+                .carry(stream, upstream, &ours.stop.close, || None)
                 .await
         }
         Err(error) => {

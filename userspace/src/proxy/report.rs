@@ -22,6 +22,31 @@ use crate::{
 /// How long the report of a connection waits that was cut, for others that are cut with it: their resets matter more.
 const OTHERS_FIRST: Duration = Duration::from_millis(50);
 
+/// What took an open connection its right.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cut {
+    /// A change of policy.
+    Policy,
+    /// A revocation list: the certificate at the tunnel's other end.
+    Certificate,
+}
+
+impl Cut {
+    fn error(self) -> &'static str {
+        match self {
+            Self::Policy => "policy changed and denies",
+            Self::Certificate => "the certificate of the tunnel's other end was revoked (CRL_PATH)",
+        }
+    }
+
+    fn flags(self) -> ResponseFlags {
+        match self {
+            Self::Policy => ResponseFlags::Deny,
+            Self::Certificate => ResponseFlags::TlsFailure,
+        }
+    }
+}
+
 /// A connection that has not ended yet.
 pub(super) struct Report {
     telemetry: Arc<Telemetry>,
@@ -105,7 +130,7 @@ impl Report {
         client: C,
         upstream: U,
         cancel: &CancellationToken,
-        was_revoked: impl Fn() -> bool,
+        cut: impl Fn() -> Option<Cut>,
     ) {
         let counters = Arc::<RelayCounters>::default();
         let open = self.telemetry.opened(&self.record);
@@ -113,18 +138,27 @@ impl Report {
         // Telemetry sees the connection from its server, the relay from its client.
         open.follow(move || (sampled.received(), sampled.sent()));
         let (outcome, remains) = relay(client, upstream, &counters, cancel).await;
-        let revoked = matches!(outcome.end, RelayEnd::Cancelled) && was_revoked();
+        // Of a tunnel that is closed the streams fail.
+        let revoked = match outcome.end {
+            RelayEnd::Cancelled | RelayEnd::UpstreamReset(_) => cut(),
+            RelayEnd::Closed | RelayEnd::ClientReset(_) => None,
+        };
         // Many are revoked together, and by turns: first their tunnels learn of it, so that the other ends are cut meanwhile,
         // then the sockets are closed.
-        if revoked {
+        if revoked.is_some() {
             yield_now().await;
         }
         drop(remains);
-        let storm = revoked || matches!(outcome.end, RelayEnd::UpstreamReset(_));
+        let storm = revoked.is_some() || matches!(outcome.end, RelayEnd::UpstreamReset(_));
         self.record.duration = self.started.elapsed();
         self.record.bytes_sent = outcome.received;
         self.record.bytes_received = outcome.sent;
         match outcome.end {
+            _ if let Some(cut) = revoked => {
+                self.record.end = Some(FlowEnd::Revoked);
+                self.record.error = Some(cut.error().to_owned());
+                self.record.response_flags = cut.flags();
+            }
             RelayEnd::Closed => self.record.end = Some(FlowEnd::Fin),
             RelayEnd::ClientReset(error) => {
                 self.record.end = Some(FlowEnd::ResetByClient);
@@ -133,11 +167,6 @@ impl Report {
             RelayEnd::UpstreamReset(error) => {
                 self.record.end = Some(FlowEnd::ResetByPeer);
                 self.record.error = Some(format!("the server's side failed: {error}"))
-            }
-            RelayEnd::Cancelled if revoked => {
-                self.record.end = Some(FlowEnd::Revoked);
-                self.record.error = Some("policy changed and denies".to_owned());
-                self.record.response_flags = ResponseFlags::Deny;
             }
             RelayEnd::Cancelled => {
                 self.record.end = Some(FlowEnd::Stopped);

@@ -14,7 +14,7 @@ use tokio::{runtime, sync::oneshot};
 use tokio_util::task::TaskTracker;
 
 use super::hbone::{Pool, PoolSettings};
-use super::tls::TestKnobs;
+use super::tls::PeerChecks;
 
 /// One data thread.
 #[derive(Clone)]
@@ -34,7 +34,7 @@ pub struct Workers {
 
 impl Workers {
     /// Starts `count` threads, at least one.
-    pub fn start(count: usize, settings: PoolSettings, knobs: TestKnobs) -> io::Result<Self> {
+    pub fn start(count: usize, settings: PoolSettings, checks: &PeerChecks) -> io::Result<Self> {
         let mut workers = Vec::new();
         let mut threads = Vec::new();
         for number in 0..count.max(1) {
@@ -44,7 +44,7 @@ impl Workers {
             workers.push(Worker {
                 number,
                 handle: runtime.handle().clone(),
-                pool: Arc::new(Pool::new(settings, knobs)),
+                pool: Arc::new(Pool::new(settings, checks.clone())),
                 tasks: TaskTracker::new(),
             });
             let (stop, stopped) = oneshot::channel::<()>();

@@ -16,7 +16,9 @@ pub use access_log::AccessLog;
 pub use flows::{Feed, FlowEvent, Follower, Next};
 pub use hub::Telemetry;
 pub(crate) use hub::milliseconds;
-pub use metrics::{KernelCounters, Metrics, OpenFlow, PairSeries, ShortCircuited};
+pub use metrics::{
+    KernelCounters, Metrics, OpenFlow, PairSeries, RevocationCounters, ShortCircuited,
+};
 pub use record::{
     Direction, FlowEnd, FlowPath, FlowRecord, Party, Reporter, ResponseFlags, Security, ServiceName,
 };

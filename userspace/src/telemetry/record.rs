@@ -123,7 +123,7 @@ ends! {
     ResetByPeer = "reset_by_peer";
     /// The other side did not answer any more, or never.
     Timeout = "timeout";
-    /// Policy came to forbid it and the agent cut it.
+    /// Policy came to forbid it, or the certificate at its tunnel's other end was revoked, and the agent cut it.
     Revoked = "revoked";
     /// Somebody else than the agent destroyed the socket.
     Destroyed = "destroyed";

@@ -3,18 +3,17 @@
 //! Invariants: a file is taken whole or not at all; size, nesting and aliases are bounded; an error says where in the file.
 //! Called by `node`, which runs the watcher, and by the command line to check a file.
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::errno::Errno;
 use serde_saphyr::{Error as YamlError, MessageFormatter, UserMessageFormatter};
 
+use crate::followed_file::{FileError, read_bounded};
 use crate::mesh::{MeshError, MeshResources};
 
 mod annotations;
-mod directories;
 mod format;
 mod scalars;
 mod watch;
@@ -118,33 +117,19 @@ impl LocalFile {
     /// # Errors
     /// It cannot be read, or is not a mesh in the documented format.
     pub fn load(&self) -> Result<MeshResources, LocalFileError> {
-        let bytes = self.read()?;
+        let bytes = read_bounded(&self.path, MAX_BYTES).map_err(|error| self.refused(error))?;
         self.parse(&bytes)
     }
 
-    fn read(&self) -> Result<Vec<u8>, LocalFileError> {
-        let failed = |source: io::Error| LocalFileError::Read {
-            path: self.path.clone(),
-            source: Arc::new(source),
-        };
-        let file = File::open(&self.path).map_err(failed)?;
-        // A fifo or device would never end or never begin.
-        if !file.metadata().map_err(failed)?.is_file() {
-            return Err(failed(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "not a regular file",
-            )));
+    /// What cannot be read, as an error of the mesh file.
+    fn refused(&self, error: FileError) -> LocalFileError {
+        let path = self.path.clone();
+        match error {
+            FileError::Read(source) => LocalFileError::Read { path, source },
+            FileError::TooLarge(_) => LocalFileError::TooLarge { path },
+            FileError::Watch { directory, errno } => LocalFileError::Watch { directory, errno },
+            FileError::Internal(reason) => LocalFileError::Internal { path, reason },
         }
-        let mut bytes = Vec::new();
-        file.take(MAX_BYTES + 1)
-            .read_to_end(&mut bytes)
-            .map_err(failed)?;
-        if bytes.len() as u64 > MAX_BYTES {
-            return Err(LocalFileError::TooLarge {
-                path: self.path.clone(),
-            });
-        }
-        Ok(bytes)
     }
 
     fn parse(&self, bytes: &[u8]) -> Result<MeshResources, LocalFileError> {

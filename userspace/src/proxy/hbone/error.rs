@@ -41,6 +41,8 @@ pub enum HboneError {
     },
     #[error("the tunnel to {0} was closed: its pod or identity has gone, or the agent is stopping")]
     Closed(SocketAddr),
+    #[error("the tunnel to {0} was closed: its server's certificate was revoked (CRL_PATH)")]
+    Revoked(SocketAddr),
     #[error("a CONNECT request cannot be made of this: {0}")]
     Request(Arc<http::Error>),
 }

@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use super::*;
 use crate::identity::{DevCa, WorkloadCertificate};
 use crate::policy::Identity;
-use crate::proxy::tls::{self, ExpectedServer, TestKnobs};
+use crate::proxy::tls::{self, ExpectedServer, PeerChecks, TestKnobs};
 
 pub(crate) const DAY: Duration = Duration::from_secs(24 * 3600);
 
@@ -83,7 +83,7 @@ impl Server {
                     let (handshakes, told) = (handshakes.clone(), told.clone());
                     tunnels.spawn(async move {
                         let config =
-                            tls::server_config(&certificate, TestKnobs::default()).unwrap();
+                            tls::server_config(&certificate, &PeerChecks::default()).unwrap();
                         let accepted =
                             tls::accept(tcp, config, Duration::from_secs(5), TestKnobs::default())
                                 .await;
@@ -116,7 +116,7 @@ impl Server {
 
     pub(crate) fn client(&self, settings: PoolSettings) -> Client {
         Client {
-            pool: Pool::new(settings, TestKnobs::default()),
+            pool: Pool::new(settings, PeerChecks::default()),
             certificate: self.ca.issue("client"),
             key: PoolKey {
                 source: "pod-1".into(),

@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::error::HboneError;
 use super::opening::{Opening, Waiting};
@@ -24,7 +24,7 @@ use super::stream::HboneStream;
 use super::tunnel::{Session, Slot, Tunnel, Unopened};
 use crate::identity::WorkloadCertificate;
 use crate::policy::Identity;
-use crate::proxy::tls::{ExpectedServer, TestKnobs};
+use crate::proxy::tls::{ExpectedServer, PeerChecks};
 
 /// Who talks to whom through a tunnel.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -47,7 +47,7 @@ pub struct Pool {
 #[derive(Debug)]
 struct Inner {
     settings: PoolSettings,
-    knobs: TestKnobs,
+    checks: PeerChecks,
     state: Mutex<State>,
     tasks: TaskTracker,
 }
@@ -74,12 +74,12 @@ enum Found {
 }
 
 impl Pool {
-    pub fn new(settings: PoolSettings, knobs: TestKnobs) -> Self {
+    pub fn new(settings: PoolSettings, checks: PeerChecks) -> Self {
         let (state, tasks) = (Mutex::default(), TaskTracker::new());
         Self {
             inner: Arc::new(Inner {
                 settings,
-                knobs,
+                checks,
                 state,
                 tasks,
             }),
@@ -325,7 +325,7 @@ impl Inner {
                 certificate,
                 &key.expected,
                 &self.settings,
-                self.knobs,
+                &self.checks,
             )
             .await
         };
@@ -356,11 +356,11 @@ impl Inner {
         drop(opening);
         if let Ok((tunnel, session)) = driven {
             let (weak, idle) = (Arc::downgrade(&tunnel), self.settings.idle);
-            let closing = tunnel.closing().clone();
+            let (closing, revoked) = (tunnel.closing().clone(), tunnel.revoked().clone());
             drop(tunnel);
             let pool = Arc::downgrade(&self);
             drop(self);
-            drive(session, &weak, &closing, idle, &pool, &key).await;
+            drive(session, &weak, &closing, &revoked, idle, &pool, &key).await;
             if let Some(pool) = pool.upgrade() {
                 pool.remove(&key, &weak);
             }
@@ -420,23 +420,35 @@ async fn drive<S>(
     session: Session<S>,
     tunnel: &Weak<Tunnel>,
     closing: &CancellationToken,
+    revoked: &CancellationToken,
     idle: Duration,
     pool: &Weak<Inner>,
     key: &PoolKey,
 ) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let mut session = std::pin::pin!(session);
+    let Session {
+        http2,
+        mut peer_revoked,
+    } = session;
+    let mut http2 = std::pin::pin!(http2);
     let mut wait = idle;
     loop {
         tokio::select! {
-            ended = &mut session => {
+            ended = &mut http2 => {
                 if let Err(error) = ended {
                     debug!(destination = %key.destination, %error, "a tunnel failed");
                 }
                 return;
             }
             () = closing.cancelled() => return,
+            () = &mut peer_revoked => {
+                warn!(destination = %key.destination, expected = %key.expected, "a tunnel is closed: its server's certificate was revoked");
+                // In this order: who finds it closed asks why.
+                revoked.cancel();
+                closing.cancel();
+                return;
+            }
             () = sleep(wait) => {
                 wait = pool.upgrade().map_or(idle, |pool| pool.expire(key, tunnel, idle));
             }

@@ -28,6 +28,8 @@ pub struct Stop {
     pub drain: CancellationToken,
     /// At once; streams are cut.
     pub close: CancellationToken,
+    /// At once, because the peer is revoked; whoever says so has cut the streams, which end in their own way.
+    pub revoked: CancellationToken,
 }
 
 /// Why a tunnel ended.
@@ -41,6 +43,8 @@ pub enum ServeEnd {
     Drained,
     #[error("the tunnel was closed by this agent")]
     Stopped,
+    #[error("the peer's certificate was revoked")]
+    Revoked,
     #[error("the peer sent no {0} within {1:?}")]
     Deadline(&'static str, Duration),
     #[error("the tunnel failed: {0}")]
@@ -65,6 +69,7 @@ where
             Err(_) => return ServeEnd::Deadline("HTTP/2 preface", settings.handshake_deadline),
         },
         () = stop.close.cancelled() => return ServeEnd::Stopped,
+        () = stop.revoked.cancelled() => return ServeEnd::Revoked,
         () = stop.drain.cancelled() => return ServeEnd::Drained,
         () = stop.leave.cancelled() => return ServeEnd::Drained,
     };
@@ -115,6 +120,7 @@ where
             tokio::select! {
                 biased;
                 () = stop.close.cancelled() => return ServeEnd::Stopped,
+                () = stop.revoked.cancelled() => return ServeEnd::Revoked,
                 () = maybe(deadline) => {
                     self.connection.abrupt_shutdown(Reason::NO_ERROR);
                     let _ = timeout(Duration::from_secs(1), self.connection.accept()).await;

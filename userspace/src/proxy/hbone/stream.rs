@@ -10,6 +10,7 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_util::sync::CancellationToken;
 
 use super::inbox::Inbox;
 use super::tunnel::Slot;
@@ -27,7 +28,7 @@ pub struct HboneStream {
     finished: bool,
     aborted: bool,
     /// Keeps the tunnel's place taken.
-    _slot: Option<Slot>,
+    slot: Option<Slot>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -47,8 +48,14 @@ impl HboneStream {
             receiving,
             finished: false,
             aborted: false,
-            _slot: slot,
+            slot,
         }
+    }
+
+    /// Cancelled when the tunnel's server is revoked.
+    pub fn peer_revoked(&self) -> Option<CancellationToken> {
+        let slot = self.slot.as_ref()?;
+        Some(slot.tunnel().revoked().clone())
     }
 
     /// Resets the stream; what is queued in either direction is dropped.

@@ -16,7 +16,9 @@ use tokio::time::timeout;
 
 use super::fixture::*;
 use super::*;
-use crate::proxy::tls::{self, ExpectedServer, HandshakeError, PeerRejection, TestKnobs};
+use crate::proxy::tls::{
+    self, ExpectedServer, HandshakeError, PeerChecks, PeerRejection, TestKnobs,
+};
 
 mod peers;
 mod server;

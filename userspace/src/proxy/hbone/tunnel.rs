@@ -23,7 +23,7 @@ use super::request::ConnectRequest;
 use super::settings::PoolSettings;
 use super::stream::HboneStream;
 use crate::identity::WorkloadCertificate;
-use crate::proxy::tls::{self, ExpectedServer, HandshakeError, TestKnobs};
+use crate::proxy::tls::{self, ExpectedServer, HandshakeError, PeerChecks, RevocationWatch};
 
 #[derive(Debug)]
 pub(super) struct Tunnel {
@@ -36,6 +36,8 @@ pub(super) struct Tunnel {
     /// No new streams.
     retired: AtomicBool,
     close: CancellationToken,
+    /// The server is revoked: closed for that reason.
+    revoked: CancellationToken,
     failure: Failure,
 }
 
@@ -46,7 +48,14 @@ pub(super) struct Slot(Arc<Tunnel>);
 /// The reason a TLS stream failed, which h2 keeps only as text.
 type Failure = Arc<OnceLock<Arc<HandshakeError>>>;
 
-pub(super) type Session<S> = Connection<Watched<TlsStream<S>>, Bytes>;
+type Http2<S> = Connection<Watched<TlsStream<S>>, Bytes>;
+
+/// What is driven for a tunnel to work, until it ends.
+pub(super) struct Session<S: AsyncRead + AsyncWrite + Unpin> {
+    pub(super) http2: Http2<S>,
+    /// Ends when the server's certificate is revoked.
+    pub(super) peer_revoked: Pin<Box<dyn Future<Output = ()> + Send>>,
+}
 
 /// How a request ended that got no stream.
 pub(super) enum Unopened {
@@ -65,12 +74,13 @@ impl Tunnel {
         certificate: Arc<WorkloadCertificate>,
         expected: &ExpectedServer,
         settings: &PoolSettings,
-        knobs: TestKnobs,
+        checks: &PeerChecks,
     ) -> Result<(Arc<Self>, Session<S>), HboneError>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let config = tls::client_config(&certificate, expected, knobs)
+        let watch = RevocationWatch::begin(checks, &certificate);
+        let config = tls::client_config(&certificate, expected, checks)
             .map_err(|error| HboneError::Config(Arc::new(error)))?;
         let connected = tls::connect(io, config, destination.ip(), settings.handshake_deadline)
             .await
@@ -78,13 +88,14 @@ impl Tunnel {
                 destination,
                 error: Arc::new(error),
             })?;
+        let peer_revoked = Box::pin(watch.peer_revoked(connected.stream.get_ref().1));
         let failure = Failure::default();
         let io = Watched {
             inner: connected.stream,
             failure: Arc::clone(&failure),
         };
         let builder = settings.limits.client(settings.max_streams_per_connection);
-        let (sender, session) = builder
+        let (sender, http2) = builder
             .handshake(io)
             .await
             .map_err(|error| failed(destination, &failure, error))?;
@@ -99,7 +110,12 @@ impl Tunnel {
             idle_since: Mutex::new(Instant::now()),
             retired: AtomicBool::new(false),
             close: CancellationToken::new(),
+            revoked: CancellationToken::new(),
             failure,
+        };
+        let session = Session {
+            http2,
+            peer_revoked,
         };
         Ok((Arc::new(tunnel), session))
     }
@@ -128,6 +144,19 @@ impl Tunnel {
 
     pub(super) fn close(&self) {
         self.close.cancel();
+    }
+
+    /// Cancelled when the server is revoked, and closed for that.
+    pub(super) fn revoked(&self) -> &CancellationToken {
+        &self.revoked
+    }
+
+    /// Why no new stream may use it.
+    fn closed(&self) -> HboneError {
+        match self.revoked.is_cancelled() {
+            true => HboneError::Revoked(self.destination),
+            false => HboneError::Closed(self.destination),
+        }
     }
 
     pub(super) fn closing(&self) -> &CancellationToken {
@@ -182,7 +211,7 @@ impl Slot {
         };
         let answered = tokio::select! {
             answered = timeout(settings.answer_deadline, exchange) => answered,
-            () = tunnel.close.cancelled() => return Err(Unopened::Final(HboneError::Closed(destination))),
+            () = tunnel.close.cancelled() => return Err(Unopened::Final(tunnel.closed())),
         };
         let (answer, send) = answered.map_err(|_| {
             // A tunnel that does not answer may be dead without knowing.

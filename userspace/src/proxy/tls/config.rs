@@ -12,7 +12,7 @@ use rustls::sign::CertifiedKey;
 use rustls::version::TLS13;
 use rustls::{ClientConfig, ServerConfig, SignatureScheme};
 
-use super::TestKnobs;
+use super::PeerChecks;
 use super::verify::{Chain, ClientVerifier, ServerVerifier};
 use crate::identity::WorkloadCertificate;
 use crate::identity::certificate::PROVIDER;
@@ -70,13 +70,13 @@ impl fmt::Display for ExpectedServer {
 /// For a server that is `certificate`'s pod: a client must prove an identity of the same trust domain.
 pub fn server_config(
     certificate: &Arc<WorkloadCertificate>,
-    knobs: TestKnobs,
+    checks: &PeerChecks,
 ) -> Result<Arc<ServerConfig>, ConfigError> {
     let own = OwnCertificate::new(certificate)?;
     let verifier = ClientVerifier {
         chain: Chain {
             roots: certificate.roots().store(),
-            knobs,
+            checks: checks.clone(),
         },
         trust_domain: certificate.identity().trust_domain().to_owned(),
     };
@@ -96,13 +96,13 @@ pub fn server_config(
 pub fn client_config(
     certificate: &Arc<WorkloadCertificate>,
     expected: &ExpectedServer,
-    knobs: TestKnobs,
+    checks: &PeerChecks,
 ) -> Result<Arc<ClientConfig>, ConfigError> {
     let own = OwnCertificate::new(certificate)?;
     let verifier = ServerVerifier {
         chain: Chain {
             roots: certificate.roots().store(),
-            knobs,
+            checks: checks.clone(),
         },
         expected: expected.clone(),
     };

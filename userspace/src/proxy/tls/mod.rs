@@ -6,18 +6,28 @@
 mod config;
 mod handshake;
 mod rejection;
+mod revoked;
 #[cfg(test)]
 mod tests;
 mod verify;
 
 use rustls::pki_types::CertificateDer;
 
+use crate::identity::Revocations;
 use crate::identity::spiffe::{self, SpiffeError};
 use crate::policy::Identity;
 
 pub use config::{ConfigError, ExpectedServer, client_config, server_config};
 pub use handshake::{Accepted, Connected, accept, connect, peer_identity};
 pub use rejection::{HandshakeError, PeerRejection};
+pub use revoked::RevocationWatch;
+
+/// What a peer's certificates are looked at with, beside the roots.
+#[derive(Debug, Clone, Default)]
+pub struct PeerChecks {
+    pub revocations: Revocations,
+    pub knobs: TestKnobs,
+}
 
 /// Switches single checks off, so that a test can show that it would see their absence. Passed in, never global. Has no fields, and so
 /// switches nothing, unless the crate is built with the feature `test-knobs`.
@@ -38,6 +48,12 @@ pub struct TestKnobs {
     /// Of several URI names in a certificate the first counts.
     #[cfg(feature = "test-knobs")]
     pub skip_single_name: bool,
+    /// Revocation lists are not asked in a handshake.
+    #[cfg(feature = "test-knobs")]
+    pub skip_revocation_lists: bool,
+    /// A tunnel that is open outlives the revocation of its peer.
+    #[cfg(feature = "test-knobs")]
+    pub keep_revoked_tunnels: bool,
 }
 
 #[cfg(feature = "test-knobs")]
@@ -52,6 +68,14 @@ impl TestKnobs {
 
     fn server_identity_verified(self) -> bool {
         !self.skip_server_identity
+    }
+
+    fn revocation_lists_asked(self) -> bool {
+        !self.skip_revocation_lists
+    }
+
+    fn revoked_tunnels_closed(self) -> bool {
+        !self.keep_revoked_tunnels
     }
 
     fn trust_domain_verified(self) -> bool {
@@ -78,6 +102,14 @@ impl TestKnobs {
     }
 
     const fn server_identity_verified(self) -> bool {
+        true
+    }
+
+    const fn revocation_lists_asked(self) -> bool {
+        true
+    }
+
+    const fn revoked_tunnels_closed(self) -> bool {
         true
     }
 

@@ -20,6 +20,8 @@ pub enum PeerRejection {
     NotYetValid,
     #[error("it does not lead to a root of this mesh")]
     UnknownIssuer,
+    #[error("it, or one of its chain, is revoked by a list of its issuer (CRL_PATH)")]
+    Revoked,
     #[error("its chain does not verify: {0}")]
     Chain(String),
     #[error(transparent)]
@@ -76,11 +78,12 @@ impl HandshakeError {
 
 impl PeerRejection {
     pub(super) fn into_tls(self) -> rustls::Error {
-        // These three have alerts of their own, which tell the peer's operator most of what they need.
+        // These have alerts of their own, which tell the peer's operator most of what they need.
         let error = match self {
             Self::Expired => CertificateError::Expired,
             Self::NotYetValid => CertificateError::NotValidYet,
             Self::UnknownIssuer => CertificateError::UnknownIssuer,
+            Self::Revoked => CertificateError::Revoked,
             other => CertificateError::Other(OtherError(Arc::new(other))),
         };
         rustls::Error::InvalidCertificate(error)
@@ -93,6 +96,7 @@ impl PeerRejection {
             webpki::Error::UnknownIssuer | webpki::Error::InvalidSignatureForPublicKey => {
                 Self::UnknownIssuer
             }
+            webpki::Error::CertRevoked => Self::Revoked,
             other => Self::Chain(format!("{other:?}")),
         }
     }
@@ -104,6 +108,7 @@ impl PeerRejection {
                 Self::NotYetValid
             }
             CertificateError::UnknownIssuer => Self::UnknownIssuer,
+            CertificateError::Revoked => Self::Revoked,
             CertificateError::Other(OtherError(inner)) => match inner.downcast_ref::<Self>() {
                 Some(rejection) => rejection.clone(),
                 None => Self::Chain(inner.to_string()),

@@ -58,6 +58,13 @@ impl Ca {
     }
 }
 
+fn checks(knobs: TestKnobs) -> PeerChecks {
+    PeerChecks {
+        knobs,
+        ..PeerChecks::default()
+    }
+}
+
 fn identity(service_account: &str) -> Identity {
     Identity::parse(&format!(
         "spiffe://cluster.local/ns/shop/sa/{service_account}"
@@ -157,7 +164,7 @@ async fn judged_by_server(
     client: Arc<ClientConfig>,
     knobs: TestKnobs,
 ) -> Result<Option<Identity>, HandshakeError> {
-    let server = server_config(&ca.issue("server"), knobs).unwrap();
+    let server = server_config(&ca.issue("server"), &checks(knobs)).unwrap();
     handshake(server, client, knobs)
         .await
         .0
@@ -173,7 +180,7 @@ async fn judged_by_client(
     let client = client_config(
         &ca.issue("client"),
         &ExpectedServer::one(identity("server")),
-        knobs,
+        &checks(knobs),
     )
     .unwrap();
     handshake(server, client, knobs)
@@ -194,7 +201,7 @@ fn client_of(certificate: &Arc<WorkloadCertificate>) -> Arc<ClientConfig> {
     client_config(
         certificate,
         &ExpectedServer::one(identity("server")),
-        TestKnobs::default(),
+        &PeerChecks::default(),
     )
     .unwrap()
 }
@@ -216,7 +223,7 @@ fn dated(ca: &Ca, service_account: &str, not_before: SystemTime) -> Pair {
 #[tokio::test]
 async fn both_sides_learn_each_others_identity() {
     let ca = Ca::new("cluster.local");
-    let server = server_config(&ca.issue("server"), TestKnobs::default()).unwrap();
+    let server = server_config(&ca.issue("server"), &PeerChecks::default()).unwrap();
     let (accepted, connected) =
         handshake(server, client_of(&ca.issue("client")), TestKnobs::default()).await;
     let (mut accepted, mut connected) = (accepted.unwrap(), connected.unwrap());
@@ -349,7 +356,7 @@ async fn a_client_that_offers_no_http2_is_refused() {
 async fn a_client_that_says_nothing_runs_into_the_deadline() {
     let ca = Ca::new("cluster.local");
     let (near, _far) = tokio::io::duplex(1024);
-    let server = server_config(&ca.issue("server"), TestKnobs::default()).unwrap();
+    let server = server_config(&ca.issue("server"), &PeerChecks::default()).unwrap();
     let error = accept(
         near,
         server,
@@ -368,7 +375,7 @@ async fn noise_instead_of_a_handshake_is_an_error() {
     far.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
         .await
         .unwrap();
-    let server = server_config(&ca.issue("server"), TestKnobs::default()).unwrap();
+    let server = server_config(&ca.issue("server"), &PeerChecks::default()).unwrap();
     let error = accept(near, server, DEADLINE, TestKnobs::default())
         .await
         .unwrap_err();
@@ -378,7 +385,7 @@ async fn noise_instead_of_a_handshake_is_an_error() {
 #[tokio::test]
 async fn another_pods_server_is_refused() {
     let ca = Ca::new("cluster.local");
-    let server = server_config(&ca.issue("imposter"), TestKnobs::default()).unwrap();
+    let server = server_config(&ca.issue("imposter"), &PeerChecks::default()).unwrap();
     let rejection = rejected(judged_by_client(&ca, server, TestKnobs::default()).await);
     assert!(
         matches!(&rejection, PeerRejection::NotExpected { peer, .. } if *peer == identity("imposter")),
@@ -442,11 +449,11 @@ async fn a_client_that_expects_nobody_accepts_nobody_and_several_any_of_them() {
         (vec![identity("other"), identity("server")], true),
         (vec![identity("other"), identity("another")], false),
     ] {
-        let server = server_config(&ca.issue("server"), TestKnobs::default()).unwrap();
+        let server = server_config(&ca.issue("server"), &PeerChecks::default()).unwrap();
         let client = client_config(
             &client,
             &ExpectedServer::any_of(expected),
-            TestKnobs::default(),
+            &PeerChecks::default(),
         )
         .unwrap();
         let (_, connected) = handshake(server, client, TestKnobs::default()).await;
@@ -457,7 +464,7 @@ async fn a_client_that_expects_nobody_accepts_nobody_and_several_any_of_them() {
 #[tokio::test]
 async fn the_refused_client_is_told_by_alert() {
     let ca = Ca::new("cluster.local");
-    let server = server_config(&ca.issue("server"), TestKnobs::default()).unwrap();
+    let server = server_config(&ca.issue("server"), &PeerChecks::default()).unwrap();
     let client = hostile_client(Some(dated(&ca, "client", SystemTime::now() - 2 * DAY)));
     // In TLS 1.3 the client is done before the server has judged it: the alert comes with the first read.
     let (_, connected) = handshake(server, client, TestKnobs::default()).await;
@@ -478,11 +485,11 @@ async fn an_expired_own_certificate_is_not_presented() {
     let expired = ca.issue_at("server", SystemTime::now() - 2 * DAY);
     let expected = ExpectedServer::one(identity("server"));
     assert!(matches!(
-        server_config(&expired, TestKnobs::default()),
+        server_config(&expired, &PeerChecks::default()),
         Err(ConfigError::Expired(_))
     ));
     assert!(matches!(
-        client_config(&expired, &expected, TestKnobs::default()),
+        client_config(&expired, &expected, &PeerChecks::default()),
         Err(ConfigError::Expired(_))
     ));
     // Also when it expires between configuration and handshake.
@@ -495,7 +502,7 @@ async fn an_expired_own_certificate_is_not_presented() {
             )
             .unwrap(),
     );
-    let server = server_config(&brief, TestKnobs::default()).unwrap();
+    let server = server_config(&brief, &PeerChecks::default()).unwrap();
     while !brief.validity().expired(SystemTime::now()) {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
@@ -553,7 +560,7 @@ mod twins {
             skip_server_identity: true,
             ..TestKnobs::default()
         };
-        let server = server_config(&ca.issue("imposter"), knobs).unwrap();
+        let server = server_config(&ca.issue("imposter"), &checks(knobs)).unwrap();
         assert_eq!(
             judged_by_client(&ca, server, knobs).await.unwrap(),
             identity("imposter")

@@ -1,4 +1,4 @@
-//! Verification of a peer's certificate: chain to the roots now, then the SPIFFE id.
+//! Verification of a peer's certificate: chain to the roots now and unrevoked, then the SPIFFE id.
 //!
 //! Invariant: both verifiers do the chain first, so that an identity is never compared, or logged as the peer's, on an unproved chain.
 
@@ -12,7 +12,7 @@ use rustls::{DigitallySignedStruct, DistinguishedName, RootCertStore, SignatureS
 use webpki::{EndEntityCert, KeyUsage};
 
 use super::config::ExpectedServer;
-use super::{PeerRejection, TestKnobs};
+use super::{PeerChecks, PeerRejection};
 use crate::identity::certificate::PROVIDER;
 use crate::policy::Identity;
 
@@ -20,7 +20,7 @@ use crate::policy::Identity;
 #[derive(Debug)]
 pub(super) struct Chain {
     pub(super) roots: Arc<RootCertStore>,
-    pub(super) knobs: TestKnobs,
+    pub(super) checks: PeerChecks,
 }
 
 impl Chain {
@@ -32,21 +32,22 @@ impl Chain {
         now: UnixTime,
         usage: KeyUsage,
     ) -> Result<Identity, PeerRejection> {
-        if self.knobs.chain_verified() {
-            let leaf = EndEntityCert::try_from(leaf).map_err(PeerRejection::from_webpki)?;
-            let algorithms = PROVIDER.signature_verification_algorithms.all;
-            leaf.verify_for_usage(
-                algorithms,
-                &self.roots.roots,
-                intermediates,
-                now,
-                usage,
-                None,
-                None,
-            )
-            .map_err(PeerRejection::from_webpki)?;
+        let PeerChecks { revocations, knobs } = &self.checks;
+        if knobs.chain_verified() {
+            let lists = match knobs.revocation_lists_asked() {
+                true => revocations.current(),
+                false => Arc::default(),
+            };
+            EndEntityCert::try_from(leaf)
+                .and_then(|leaf| lists.verify(&leaf, intermediates, &self.roots, now, usage))
+                .map_err(PeerRejection::from_webpki)
+                .inspect_err(|rejection| {
+                    if *rejection == PeerRejection::Revoked {
+                        revocations.count(|counts| counts.refused += 1);
+                    }
+                })?;
         }
-        Ok(self.knobs.identity_of(leaf)?)
+        Ok(knobs.identity_of(leaf)?)
     }
 }
 
@@ -59,7 +60,7 @@ pub(super) struct ClientVerifier {
 
 impl ClientCertVerifier for ClientVerifier {
     fn client_auth_mandatory(&self) -> bool {
-        self.chain.knobs.client_certificate_required()
+        self.chain.checks.knobs.client_certificate_required()
     }
 
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
@@ -78,7 +79,9 @@ impl ClientCertVerifier for ClientVerifier {
             .chain
             .identity(leaf, intermediates, now, usage)
             .map_err(PeerRejection::into_tls)?;
-        if self.chain.knobs.trust_domain_verified() && peer.trust_domain() != self.trust_domain {
+        if self.chain.checks.knobs.trust_domain_verified()
+            && peer.trust_domain() != self.trust_domain
+        {
             return Err(PeerRejection::TrustDomain {
                 peer,
                 own: self.trust_domain.clone(),
@@ -144,7 +147,7 @@ impl ServerCertVerifier for ServerVerifier {
             .chain
             .identity(leaf, intermediates, now, usage)
             .map_err(PeerRejection::into_tls)?;
-        if self.chain.knobs.server_identity_verified() && !self.expected.contains(&peer) {
+        if self.chain.checks.knobs.server_identity_verified() && !self.expected.contains(&peer) {
             return Err(PeerRejection::NotExpected {
                 peer,
                 expected: self.expected.to_string(),

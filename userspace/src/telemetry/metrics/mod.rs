@@ -54,6 +54,20 @@ pub struct ShortCircuited {
     pub messages: Vec<(&'static str, u64)>,
 }
 
+/// What revocation lists say and have done, read at every scrape.
+#[derive(Clone, Debug, Default)]
+pub struct RevocationCounters {
+    /// Peers on a list, by where they were met.
+    pub peers: Vec<(&'static str, u64)>,
+    /// Changed files by what became of them.
+    pub updates: Vec<(&'static str, u64)>,
+    /// Lists in force.
+    pub lists: u64,
+    /// Certificates that they name.
+    pub certificates: u64,
+}
+
+type RevocationSource = Box<dyn Fn() -> RevocationCounters + Send + Sync>;
 type KernelSource = Box<dyn Fn() -> KernelCounters + Send + Sync>;
 
 /// Counts by a word of our own.
@@ -142,6 +156,7 @@ struct State {
     pending_pods: AtomicU64,
     lost_log_lines: OnceLock<Arc<AtomicU64>>,
     kernel: OnceLock<KernelSource>,
+    revocation: OnceLock<RevocationSource>,
 }
 
 /// The metrics of this agent. Cheap to clone.
@@ -260,6 +275,14 @@ impl Metrics {
         let _ = self.state.kernel.set(Box::new(read));
     }
 
+    /// Where the revocation lists are looked at. Without that, there are none of their metrics.
+    pub fn set_revocation_source(
+        &self,
+        read: impl Fn() -> RevocationCounters + Send + Sync + 'static,
+    ) {
+        let _ = self.state.revocation.set(Box::new(read));
+    }
+
     /// Where the log counts its lost lines.
     pub fn set_lost_log_lines(&self, lost: Arc<AtomicU64>) {
         let _ = self.state.lost_log_lines.set(lost);
@@ -341,6 +364,16 @@ impl Collector for Exposition {
         put(&reference::ENDED, ended)?;
         put(&reference::RETRANSMITS, state.retransmits.rows())?;
         put(&reference::REVOKED, state.revoked.rows())?;
+        if let Some(read) = state.revocation.get() {
+            let revocation = read();
+            put(&reference::REVOKED_PEERS, words(revocation.peers))?;
+            put(&reference::CRL_UPDATES, words(revocation.updates))?;
+            put(&reference::CRL_LISTS, single(revocation.lists))?;
+            put(
+                &reference::CRL_CERTIFICATES,
+                single(revocation.certificates),
+            )?;
+        }
         put(&reference::SHORT_CIRCUIT, state.short_circuit.rows())?;
         let short = kernel.short_circuited;
         put(&reference::SHORT_OPEN, single(short.open))?;

@@ -95,7 +95,11 @@ metrics! {
     RETRANSMITS = Counter "culvert_flow_retransmits" &["path"], "Segments that clients of direct connections sent again, counted when connections end.";
     CONNECT = Histogram "culvert_flow_connect_seconds" &[], "Direct connections by the time from SYN to establishment, as the kernel measured it, counted when they end.";
     RTT = Histogram "culvert_flow_rtt_seconds" &[], "Direct connections by their smoothed round-trip time when they ended.";
-    REVOKED = Counter "culvert_revoked_flows" &["path"], "Open connections cut because policy came to forbid them.";
+    REVOKED = Counter "culvert_revoked_flows" &["path"], "Open connections cut because policy came to forbid them, or because the certificate at the other end of their tunnel was revoked.";
+    REVOKED_PEERS = Counter "culvert_revoked_peers" &["at"], "Peers met whose certificate is on a revocation list: refused in a `handshake`, or the `tunnel` closed that was open.";
+    CRL_UPDATES = Counter "culvert_crl_updates" &["result"], "Attempts to take over a changed file of revocation lists; `rejected` ones left the old lists in force.";
+    CRL_LISTS = Gauge "culvert_crl_lists" &[], "Revocation lists in force.";
+    CRL_CERTIFICATES = Gauge "culvert_crl_revoked_certificates" &[], "Certificates that they name.";
     SHORT_CIRCUIT = Counter "culvert_short_circuited_flows" &["outcome"], "Direct flows that were worth a short-circuit: `entered`, or why it was not to be.";
     SHORT_OPEN = Gauge "culvert_short_circuited_flows_open" &[], "Direct flows open now whose sockets have been entered into the short-circuit.";
     SHORT_BYTES = Counter "culvert_short_circuited_bytes" &["way"], "Bytes that direct flows have sent since they were entered into the short-circuit, counted while they are open: `redirected`, or by `tcp` after all. Since the maps of the kernel part were made, whichever agent was there.";

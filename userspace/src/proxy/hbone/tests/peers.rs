@@ -16,7 +16,7 @@ where
         let mut connections = JoinSet::new();
         for number in 0.. {
             let (tcp, _) = listener.accept().await.unwrap();
-            let config = tls::server_config(&certificate, TestKnobs::default()).unwrap();
+            let config = tls::server_config(&certificate, &PeerChecks::default()).unwrap();
             let accepted = tls::accept(tcp, config, SOON, TestKnobs::default())
                 .await
                 .unwrap();
@@ -28,7 +28,7 @@ where
 
 fn client_of(ca: &Ca, address: SocketAddr, settings: PoolSettings) -> Client {
     Client {
-        pool: Pool::new(settings, TestKnobs::default()),
+        pool: Pool::new(settings, PeerChecks::default()),
         certificate: ca.issue("client"),
         key: PoolKey {
             source: "pod-1".into(),
