@@ -64,7 +64,7 @@ fn start(name: &str, arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> 
 /// Variables that `culvert node` reads.
 fn is_of_an_agent(name: &str) -> bool {
     const PREFIXES: [&str; 4] = ["CULVERT_", "XDS_", "CA_", "ISTIO_META_"];
-    const NAMES: [&str; 18] = [
+    const NAMES: [&str; 19] = [
         "NODE_NAME",
         "CLUSTER_ID",
         "NETWORK",
@@ -76,6 +76,7 @@ fn is_of_an_agent(name: &str) -> bool {
         "TRUST_DOMAIN",
         "LOCAL_XDS_PATH",
         "LOCAL_XDS",
+        "CRL_PATH",
         "SECRET_TTL",
         "PACKET_MARK",
         "TERMINATION_GRACE_PERIOD_SECONDS",

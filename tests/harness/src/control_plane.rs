@@ -15,7 +15,8 @@ use crate::process::Proc;
 
 const STARTED: Duration = Duration::from_secs(15);
 const ENDED: Duration = Duration::from_secs(10);
-const TOKEN: &str = "the-harness";
+/// What an agent has to show it.
+pub const TOKEN: &str = "the-harness";
 
 /// A running control plane. Dropping it kills it.
 #[derive(Debug)]

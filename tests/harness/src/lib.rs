@@ -12,7 +12,7 @@ pub mod capture;
 pub mod cgroup;
 pub mod cleanup;
 pub mod cni_rules;
-mod control_plane;
+pub mod control_plane;
 pub mod fabric;
 pub mod foreign;
 pub mod http;

@@ -2,8 +2,7 @@
 
 use anyhow::{Result, ensure};
 use culvert_harness::{
-    Agent, ControlPlane, Fabric, Mesh, Policy, TcpState, Workload, culvert_binary, log::Stream,
-    wait_until,
+    Agent, ControlPlane, Fabric, Mesh, Policy, TcpState, Workload, culvert_binary, wait_until,
 };
 use culvert_tests::scene::{
     NAMESPACE, SOON, Scene, Setting, answered, echo, mesh_status, only, serve, status,
@@ -179,26 +178,5 @@ fn a_control_plane_that_misbehaves_changes_nothing() -> Result<()> {
         Ok((known == Some(count as u64)).then_some(()))
     })?;
     assert!(reaches(&scene, false)?);
-    Ok(())
-}
-
-#[test]
-fn no_secret_is_in_anything_that_is_printed() -> Result<()> {
-    let scene = scene()?;
-    let _server = serve(&scene.server_b, "echo")?;
-    assert!(reaches(&scene, false)?);
-    for agent in [&scene.agent1, &scene.agent2] {
-        let printed = [
-            agent.config_dump()?.body,
-            agent.metrics()?,
-            agent.log().text(Stream::Out) + &agent.log().text(Stream::Err),
-            agent.cli(["status", "--json"])?.stdout,
-        ];
-        for text in printed {
-            for secret in ["the-harness", "PRIVATE KEY"] {
-                assert!(!text.contains(secret), "{secret}: {text}");
-            }
-        }
-    }
     Ok(())
 }

@@ -24,6 +24,7 @@ mod redirect_iptables;
 mod requests;
 mod revocation;
 mod routes;
+mod secrets;
 mod server;
 mod streams;
 mod telemetry;

@@ -3,10 +3,11 @@
 use super::access::accepted_from;
 use anyhow::Result;
 use culvert_harness::{
-    Agent, AgentOptions, Fabric, Mesh, Workload, mesh::replace_file, wait_until,
+    Agent, AgentOptions, Fabric, Mesh, Node, Workload, log::Stream, mesh::replace_file, wait_until,
 };
 use culvert_tests::scene::{
-    NAMESPACE, SOON, Scene, answered, connect, echo, mesh_status, serve, status, text, was_reset,
+    NAMESPACE, SOON, Scene, answered, connect, echo, mesh_status, only, serve, status, text,
+    was_reset,
 };
 
 const READINESS: u16 = 15021;
@@ -150,5 +151,55 @@ fn nothing_leaves_in_clear_before_there_is_a_mesh() -> Result<()> {
 #[test]
 fn twin_everything_leaves_in_clear_before_there_is_a_mesh_when_none_is_awaited() -> Result<()> {
     assert!(leaks_before_the_mesh(None, "skip-mesh-wait")?);
+    Ok(())
+}
+
+/// An agent with the mesh in its environment, in the place of a file.
+fn agent_with_text(node: &Node, text: &str) -> Result<Agent> {
+    let mut options = AgentOptions::default();
+    let env = [("LOCAL_XDS_PATH", ""), ("LOCAL_XDS", text)];
+    let env = env.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    options.env.extend(env);
+    node.start_agent(options)
+}
+
+#[test]
+fn a_mesh_that_is_given_as_text_is_in_force() -> Result<()> {
+    let fabric = Fabric::new()?;
+    let node = fabric.node()?;
+    let (client, server, intruder) = (
+        node.pod("client")?,
+        node.pod("server")?,
+        node.pod("intruder")?,
+    );
+    let pods = [&client, &server, &intruder];
+    let mesh = Mesh {
+        workloads: pods
+            .map(|pod| Workload::of_pod(pod, NAMESPACE, pod.name()))
+            .to_vec(),
+        policies: vec![only("client")],
+        ..Mesh::default()
+    };
+    let file = node.directory().join("mesh-as-text.yaml");
+    mesh.write(&file)?;
+    let agent = agent_with_text(&node, &std::fs::read_to_string(&file)?)?;
+    agent.ready()?;
+    for (pod, workload) in pods.into_iter().zip(&mesh.workloads) {
+        agent.enrol_as(pod, workload)?;
+    }
+    let _server = serve(&server, "echo")?;
+    assert!(answered(&echo(&client, &server)?));
+    assert!(!answered(&echo(&intruder, &server)?));
+    assert!(mesh_status(&agent)?.contains("revision 1"));
+    Ok(())
+}
+
+#[test]
+fn a_broken_mesh_that_is_given_as_text_keeps_the_agent_from_starting() -> Result<()> {
+    let fabric = Fabric::new()?;
+    let agent = agent_with_text(&fabric.node()?, BROKEN)?;
+    assert!(!agent.process().wait(SOON)?.success());
+    let said = agent.log().text(Stream::Err);
+    assert!(said.contains("LOCAL_XDS:6:13:"), "{said}");
     Ok(())
 }

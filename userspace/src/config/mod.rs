@@ -21,7 +21,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::{
-    control_channel::{Address, RootSource},
+    control_channel::{Address, Headers, RootSource},
     kernel::RedirectMode,
     mesh::ShortCircuitMode,
 };
@@ -77,6 +77,9 @@ pub struct Config {
     /// The mesh from a local file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub local_xds_path: Option<PathBuf>,
+    /// The mesh as text, in the place of a file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub local_xds: Option<String>,
     /// The control plane that tells the mesh, unless a local file does.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub xds_address: Option<Address>,
@@ -100,10 +103,10 @@ pub struct Config {
     pub crl_path: Option<PathBuf>,
     /// More headers for the control plane: `XDS_HEADER_*` without that beginning. They may be secrets.
     #[serde(skip)]
-    pub xds_headers: Vec<(String, String)>,
+    pub xds_headers: Headers,
     /// The same for the authority: `CA_HEADER_*`.
     #[serde(skip)]
-    pub ca_headers: Vec<(String, String)>,
+    pub ca_headers: Headers,
     /// What the agent tells of itself beside its names: `ISTIO_META_*` without that beginning.
     #[serde(skip)]
     pub node_metadata: BTreeMap<String, String>,
@@ -228,6 +231,15 @@ impl Config {
         let pod_namespace = layers.or(&settings::POD_NAMESPACE, name_or_nothing, String::new());
         let instance_ip = layers.take(&settings::INSTANCE_IP, values::ip);
         let local_xds_path = layers.take(&settings::LOCAL_XDS_PATH, values::path);
+        let local_xds = layers.take(&settings::LOCAL_XDS, values::text);
+        if local_xds_path.is_some() && local_xds.is_some() {
+            layers.contradiction(&settings::LOCAL_XDS_PATH, &settings::LOCAL_XDS);
+        }
+        let local = match (&local_xds_path, &local_xds) {
+            (Some(_), _) => Some(&settings::LOCAL_XDS_PATH),
+            (None, Some(_)) => Some(&settings::LOCAL_XDS),
+            (None, None) => None,
+        };
         let address = |text: &str| Address::parse(text).ok();
         let in_cluster = match environment.variable("KUBERNETES_SERVICE_HOST") {
             Variable::Unset => None,
@@ -235,10 +247,10 @@ impl Config {
         };
         let roots = || RootSource::File(PathBuf::from(ISTIOD_ROOTS));
         let xds_address = layers.take(&settings::XDS_ADDRESS, address);
-        // Who names a file means it; who names both has to choose.
-        let xds_address = match (&local_xds_path, xds_address) {
-            (Some(_), Some(_)) => {
-                layers.contradiction(&settings::LOCAL_XDS_PATH, &settings::XDS_ADDRESS);
+        // Who gives a mesh means it; who names a control plane too has to choose.
+        let xds_address = match (local, xds_address) {
+            (Some(local), Some(_)) => {
+                layers.contradiction(local, &settings::XDS_ADDRESS);
                 None
             }
             (Some(_), None) => None,
@@ -263,7 +275,7 @@ impl Config {
         let alt_ca_hostname = layers.take(&settings::ALT_CA_HOSTNAME, values::host);
         let crl_path = layers.take(&settings::CRL_PATH, values::path);
         let mut with = |prefix| layers.beginning_with(environment, prefix);
-        let (xds_headers, ca_headers) = (with("XDS_HEADER_"), with("CA_HEADER_"));
+        let (xds_headers, ca_headers) = (with("XDS_HEADER_").into(), with("CA_HEADER_").into());
         let node_metadata = with("ISTIO_META_").into_iter().collect();
         let secret_ttl = layers.or(
             &settings::SECRET_TTL,
@@ -383,6 +395,7 @@ impl Config {
             pod_namespace,
             instance_ip,
             local_xds_path,
+            local_xds,
             xds_address,
             xds_root_ca,
             alt_xds_hostname,

@@ -67,6 +67,9 @@ settings! {
     LOCAL_XDS_PATH = "localXdsPath", "LOCAL_XDS_PATH", "local-xds-path",
         "the path of a YAML file with workloads, services and policies",
         "Mesh file, reloaded when it changes [none]";
+    LOCAL_XDS = "localXds", "LOCAL_XDS", "local-xds",
+        "workloads, services and policies as YAML text",
+        "The mesh itself, as a mesh file has it; never read again [none]";
     XDS_ADDRESS = "xdsAddress", "XDS_ADDRESS", "xds-address",
         "an address such as https://istiod.istio-system.svc:15012",
         "The control plane that tells the mesh [https://istiod.istio-system.svc:15012 in a cluster]";

@@ -210,6 +210,7 @@ fn the_printed_configuration_is_a_file_that_gives_the_same() {
         ("INSTANCE_IP", "fd00::1"),
         ("LOCAL_XDS_PATH", "/etc/a \"b\": #c.yaml"),
         ("LOG_FORMAT", "json"),
+        ("CRL_PATH", "/etc/crl.pem"),
         ("SECRET_TTL", "1h30m"),
         ("IPV6_ENABLED", "false"),
     ]);
@@ -218,6 +219,17 @@ fn the_printed_configuration_is_a_file_that_gives_the_same() {
     let bare = Environment::default();
     let again = Config::load(&flags(Some(printed.path()), &[]), &bare).unwrap();
     assert_eq!(again, config);
+}
+
+#[test]
+fn a_mesh_that_is_given_as_text_is_printed_so_that_it_can_be_read_again() {
+    let mesh = "workloads:\n- uid: \"a\"\n  name: a # one\n";
+    let env = environment(&[("LOCAL_XDS", mesh)]);
+    let config = Config::load(&Flags::default(), &env).unwrap();
+    let printed = file(&config.to_yaml());
+    let flags = flags(Some(printed.path()), &[]);
+    let again = Config::load(&flags, &Environment::default()).unwrap();
+    assert_eq!(again.local_xds.as_deref(), Some(mesh));
 }
 
 #[test]
@@ -242,13 +254,14 @@ fn every_setting_is_used_and_printed() {
         Config::load(&Flags::default(), &env).unwrap().to_yaml()
     };
     let on_a_laptop = [("LOCAL_XDS_PATH", "mesh.yaml"), ("CULVERT_DEV_CA", "ca")];
+    let inline = [("LOCAL_XDS", "workloads: []"), ("CRL_PATH", "crl.pem")];
     let in_a_cluster = [
         ("XDS_ADDRESS", "istiod:15012"),
         ("ALT_XDS_HOSTNAME", "istiod"),
         ("CA_ADDRESS", "istiod:15012"),
         ("ALT_CA_HOSTNAME", "istiod"),
     ];
-    let yaml = printed(&on_a_laptop) + &printed(&in_a_cluster);
+    let yaml = printed(&on_a_laptop) + &printed(&inline) + &printed(&in_a_cluster);
     for setting in settings::ALL {
         if setting.key != settings::TEST_KNOBS.key {
             assert!(
@@ -258,7 +271,8 @@ fn every_setting_is_used_and_printed() {
             );
         }
         // A value nothing takes is refused by each setting, except the free-form ones.
-        let free = ["authToken", "localXdsPath", "devCa"].contains(&setting.key);
+        let free = ["authToken", "localXdsPath", "localXds", "crlPath", "devCa"];
+        let free = free.contains(&setting.key);
         let env = environment(&[(setting.variable, "\u{1}")]);
         let refused = Config::load(&Flags::default(), &env).is_err();
         assert!(refused || free, "{}", setting.key);
@@ -437,13 +451,25 @@ fn of_two_sources_one_has_to_be_chosen() {
         ("CULVERT_DEV_CA", "/ca"),
         ("CA_ADDRESS", "istiod:15012"),
     ]);
-    let errors = errors(&Flags::default(), &both);
-    assert_eq!(errors.len(), 2, "{errors:?}");
-    for (error, names) in errors.iter().zip([
+    let found = errors(&Flags::default(), &both);
+    assert_eq!(found.len(), 2, "{found:?}");
+    for (error, names) in found.iter().zip([
         ["LOCAL_XDS_PATH", "XDS_ADDRESS"],
         ["CULVERT_DEV_CA", "CA_ADDRESS"],
     ]) {
         assert!(names.iter().all(|name| error.contains(name)), "{error}");
+    }
+    for (one, other) in [
+        ("LOCAL_XDS_PATH", "LOCAL_XDS"),
+        ("LOCAL_XDS", "XDS_ADDRESS"),
+    ] {
+        let both = environment(&[(one, "/mesh.yaml"), (other, "istiod:15012")]);
+        let found = errors(&Flags::default(), &both);
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(
+            found[0].contains(one) && found[0].contains(other),
+            "{found:?}"
+        );
     }
     // In a cluster a file wins over the control plane that nobody has named.
     let file = environment(&[
@@ -462,16 +488,19 @@ fn headers_for_the_control_plane_are_not_shown() {
         ("AUTH_TOKEN", "secret-three"),
     ]);
     let config = Config::load(&Flags::default(), &env).unwrap();
-    assert_eq!(
-        config.xds_headers,
-        [("X-KEY".to_owned(), "secret-one".to_owned())]
-    );
-    assert_eq!(config.ca_headers.len(), 1);
-    assert!(
-        !config.to_yaml().contains("secret-"),
-        "{}",
-        config.to_yaml()
-    );
+    let one = Headers::from(vec![("X-KEY".to_owned(), "secret-one".to_owned())]);
+    assert_eq!(config.xds_headers, one);
+    assert_eq!(config.ca_headers.iter().count(), 1);
+    for shown in [
+        config.to_yaml(),
+        config.to_json().to_string(),
+        format!("{config:?} {config:#?}"),
+        format!("{env:?}"),
+    ] {
+        assert!(!shown.contains("secret-"), "{shown}");
+    }
+    // The same search finds what is no secret.
+    assert!(format!("{config:?}").contains("X-KEY"));
 }
 
 #[test]

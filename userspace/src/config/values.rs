@@ -216,6 +216,11 @@ pub(super) fn serialize_short_circuit<S: Serializer>(
     serializer.collect_str(mode)
 }
 
+/// A text that says something.
+pub(super) fn text(text: &str) -> Option<String> {
+    (!text.trim().is_empty()).then(|| text.to_owned())
+}
+
 /// A path; relative ones are allowed, they are relative to the working directory.
 pub(super) fn path(text: &str) -> Option<PathBuf> {
     (!text.is_empty() && !text.contains('\0')).then(|| PathBuf::from(text))

@@ -97,6 +97,31 @@ pub trait TokenSource: Send + Sync {
     fn token(&self) -> Result<Option<String>, String>;
 }
 
+/// Headers by name. Their values may be secrets, and are never shown.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Headers(Vec<(String, String)>);
+
+impl Headers {
+    /// Names and values.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.iter().map(|(name, value)| (&**name, &**value))
+    }
+}
+
+impl From<Vec<(String, String)>> for Headers {
+    fn from(headers: Vec<(String, String)>) -> Self {
+        Self(headers)
+    }
+}
+
+impl fmt::Debug for Headers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list()
+            .entries(self.iter().map(|(name, _)| name))
+            .finish()
+    }
+}
+
 /// One service of the control plane.
 #[derive(Clone)]
 pub struct ControlChannel {
@@ -111,7 +136,7 @@ pub struct ControlChannel {
     /// The cluster, as the header `clusterid`.
     pub cluster_id: String,
     /// More headers.
-    pub headers: Vec<(String, String)>,
+    pub headers: Headers,
 }
 
 /// Why the control plane cannot be spoken to.
@@ -204,7 +229,7 @@ impl ControlChannel {
             metadata.insert(key, value);
             Ok(())
         };
-        for (name, value) in &self.headers {
+        for (name, value) in self.headers.iter() {
             add(name, value, true)?;
         }
         add("clusterid", &self.cluster_id, false)?;

@@ -55,7 +55,7 @@ fn channel(token: Result<Option<String>, String>, roots: &str) -> ControlChannel
         roots: RootSource::parse(roots).unwrap(),
         token: Arc::new(Token(token)),
         cluster_id: "Kubernetes".to_owned(),
-        headers: vec![("X-One".to_owned(), "1".to_owned())],
+        headers: vec![("X-One".to_owned(), "1".to_owned())].into(),
     }
 }
 

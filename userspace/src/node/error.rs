@@ -16,7 +16,7 @@ pub enum NodeError {
     )]
     NoCa,
     #[error(
-        "no source of the mesh: set XDS_ADDRESS to a control plane such as istiod, or LOCAL_XDS_PATH to a mesh file"
+        "no source of the mesh: set XDS_ADDRESS to a control plane such as istiod, LOCAL_XDS_PATH to a mesh file, or LOCAL_XDS to the mesh itself"
     )]
     NoMesh,
     #[error("CULVERT_TEST_KNOBS: unknown knob `{0}`")]

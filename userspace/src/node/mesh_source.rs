@@ -1,4 +1,4 @@
-//! Where this node's mesh comes from: the control plane, or a local file.
+//! Where this node's mesh comes from: the control plane, a local file, or the configuration itself.
 //!
 //! Started by `node`, which follows the store; `readiness` and `culvert status` ask what is known of it.
 
@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::NodeError;
 use crate::{
-    config::{Config, show_duration},
+    config::{Config, settings, show_duration},
     control_channel::ControlChannel,
     mesh::{MeshDefaults, Store},
     telemetry::Telemetry,
@@ -49,6 +49,23 @@ impl MeshSource {
             tasks.spawn(async move {
                 watcher.run(control).await;
                 "mesh file"
+            });
+            return Ok((Self::File(status), None));
+        }
+        if let Some(text) = &config.local_xds {
+            let given = LocalFile::new(settings::LOCAL_XDS.variable);
+            let revision = given.put_in_effect(text.as_bytes(), &defaults, store)?;
+            let (sender, status) = watch::channel(LocalFileStatus::default());
+            sender.send_replace(LocalFileStatus {
+                revision: Some(revision),
+                loaded_at: Some(SystemTime::now()),
+                error: None,
+            });
+            tasks.spawn(async move {
+                control.cancelled().await;
+                // Not earlier: the end of what is told is the end of the source.
+                drop(sender);
+                "mesh text"
             });
             return Ok((Self::File(status), None));
         }

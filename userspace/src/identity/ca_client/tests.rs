@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::*;
-use crate::control_channel::{Address, RootSource, TokenSource};
+use crate::control_channel::{Address, Headers, RootSource, TokenSource};
 use crate::dev_control_plane::{ca::pem, fixture::ControlPlane};
 
 const MESH: &str = "workloads: []\n";
@@ -24,7 +24,7 @@ fn client(address: &str, root: &Path) -> CaClient {
         roots: RootSource::File(root.to_owned()),
         token: std::sync::Arc::new(NoToken),
         cluster_id: "Kubernetes".to_owned(),
-        headers: Vec::new(),
+        headers: Headers::default(),
     };
     CaClient::new(channel, HOUR)
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::*;
-use crate::control_channel::{Address, RootSource, TokenSource};
+use crate::control_channel::{Address, Headers, RootSource, TokenSource};
 use crate::dev_control_plane::fixture::ControlPlane;
 use crate::mesh::Mesh;
 
@@ -24,7 +24,7 @@ fn channel(address: &str, root: &Path) -> ControlChannel {
         roots: RootSource::File(root.to_owned()),
         token: Arc::new(NoToken),
         cluster_id: "Kubernetes".to_owned(),
-        headers: Vec::new(),
+        headers: Headers::default(),
     }
 }
 

@@ -47,11 +47,11 @@ impl LocalFile {
         Ok((watcher, receiver))
     }
 
-    /// The same resources once and for all: nothing is followed.
+    /// Puts `bytes` in effect as this file's content.
     ///
     /// # Errors
-    /// The content is not a mesh.
-    pub(super) fn put_in_effect(
+    /// They are not a mesh.
+    pub fn put_in_effect(
         &self,
         bytes: &[u8],
         defaults: &MeshDefaults,
