@@ -225,8 +225,14 @@ fn a_second_way_to_a_root_does_not_help_when_both_are_revoked() {
     let chain = [leaf(4, &middle), der(&middle), der(&again)];
     let roots = roots(&[&one, &other]);
     let (first, second) = (list(&one, &[2]), list(&other, &[2]));
-    assert_eq!(judged(&lists(&[first.clone()]), &chain, &roots), Ok(()));
-    assert_eq!(judged(&lists(&[second.clone()]), &chain, &roots), Ok(()));
+    assert_eq!(
+        judged(&lists(std::slice::from_ref(&first)), &chain, &roots),
+        Ok(())
+    );
+    assert_eq!(
+        judged(&lists(std::slice::from_ref(&second)), &chain, &roots),
+        Ok(())
+    );
     assert_eq!(judged(&lists(&[first, second]), &chain, &roots), REVOKED);
 }
 
