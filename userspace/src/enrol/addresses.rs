@@ -48,6 +48,15 @@ pub(super) fn of_pod(
     Ok(chosen)
 }
 
+/// All that a pod may turn out to be enrolled with, if nobody names any.
+pub(super) fn all(netns: &Netns) -> Vec<IpAddr> {
+    let found = netns.run(found).unwrap_or_default();
+    choose(&found, None)
+        .iter()
+        .map(|address| address.ip)
+        .collect()
+}
+
 /// Whether an address that a pod has is another's by the mesh: the pod can give itself any before the mesh names it.
 pub fn belongs_to_another(
     own: Option<&Workload>,

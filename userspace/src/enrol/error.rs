@@ -45,6 +45,10 @@ pub enum EnrolError {
     )]
     ForeignAddress { uid: PodUid, found: String },
     #[error(
+        "pod {uid}: the control plane, which is asked for what is needed (XDS_ON_DEMAND), has not said what it knows of the address {ip}; see `culvert status`"
+    )]
+    Unanswered { uid: PodUid, ip: IpAddr },
+    #[error(
         "pod {0}: its identity is not known: give --namespace and --service-account, or name it in the mesh"
     )]
     NoIdentity(PodUid),

@@ -1,6 +1,6 @@
 //! Setting a pod up and taking it down: namespace, routing, listeners, hook.
 
-use std::{path::Path, sync::Arc};
+use std::{net::IpAddr, path::Path, sync::Arc};
 
 use super::{EnrolError, KnownPod, LocalPod, PodSpec, addresses};
 use crate::{
@@ -36,6 +36,11 @@ impl Enrolment {
             return Err(EnrolError::HostNetwork(spec.uid.clone()));
         }
         Ok(netns)
+    }
+
+    /// The addresses of a namespace, whoever they belong to; a bounded number of them.
+    pub fn found(netns: &Netns) -> Vec<IpAddr> {
+        addresses::all(netns)
     }
 
     /// Finds the pod's addresses, the primary one first: those it was enrolled with before, else those the mesh names, else all.

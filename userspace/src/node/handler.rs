@@ -245,7 +245,10 @@ fn refuse(error: &EnrolError) -> AdminError {
         | EnrolError::Kernel(
             KernelError::NotNetns { .. } | KernelError::NotReceivedNetns | KernelError::File { .. },
         ) => ErrorKind::BadRequest,
-        EnrolError::Stopping | EnrolError::TooMany(_) | EnrolError::Kernel(_) => ErrorKind::Failed,
+        EnrolError::Stopping
+        | EnrolError::TooMany(_)
+        | EnrolError::Unanswered { .. }
+        | EnrolError::Kernel(_) => ErrorKind::Failed,
     };
     AdminError::new(kind, error.to_string())
 }

@@ -1,6 +1,7 @@
 //! The pods of this node: enrolling, releasing, and everything that belongs to one.
 
 mod cni;
+mod learning;
 mod leaving;
 mod waiting;
 
@@ -85,8 +86,12 @@ impl Pods {
     /// Serves the pods of an earlier agent again, and forgets those that have gone. What cannot be served yet waits, steered to
     /// a listener that is not there: refused, until [`Self::retry`] succeeds or the pod is removed.
     pub async fn restore(&self) {
+        let recalled = self.memory.recall();
+        let served = recalled.iter().filter(|known| !known.leaves);
+        let specs: Vec<PodSpec> = served.map(|known| known.spec.clone()).collect();
+        self.learn(&specs).await;
         let mut running = self.running.lock().await;
-        for known in self.memory.recall() {
+        for known in recalled {
             let uid = known.spec.uid.clone();
             if known.leaves {
                 self.forget(&running, known);
@@ -134,6 +139,7 @@ impl Pods {
 
     /// Enrols a pod; a second request for the same pod changes nothing.
     pub async fn add(&self, spec: PodSpec) -> Result<Arc<LocalPod>, EnrolError> {
+        self.learn(std::slice::from_ref(&spec)).await;
         let mut running = self.running.lock().await;
         self.admit(&mut running, spec).await
     }
@@ -188,13 +194,14 @@ impl Pods {
             ..
         } = running;
         let workers = workers.as_ref().ok_or(EnrolError::Stopping)?;
-        let mesh = self.context.mesh.load();
         let uid = spec.uid.clone();
-        let identity = spec.identity(&mesh, &self.trust_domain)?;
         let netns = Enrolment::open(&spec)?;
         if self.host == Some(netns.cookie()) {
             return Err(EnrolError::HostNetwork(uid));
         }
+        self.check_learnt(&uid, &netns)?;
+        let mesh = self.context.mesh.load();
+        let identity = spec.identity(&mesh, &self.trust_domain)?;
         if !self.registry.check(&uid, &netns)? {
             return self.registry.by_uid(&uid).ok_or(EnrolError::Unknown(uid));
         }

@@ -16,6 +16,8 @@ use crate::mesh::{Destination, NetworkAddress, ServiceName, Store};
 
 /// The most names that are asked for: pods may connect to any address there is.
 const MOST_NAMES: usize = 65_536;
+/// With those of this node's own pods, which have room whatever others connect to.
+const MOST_WITH_OWN: usize = MOST_NAMES + 16_384;
 /// Names on their way to the control plane.
 const WAITING: usize = 4096;
 /// How long a connection waits for an answer.
@@ -78,17 +80,21 @@ impl Answers {
         self.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether there was an answer; enters the name if it is new. `None` if there is no room for it.
-    fn enter(&self, name: &str) -> Option<(bool, bool)> {
+    /// Whether there was an answer, and whether the name is new, which enters it. `None` if there is no room for it among so many.
+    fn enter(&self, name: &str, most: usize) -> Option<(bool, bool)> {
         let mut names = self.names();
         if let Some(answered) = names.get(name) {
             return Some((*answered, false));
         }
-        if names.len() >= MOST_NAMES {
+        if names.len() >= most {
             return None;
         }
         names.insert(name.to_owned(), false);
         Some((false, true))
+    }
+
+    fn is_answered(&self, name: &str) -> bool {
+        self.names().get(name).copied().unwrap_or_default()
     }
 
     fn settle(&self, name: &str) {
@@ -120,10 +126,7 @@ impl Demand {
     /// # Errors
     /// There is no answer.
     pub async fn address(&self, network: &str, ip: IpAddr) -> Result<(), DemandError> {
-        let is_known = || {
-            let mesh = self.store.load();
-            mesh.lookup(network, ip, None) != Destination::Unknown
-        };
+        let is_known = || self.holds(network, ip);
         let name = NetworkAddress::new(network, ip).to_string();
         self.wait(&name, is_known).await
     }
@@ -137,9 +140,39 @@ impl Demand {
         self.wait(name.as_str(), is_known).await
     }
 
-    async fn wait(&self, name: &str, is_known: impl Fn() -> bool) -> Result<(), DemandError> {
+    /// Asks what is at addresses of this node's own pods. Returns when all of it is known, or when it has taken as long as a connection
+    /// would wait: [`Self::knows`] tells what is not.
+    pub async fn own_addresses(&self, network: &str, ips: &[IpAddr]) {
+        let asked = ips.iter().filter(|ip| {
+            let name = NetworkAddress::new(network, **ip).to_string();
+            !self.knows(network, **ip) && self.ask(&name, MOST_WITH_OWN).is_ok()
+        });
+        let asked: Vec<IpAddr> = asked.copied().collect();
         let mut news = self.answers.news.subscribe();
-        let (answered, new) = self.answers.enter(name).ok_or(DemandError::TooMany)?;
+        let all_known = async {
+            while !asked.iter().all(|ip| self.knows(network, *ip)) {
+                if news.changed().await.is_err() {
+                    return;
+                }
+            }
+        };
+        // What is not known is asked about again by whoever needs it.
+        let _ = tokio::time::timeout(self.patience, all_known).await;
+    }
+
+    /// Whether the store holds what is at an address, or it is known that nothing of the mesh is.
+    pub fn knows(&self, network: &str, ip: IpAddr) -> bool {
+        let name = NetworkAddress::new(network, ip).to_string();
+        self.answers.is_answered(&name) || self.holds(network, ip)
+    }
+
+    fn holds(&self, network: &str, ip: IpAddr) -> bool {
+        self.store.load().lookup(network, ip, None) != Destination::Unknown
+    }
+
+    /// Asks for a name that was not asked for; whether there was an answer already.
+    fn ask(&self, name: &str, most: usize) -> Result<bool, DemandError> {
+        let (answered, new) = self.answers.enter(name, most).ok_or(DemandError::TooMany)?;
         if new {
             // Nobody takes names while the control plane is gone: what finds no room must be asked for by the next one.
             self.asks.try_send(name.to_owned()).map_err(|error| {
@@ -150,7 +183,12 @@ impl Demand {
                 }
             })?;
         }
-        if answered || is_known() {
+        Ok(answered)
+    }
+
+    async fn wait(&self, name: &str, is_known: impl Fn() -> bool) -> Result<(), DemandError> {
+        let mut news = self.answers.news.subscribe();
+        if self.ask(name, MOST_NAMES)? || is_known() {
             return Ok(());
         }
         let waiting = async {
@@ -160,7 +198,7 @@ impl Demand {
                 if is_known() {
                     self.answers.settle(name);
                 }
-                if let Some((true, _)) = self.answers.enter(name) {
+                if self.answers.is_answered(name) {
                     return Ok(());
                 }
             }

@@ -10,6 +10,7 @@ use crate::{
 
 impl zds::PodHost for Pods {
     async fn enrol(&self, spec: PodSpec) -> Result<(), EnrolError> {
+        self.learn(std::slice::from_ref(&spec)).await;
         let mut running = self.running.lock().await;
         if running.workers.is_none() {
             return Err(EnrolError::Stopping);

@@ -85,14 +85,11 @@ impl Waiting {
 impl Pods {
     /// Tries to serve the pods that wait, as far as it is time.
     pub async fn retry(&self) {
+        let due = due(&*self.running.lock().await);
+        self.learn(&due).await;
         let mut running = self.running.lock().await;
         // They go on waiting meanwhile: who asks is told of all of them, and none is forgotten.
-        let due = running
-            .waiting
-            .values()
-            .filter(|waiting| waiting.is_due())
-            .map(|waiting| waiting.spec.clone());
-        for spec in due.collect::<Vec<_>>() {
+        for spec in self::due(&running) {
             // What fails waits again, and says so.
             let _ = self.admit_or_wait(&mut running, spec).await;
         }
@@ -118,4 +115,10 @@ impl Pods {
         self.remember(running);
         Err(error)
     }
+}
+
+/// The pods that are to be tried again now.
+fn due(running: &Running) -> Vec<PodSpec> {
+    let due = running.waiting.values().filter(|waiting| waiting.is_due());
+    due.map(|waiting| waiting.spec.clone()).collect()
 }

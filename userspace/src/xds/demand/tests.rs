@@ -38,12 +38,41 @@ async fn without_an_answer_it_is_not_known() {
 
 #[tokio::test]
 async fn the_names_are_bounded() {
-    let (demand, demanded) = Demand::new(Arc::new(Store::new()));
+    let (demand, mut demanded) = Demand::new(Arc::new(Store::new()));
     for number in 0..MOST_NAMES {
-        assert!(demanded.answers.enter(&number.to_string()).is_some());
+        assert!(demand.ask(&number.to_string(), MOST_NAMES).is_ok());
+        demanded.asks.try_recv().unwrap();
     }
     let answer = demand.address("", [10, 0, 0, 1].into()).await;
     assert_eq!(answer, Err(DemandError::TooMany));
+}
+
+#[tokio::test]
+async fn what_pods_connect_to_takes_no_room_from_the_node_s_own_pods() {
+    let (mut demand, mut demanded) = Demand::new(Arc::new(Store::new()));
+    for number in 0..MOST_NAMES {
+        demanded.answers.enter(&number.to_string(), MOST_NAMES);
+    }
+    let own: [IpAddr; 2] = [[10, 0, 0, 1].into(), [10, 0, 0, 2].into()];
+    let asking = tokio::spawn({
+        let demand = demand.clone();
+        async move { demand.own_addresses("net", &own).await }
+    });
+    for ip in own {
+        let name = demanded.asks.recv().await.unwrap();
+        assert_eq!(name, format!("net/{ip}"));
+        assert!(!demand.knows("net", ip) && !asking.is_finished());
+        demanded.answers.hear(&removed(&name));
+        assert!(demand.knows("net", ip));
+    }
+    asking.await.unwrap();
+    // Nobody waits for ever, nor twice for what is known.
+    demand.patience = Duration::from_millis(10);
+    let other = [10, 0, 0, 3].into();
+    demand.own_addresses("net", &[own[0], other]).await;
+    assert!(!demand.knows("net", other));
+    assert_eq!(demanded.asks.try_recv().unwrap(), "net/10.0.0.3");
+    assert!(demanded.asks.try_recv().is_err());
 }
 
 #[tokio::test]
