@@ -21,8 +21,9 @@ const THREADS: &str = "RUST_TEST_THREADS";
 
 /// Tests that make much load: under emulation they take minutes each, so that only `cargo xtask vm` and `cargo xtask test
 /// --long` run them there.
-const LOAD: [&str; 11] = [
+const LOAD: [&str; 12] = [
     "changes::",
+    "churn::",
     "crowd::",
     "full_tables::",
     "greed::",

@@ -13,6 +13,7 @@ mod agent_gone;
 mod borrowed_addresses;
 mod broken_mesh;
 mod changes;
+mod churn;
 mod claims;
 mod crowd;
 mod disruption;

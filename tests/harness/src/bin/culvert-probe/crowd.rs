@@ -31,6 +31,9 @@ pub struct Crowd {
     /// Bytes of one exchange
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(8..=65536))]
     size: u32,
+    /// Milliseconds that each thread waits after a turn of its connections
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=10_000))]
+    pause_ms: u64,
 }
 
 #[derive(clap::Args)]
@@ -153,6 +156,7 @@ fn share(arguments: &Crowd, thread: u16, tally: &Tally, stop: &AtomicBool, open:
                 .map_err(|error| tally.fail("exchange", &error))
                 .is_ok()
         });
+        std::thread::sleep(Duration::from_millis(arguments.pause_ms));
     }
     for member in members {
         if let Err(error) = member.end() {

@@ -11,6 +11,7 @@ mod greet;
 mod late;
 mod load;
 mod many;
+mod paced;
 mod pattern;
 mod raw;
 mod report;
@@ -43,6 +44,8 @@ enum Probe {
     Crowd(crowd::Crowd),
     /// Make connections one after the other until standard input ends (server: echo)
     Churn(crowd::Churn),
+    /// Make connections at a steady pace, judged by what standard input says is expected (server: echo)
+    Paced(paced::Paced),
     /// Accept connections and say a name on each
     Greet(greet::Greet),
     /// Make connections and count the names they meet (server: greet)
@@ -85,6 +88,7 @@ fn main() -> anyhow::Result<()> {
         Probe::Conn(arguments) => load::connections(&arguments),
         Probe::Crowd(arguments) => crowd::crowd(&arguments),
         Probe::Churn(arguments) => crowd::churn(&arguments),
+        Probe::Paced(arguments) => paced::paced(&arguments),
         Probe::Greet(arguments) => greet::greet(&arguments),
         Probe::Meet(arguments) => greet::meet(&arguments),
         Probe::Many(arguments) => many::client(&arguments),
