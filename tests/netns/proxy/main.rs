@@ -9,6 +9,7 @@
 
 mod access;
 mod admin;
+mod authority;
 mod certificates;
 mod cni_rules;
 mod configuration;
@@ -18,6 +19,7 @@ mod expiry;
 mod identities;
 mod limits;
 mod mesh_file;
+mod on_demand;
 mod peer;
 mod policy;
 mod redirect_iptables;
@@ -27,5 +29,6 @@ mod routes;
 mod secrets;
 mod server;
 mod streams;
+mod surprises;
 mod telemetry;
 mod zds;

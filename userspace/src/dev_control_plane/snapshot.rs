@@ -40,6 +40,8 @@ pub struct Entry {
 pub struct Resources {
     entries: BTreeMap<Arc<str>, Arc<Entry>>,
     aliases: BTreeMap<String, BTreeSet<Arc<str>>>,
+    /// The workloads behind a service, by its name.
+    endpoints: BTreeMap<Arc<str>, BTreeSet<Arc<str>>>,
 }
 
 /// The resources of all types.
@@ -101,12 +103,17 @@ impl Resources {
         self.entries.iter()
     }
 
-    /// Those that a client means by `asked`: a name, or an alias that several may have.
+    /// Those that a client means by `asked`: a name, or an alias that several may have. Of a service its endpoints too, as istiod has it:
+    /// without them nothing can be done with it.
     pub fn meant(&self, asked: &str) -> impl Iterator<Item = (&Arc<str>, &Arc<Entry>)> {
-        let exact = self.entries.get_key_value(asked);
-        let names = self.aliases.get(asked).into_iter().flatten();
-        let others = names.filter_map(|name| self.entries.get_key_value(name));
-        exact.into_iter().chain(others)
+        let exact = self.entries.get_key_value(asked).map(|(name, _)| name);
+        let named = exact.into_iter();
+        let named = named.chain(self.aliases.get(asked).into_iter().flatten());
+        let all = named.flat_map(|name| {
+            let endpoints = self.endpoints.get(name).into_iter().flatten();
+            std::iter::once(name).chain(endpoints)
+        });
+        all.filter_map(|name| self.entries.get_key_value(name))
     }
 }
 
@@ -140,6 +147,11 @@ impl Snapshot {
             .map(|ip| alias(&workload.network, *ip));
         let entry = Entry::new(Kind::Address, value, aliases.collect());
         self.addresses.insert(&workload.uid, entry);
+        for (service, _) in &workload.services {
+            let endpoints = &mut self.addresses.endpoints;
+            let behind = endpoints.entry(service.as_str().into()).or_default();
+            behind.insert(Arc::clone(&workload.uid));
+        }
     }
 
     fn add_service(&mut self, service: &Service) {

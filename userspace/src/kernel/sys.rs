@@ -25,6 +25,16 @@ pub fn give_back_memory() {
     unsafe { libc::malloc_trim(0) };
 }
 
+/// From which size on, in bytes, what is freed goes back to the kernel at once.
+const LARGE: libc::c_int = 256 << 10;
+
+/// Has the allocator give back large blocks as they are freed. Left alone it keeps blocks as large as the largest that it has seen, and
+/// those of tables and of the kernel's types are some MiB, for each thread that ever held one. To be called once, at the start.
+pub fn keep_no_large_blocks() {
+    // SAFETY: without conditions. What it does not take stays as it was.
+    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE) };
+}
+
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;

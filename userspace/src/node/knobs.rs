@@ -80,6 +80,7 @@ impl Knobs {
                 "skip-revocation-lists" => knobs.proxy.tls.skip_revocation_lists = true,
                 "keep-revoked-tunnels" => knobs.proxy.tls.keep_revoked_tunnels = true,
                 "skip-mesh-wait" => knobs.proxy.skip_mesh_wait = true,
+                "skip-demand" => knobs.proxy.skip_demand = true,
                 "share-budgets" => knobs.proxy.share_budgets = true,
                 "keep-expired-tunnels" => knobs.proxy.keep_expired_tunnels = true,
                 "skip-forwarded-check" => knobs.proxy.skip_forwarded_check = true,

@@ -54,6 +54,8 @@ pub use unload::{UndonePod, Unloaded, unload};
 const RETRY: Duration = Duration::from_secs(1);
 /// How often pods are looked at that may have ended.
 const LOOK: Duration = Duration::from_secs(2);
+/// How long nothing is answered, not even that there is no mesh yet, because one may be about to come.
+const FIRST_WORD: Duration = Duration::from_secs(2);
 /// How often the kernel part is told that the agent lives.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 
@@ -95,6 +97,7 @@ async fn serve(
 ) -> Result<End, NodeError> {
     let started = Instant::now();
     limits::raise_open_files();
+    sys::keep_no_large_blocks();
     let knobs = knobs::Knobs::of(&config)?;
     // Endpoints end first; what the open connections depend on (policy, certificates, the heartbeat) once they have ended too.
     let shutdown = CancellationToken::new();
@@ -310,7 +313,8 @@ async fn serve(
         shutdown: shutdown.clone(),
     }));
     // Requests are answered once there is a mesh to judge them by, or a reason why there is none.
-    source.first_word().await;
+    // Whoever asks is told that there is none, however late the control plane is.
+    let _ = tokio::time::timeout(FIRST_WORD, source.first_word()).await;
     pods.restore().await;
     {
         let enforcer = Arc::clone(&enforcer);
@@ -350,6 +354,7 @@ async fn serve(
             let mut ticks = tokio::time::interval(LOOK);
             while shutdown.run_until_cancelled(ticks.tick()).await.is_some() {
                 pods.release_ended().await;
+                pods.give_back_memory().await;
             }
             "pods that have ended"
         });

@@ -18,7 +18,7 @@ use super::enforcer::{Enforcer, View};
 use crate::{
     config::Config,
     enrol::{EnrolError, Enrolment, KnownPod, LocalPod, Memory, Origin, PodSpec, PodUid, Registry},
-    kernel::{Kernel, KernelError, Netns, NetnsCookie, RoutingSettings},
+    kernel::{Kernel, KernelError, Netns, NetnsCookie, RoutingSettings, sys},
     proxy::{Context, PodProxy, Workers},
 };
 use leaving::{Leaving, UNDER_WAY};
@@ -50,6 +50,8 @@ struct Running {
     leaving: HashMap<NetnsCookie, Leaving>,
     /// Pods that had no device when they were last looked at.
     bare: HashSet<PodUid>,
+    /// Programs were loaded since [`Pods::give_back_memory`].
+    has_loaded: bool,
 }
 
 impl Pods {
@@ -71,6 +73,7 @@ impl Pods {
                 waiting: HashMap::new(),
                 leaving: HashMap::new(),
                 bare: HashSet::new(),
+                has_loaded: false,
             }),
             waiting: RwLock::default(),
             enforcer,
@@ -191,6 +194,7 @@ impl Pods {
             workers,
             pods,
             leaving,
+            has_loaded,
             ..
         } = running;
         let workers = workers.as_ref().ok_or(EnrolError::Stopping)?;
@@ -221,6 +225,7 @@ impl Pods {
         // What the kernel part already decides goes on being decided.
         let is_new = known.is_none() && left.is_none();
         let is_in_use = is_new && netns.has_tcp_sockets().unwrap_or(true);
+        *has_loaded = true;
         let (mut enrolment, listeners) = tokio::task::block_in_place(|| {
             Enrolment::begin(
                 kernel,
@@ -342,6 +347,16 @@ impl Pods {
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
+    }
+
+    /// Gives back what loading programs took for a moment: the loader reads the kernel's types each time, some 20 MiB in small pieces,
+    /// which the allocator keeps for each thread that has ever done it. To be called now and then.
+    pub async fn give_back_memory(&self) {
+        let has_loaded = std::mem::take(&mut self.running.lock().await.has_loaded);
+        if has_loaded {
+            // It takes a while, and nothing waits for it.
+            let _ = tokio::task::spawn_blocking(sys::give_back_memory).await;
+        }
     }
 
     pub fn all(&self) -> Vec<Arc<LocalPod>> {

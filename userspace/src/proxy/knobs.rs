@@ -18,6 +18,9 @@ pub struct ProxyKnobs {
     /// Before there is a mesh, everything counts as outside of it.
     #[cfg(feature = "test-knobs")]
     pub skip_mesh_wait: bool,
+    /// What the control plane was not asked about counts as outside of the mesh.
+    #[cfg(feature = "test-knobs")]
+    pub skip_demand: bool,
     /// All ports of a pod share one budget, and nobody's share of it is bounded.
     #[cfg(feature = "test-knobs")]
     pub share_budgets: bool,
@@ -53,6 +56,7 @@ knob! {
     checks_forwarded, skip_forwarded_check;
     reauthorizes, skip_reauthorization;
     awaits_mesh, skip_mesh_wait;
+    asks_control_plane, skip_demand;
     separates_budgets, share_budgets;
     refuses_expired_clients, keep_expired_tunnels;
 }

@@ -111,6 +111,9 @@ async fn learn(context: &Context, destination: SocketAddr) -> Result<(), DemandE
     let Some(demand) = &context.demand else {
         return Ok(());
     };
+    if !context.knobs.asks_control_plane() {
+        return Ok(());
+    }
     demand.address(&context.network, destination.ip()).await?;
     let found = context
         .mesh

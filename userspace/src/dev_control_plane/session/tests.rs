@@ -2,7 +2,10 @@
 
 use super::*;
 use crate::dev_control_plane::snapshot::Snapshot;
-use crate::mesh::{Mesh, MeshDefaults, MeshResources, WorkloadSpec};
+use crate::mesh::{
+    IpFamilies, LoadBalancer, Mesh, MeshDefaults, MeshResources, PortMap, Service, ServiceName,
+    WorkloadSpec,
+};
 use crate::policy::{Action, Authorization, PolicyName, Scope};
 use crate::wire::google::rpc::Status;
 
@@ -166,6 +169,35 @@ fn on_demand_only_what_was_asked_for_is_sent() {
     session.request(unsubscribe, &snapshot(1, &two())).unwrap();
     session.change(&snapshot(2, &more));
     assert_eq!(told(&mut session), said(&["nowhere"], &["b"]));
+}
+
+#[test]
+fn who_asks_for_a_service_is_told_of_its_endpoints() {
+    let id = ServiceName::new("ns", "web.ns.svc").unwrap();
+    let mut behind = workload("a", "10.0.0.1", "n1");
+    behind.services = vec![(id.clone(), PortMap::from_iter([(80, 8080)]))];
+    let service = Service {
+        id,
+        name: "web".into(),
+        vips: Vec::new(),
+        ports: PortMap::from_iter([(80, 8080)]),
+        subject_alt_names: Vec::new(),
+        waypoint: None,
+        load_balancer: LoadBalancer::default(),
+        ip_families: IpFamilies::default(),
+        canonical: false,
+    };
+    let resources = MeshResources {
+        workloads: vec![behind, workload("b", "10.0.0.2", "n1")],
+        services: vec![service],
+        ..MeshResources::default()
+    };
+    let mesh = Mesh::build(resources, &MeshDefaults::default()).unwrap();
+    let now = Snapshot::of(&mesh, 1);
+    let mut session = Session::default();
+    let first = request(ADDRESS, &["ns/web.ns.svc"], &["*"]);
+    session.request(first, &now).unwrap();
+    assert_eq!(told(&mut session), said(&["a", "ns/web.ns.svc"], &[]));
 }
 
 #[test]
