@@ -43,10 +43,13 @@ fn the_first_connection_waits_until_it_is_known_where_it_goes() -> Result<()> {
         serve(&scene.server_b, "echo")?,
         serve(&scene.intruder, "echo")?,
     );
-    scene.change_mesh(|mesh| {
-        if let Some(workload) = mesh.workload("intruder") {
-            workload.authorization_policies = vec![format!("{NAMESPACE}/closed")];
-        }
+    // Only the one agent hears of it.
+    if let Some(workload) = scene.mesh.workload("intruder") {
+        workload.authorization_policies = vec![format!("{NAMESPACE}/closed")];
+    }
+    scene.mesh.write(&scene.mesh_file())?;
+    wait_until(SOON, "the pod to be closed", || {
+        Ok((!answered(&echo(&scene.client, &scene.intruder)?)).then_some(()))
     })?;
     // Each knows its own pods and nobody else.
     assert_eq!(workloads(&scene.agent1)?, Some(3));
