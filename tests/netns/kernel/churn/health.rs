@@ -13,6 +13,8 @@ use crate::kernel_tables::table;
 const MORE_MEMORY: u64 = 16 << 10;
 /// The same of descriptors: tunnels come and go with the certificates.
 const MORE_DESCRIPTORS: u64 = 32;
+/// The same of threads: those for what takes a while end when there was nothing to do for some seconds.
+const MORE_THREADS: u64 = 8;
 /// The same of verdicts: those of pods that have gone are removed in time.
 const MORE_VERDICTS: u64 = 256;
 
@@ -89,7 +91,7 @@ impl Health {
                 now.memory_kib <= then.memory_kib + MORE_MEMORY
                     && now.descriptors <= then.descriptors + MORE_DESCRIPTORS
                     && now.verdicts <= then.verdicts + MORE_VERDICTS
-                    && now.threads <= then.threads
+                    && now.threads <= then.threads + MORE_THREADS
                     && now.pods == then.pods
                     && now.endpoints == then.endpoints,
                 "{then:?} became {now:?}"
