@@ -332,14 +332,10 @@ fn load(pins: Option<&Pins>, offsets: &Offsets, pod: NetnsCookie) -> Result<Ebpf
     for (name, value) in &globals {
         loader.override_global(name, value, true);
     }
-    let loaded = loader.load(OBJECT).map_err(|error| KernelError::Program {
+    loader.load(OBJECT).map_err(|error| KernelError::Program {
         program: "object",
         detail: chain(&error),
-    });
-    // A loader reads all types of the kernel, some 20 MB, and the allocator would keep that for each thread that ever had one.
-    drop(loader);
-    sys::give_back_memory();
-    loaded
+    })
 }
 
 /// Everything that reaches an isolated socket is dropped: see `ebpf-programs/src/isolation.rs`.

@@ -32,7 +32,7 @@ use crate::{
     config::Config,
     enrol::zds,
     identity::{CaClient, Certificates, DevCa, DevCaIssuer, Issuer, RenewalSettings, Revocations},
-    kernel::{HostProcesses, Kernel, KernelSettings, RoutingSettings, Tables, Verdicts},
+    kernel::{HostProcesses, Kernel, KernelSettings, RoutingSettings, Tables, Verdicts, sys},
     mesh::{MeshDefaults, Revision, ShortCircuitMode, Store},
     policy::{DenyReason, PolicyName},
     proxy::{Context, OpenConnections, Workers, hbone, tls},
@@ -154,6 +154,8 @@ async fn serve(
     )?;
 
     let (kernel, events, candidates) = Kernel::attach(&kernel)?;
+    // What was read of the kernel's types is not needed any more.
+    sys::give_back_memory();
     let short = kernel.short_circuit();
     let tables = Arc::clone(kernel.tables());
     {
