@@ -222,6 +222,12 @@ fn what_is_exposed_is_what_is_listed() {
             messages: vec![("unread", 2)],
         },
     });
+    metrics.set_revocation_source(|| RevocationCounters {
+        peers: vec![("handshake", 1)],
+        updates: vec![("accepted", 1)],
+        lists: 1,
+        certificates: 2,
+    });
     metrics.ended(FlowPath::Direct, FlowEnd::Fin, 1);
     metrics.retransmits(FlowPath::Direct, 1);
     metrics.short_circuited("entered");
