@@ -144,6 +144,9 @@ pub struct Status {
     pub policies: usize,
     /// Where the mesh comes from, and its last error.
     pub mesh: String,
+    /// The annotations file, where there is one, and its last error.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub annotations: Option<String>,
     /// Identities with a certificate, and until when it is valid.
     pub certificates: Vec<String>,
     /// The revocation lists in force, if there is a file of them.

@@ -118,6 +118,8 @@ pub(super) fn status(status: &Status) -> String {
             ),
         ),
     ];
+    let annotations = status.annotations.iter();
+    rows.extend(annotations.map(|said| row("annotations", said.clone())));
     rows.extend(
         status
             .revocation_lists

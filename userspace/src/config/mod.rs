@@ -80,6 +80,9 @@ pub struct Config {
     /// The mesh as text, in the place of a file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub local_xds: Option<String>,
+    /// What annotations hold beside what the control plane tells.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub annotations_path: Option<PathBuf>,
     /// The control plane that tells the mesh, unless a local file does.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub xds_address: Option<Address>,
@@ -240,6 +243,13 @@ impl Config {
             (None, Some(_)) => Some(&settings::LOCAL_XDS),
             (None, None) => None,
         };
+        let annotations_path = layers.take(&settings::ANNOTATIONS_PATH, values::path);
+        // A mesh file says them itself.
+        if let Some(local) = local
+            && annotations_path.is_some()
+        {
+            layers.contradiction(local, &settings::ANNOTATIONS_PATH);
+        }
         let address = |text: &str| Address::parse(text).ok();
         let in_cluster = match environment.variable("KUBERNETES_SERVICE_HOST") {
             Variable::Unset => None,
@@ -396,6 +406,7 @@ impl Config {
             instance_ip,
             local_xds_path,
             local_xds,
+            annotations_path,
             xds_address,
             xds_root_ca,
             alt_xds_hostname,

@@ -70,6 +70,9 @@ settings! {
     LOCAL_XDS = "localXds", "LOCAL_XDS", "local-xds",
         "workloads, services and policies as YAML text",
         "The mesh itself, as a mesh file has it; never read again [none]";
+    ANNOTATIONS_PATH = "annotationsPath", "CULVERT_ANNOTATIONS_PATH", "annotations-path",
+        "the path of a YAML file with annotations of namespaces and workloads",
+        "Annotations file beside a control plane, reloaded when it changes [none]";
     XDS_ADDRESS = "xdsAddress", "XDS_ADDRESS", "xds-address",
         "an address such as https://istiod.istio-system.svc:15012",
         "The control plane that tells the mesh [https://istiod.istio-system.svc:15012 in a cluster]";

@@ -260,6 +260,7 @@ fn every_setting_is_used_and_printed() {
         ("ALT_XDS_HOSTNAME", "istiod"),
         ("CA_ADDRESS", "istiod:15012"),
         ("ALT_CA_HOSTNAME", "istiod"),
+        ("CULVERT_ANNOTATIONS_PATH", "annotations.yaml"),
     ];
     let yaml = printed(&on_a_laptop) + &printed(&inline) + &printed(&in_a_cluster);
     for setting in settings::ALL {
@@ -271,7 +272,14 @@ fn every_setting_is_used_and_printed() {
             );
         }
         // A value nothing takes is refused by each setting, except the free-form ones.
-        let free = ["authToken", "localXdsPath", "localXds", "crlPath", "devCa"];
+        let free = [
+            "authToken",
+            "localXdsPath",
+            "localXds",
+            "annotationsPath",
+            "crlPath",
+            "devCa",
+        ];
         let free = free.contains(&setting.key);
         let env = environment(&[(setting.variable, "\u{1}")]);
         let refused = Config::load(&Flags::default(), &env).is_err();
@@ -450,10 +458,12 @@ fn of_two_sources_one_has_to_be_chosen() {
         ("XDS_ADDRESS", "istiod:15012"),
         ("CULVERT_DEV_CA", "/ca"),
         ("CA_ADDRESS", "istiod:15012"),
+        ("CULVERT_ANNOTATIONS_PATH", "/annotations.yaml"),
     ]);
     let found = errors(&Flags::default(), &both);
-    assert_eq!(found.len(), 2, "{found:?}");
+    assert_eq!(found.len(), 3, "{found:?}");
     for (error, names) in found.iter().zip([
+        ["LOCAL_XDS_PATH", "CULVERT_ANNOTATIONS_PATH"],
         ["LOCAL_XDS_PATH", "XDS_ADDRESS"],
         ["CULVERT_DEV_CA", "CA_ADDRESS"],
     ]) {

@@ -5,9 +5,10 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use super::namespaces::{Annotated, Named};
 use super::{
-    Annotations, Draft, Mesh, Namespace, Namespaces, Service, ServiceName, SharedTraits,
-    ShortCircuit, ShortCircuitMode, Traits, Workload, WorkloadSpec,
+    Draft, Mesh, Namespace, NamespaceAnnotations, Namespaces, Service, ServiceName, SharedTraits,
+    ShortCircuitMode, Traits, Workload, WorkloadSpec,
 };
 use crate::policy::{Authorization, Identity, IdentityError, PolicyName, Strictness};
 
@@ -106,7 +107,11 @@ impl Mesh {
     pub fn build(resources: MeshResources, defaults: &MeshDefaults) -> Result<Self, MeshError> {
         let mut namespaces = Namespaces::new();
         for Namespace { name, annotations } in resources.namespaces {
-            if namespaces.insert(name.clone(), annotations).is_some() {
+            let said = NamespaceAnnotations {
+                general: annotations,
+                ..NamespaceAnnotations::default()
+            };
+            if namespaces.insert(name.clone(), said).is_some() {
                 return Err(MeshError::DuplicateNamespace(name));
             }
         }
@@ -145,7 +150,7 @@ impl Mesh {
 impl Workload {
     pub(super) fn new(
         spec: WorkloadSpec,
-        namespace: &Annotations,
+        namespaces: &Namespaces,
         defaults: &MeshDefaults,
         shared: &mut SharedTraits,
     ) -> Result<Self, MeshError> {
@@ -172,13 +177,12 @@ impl Workload {
                     source,
                 }
             })?;
-        let direct = spec.annotations.direct.or(namespace.direct).unwrap_or(true);
-        let mut short_circuit = ShortCircuit::from(defaults.short_circuit);
-        // The pod's word last, as it counts most.
-        let words = [&namespace.short_circuit, &spec.annotations.short_circuit];
-        for annotation in words.into_iter().flatten() {
-            short_circuit = short_circuit.overridden_by(annotation);
-        }
+        let named = Named {
+            namespace: &spec.namespace,
+            deployment: &spec.workload_name,
+            pod: &spec.name,
+        };
+        let said = Annotated::of(&named, &spec.annotations, namespaces, defaults);
         let traits = Traits {
             namespace: spec.namespace,
             service_account,
@@ -196,8 +200,8 @@ impl Workload {
             canonical_name: spec.canonical_name,
             canonical_revision: spec.canonical_revision,
             workload_name: spec.workload_name,
-            direct,
-            short_circuit: short_circuit.with_auto(defaults.auto_short_circuit),
+            direct: said.direct,
+            short_circuit: said.short_circuit,
             identity,
         };
         Ok(Self {

@@ -3,18 +3,16 @@
 //! Invariants: the mesh it began with stays as it was, and shares what is equal; what is refused changes nothing. Made by the
 //! sources in `xds`, for each change.
 
-use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::indexes::Indexes;
+use super::namespaces::Annotated;
 use super::{
-    Annotations, Mesh, MeshDefaults, MeshError, Service, SharedTraits, Workload, WorkloadSpec,
+    Annotations, Mesh, MeshDefaults, MeshError, Namespaces, Service, SharedTraits, Traits,
+    Workload, WorkloadSpec,
 };
 use crate::policy::{Authorization, PolicyName};
-
-/// What is said of namespaces.
-pub type Namespaces = HashMap<Arc<str>, Annotations>;
 
 /// A change of a mesh that is not in force yet.
 #[derive(Debug)]
@@ -47,11 +45,37 @@ impl<'a> Draft<'a> {
     /// # Errors
     /// It has no uid or no valid identity.
     pub fn put_workload(&mut self, spec: WorkloadSpec) -> Result<Arc<Workload>, MeshError> {
-        let silent = Annotations::default();
-        let namespace = self.namespaces.get(&spec.namespace).unwrap_or(&silent);
-        let workload = Arc::new(Workload::new(spec, namespace, self.defaults, self.shared)?);
+        let workload = Workload::new(spec, self.namespaces, self.defaults, self.shared)?;
+        let workload = Arc::new(workload);
         self.indexes.put_workload(&workload);
         Ok(workload)
+    }
+
+    /// Lays what is said of namespaces now over every workload, and returns how many it changed. For meshes whose resources carry no
+    /// annotations: a workload does not keep what its own said.
+    pub fn annotate(&mut self) -> usize {
+        let silent = Annotations::default();
+        let mut changed = Vec::new();
+        for before in self.indexes.workloads.values() {
+            let said = Annotated::of(&before.named(), &silent, self.namespaces, self.defaults);
+            if said.direct == before.direct && said.short_circuit == before.short_circuit {
+                continue;
+            }
+            let traits = Traits {
+                direct: said.direct,
+                short_circuit: said.short_circuit,
+                ..Traits::clone(&before.traits)
+            };
+            let after = Workload {
+                traits: self.shared.of(traits),
+                ..Workload::clone(before)
+            };
+            changed.push((Arc::clone(before), Arc::new(after)));
+        }
+        for (before, after) in &changed {
+            self.indexes.exchange_workload(before, after);
+        }
+        changed.len()
     }
 
     /// Takes a workload out; false if there is none of that uid.

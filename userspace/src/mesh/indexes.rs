@@ -66,6 +66,16 @@ impl Sharing {
         Self::Several(all.collect())
     }
 
+    /// With another at the place of one.
+    fn with(&self, gone: &Arc<Workload>, new: &Arc<Workload>) -> Self {
+        let exchanged =
+            |one: &Arc<Workload>| Arc::clone(if Arc::ptr_eq(one, gone) { new } else { one });
+        match self {
+            Self::One(only) => Self::One(exchanged(only)),
+            Self::Several(all) => Self::Several(all.iter().map(exchanged).collect()),
+        }
+    }
+
     /// `None` when that was the last.
     fn without(&self, gone: &Arc<Workload>) -> Option<Self> {
         let rest = self.as_slice().iter();
@@ -105,6 +115,22 @@ impl Indexes {
             }
         }
         self.put_endpoints(before.as_ref(), workload);
+    }
+
+    /// Puts a workload exactly where another one is, of the same names, addresses and services: who shares an address with it
+    /// does not gain or lose it.
+    pub fn exchange_workload(&mut self, before: &Arc<Workload>, after: &Arc<Workload>) {
+        self.workloads
+            .insert(Arc::clone(&after.uid), Arc::clone(after));
+        if let Some(named) = self.names.get_mut(&after.namespace) {
+            exchange(named, &after.name, before, after);
+        }
+        if let Some(network) = self.networks.get_mut(&after.network) {
+            for ip in &after.addresses {
+                exchange(&mut network.workloads, ip, before, after);
+            }
+        }
+        self.put_endpoints(Some(before), after);
     }
 
     /// Takes a workload out; false if there is none of that uid.
@@ -311,6 +337,18 @@ fn share<K: Hash + Eq + Clone>(map: &mut Map<K, Sharing>, key: &K, new: &Arc<Wor
         None => Sharing::One(Arc::clone(new)),
     };
     map.insert(key.clone(), sharing);
+}
+
+fn exchange<K: Hash + Eq + Clone>(
+    map: &mut Map<K, Sharing>,
+    key: &K,
+    before: &Arc<Workload>,
+    after: &Arc<Workload>,
+) {
+    // Not every workload is found by its addresses.
+    if let Some(sharing) = map.get(key) {
+        map.insert(key.clone(), sharing.with(before, after));
+    }
 }
 
 fn unshare<K: Hash + Eq + Clone>(map: &mut Map<K, Sharing>, key: &K, gone: &Arc<Workload>) {

@@ -9,6 +9,7 @@ mod build;
 mod draft;
 mod indexes;
 mod kernel_choice;
+mod namespaces;
 mod service;
 mod shared_map;
 mod short_circuit;
@@ -25,8 +26,9 @@ pub use address::{
 };
 pub use balance::{Candidate, Endpoint};
 pub use build::{MeshDefaults, MeshError, MeshResources};
-pub use draft::{Draft, Namespaces};
+pub use draft::Draft;
 pub use kernel_choice::{ClientView, KernelChoice, MOST_ENDPOINTS};
+pub use namespaces::{NamespaceAnnotations, Namespaces};
 pub use service::{
     HealthPolicy, IpFamilies, LoadBalancer, LoadBalancerMode, LocalityScope, Service,
 };

@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use std::ops::Deref;
 use std::sync::Arc;
 
+use super::namespaces::Named;
 use super::{NetworkAddress, ServiceName, ShortCircuit, ShortCircuitAnnotation};
 use crate::policy::{Identity, PolicyName};
 
@@ -235,6 +236,15 @@ impl Workload {
     /// Whom its certificate names.
     pub fn identity(&self) -> &Identity {
         &self.identity
+    }
+
+    /// What annotations are looked up by.
+    pub(super) fn named(&self) -> Named<'_> {
+        Named {
+            namespace: &self.namespace,
+            deployment: &self.workload_name,
+            pod: &self.name,
+        }
     }
 
     /// Whether its addresses are its own, and it is found by them.

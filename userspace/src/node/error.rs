@@ -6,6 +6,7 @@ use crate::{
     admin::{http::BindError, socket::SocketError},
     identity::{CrlFileError, DevCaError},
     kernel::KernelError,
+    watched_file::WatchedFileError,
     xds::LocalFileError,
 };
 
@@ -37,6 +38,8 @@ pub enum NodeError {
     Mesh(#[from] LocalFileError),
     #[error(transparent)]
     Crl(#[from] CrlFileError),
+    #[error(transparent)]
+    File(#[from] WatchedFileError),
     #[error(transparent)]
     Kernel(#[from] KernelError),
 }

@@ -170,6 +170,7 @@ impl AdminHandler for Handler {
             services: mesh.services().len(),
             policies: mesh.policies().len(),
             mesh: self.parts.readiness.mesh(),
+            annotations: self.parts.readiness.annotations(),
             certificates: self.held(),
             revocation_lists: self.parts.crl.describe(),
             short_circuit: Some(self.short_circuit()),

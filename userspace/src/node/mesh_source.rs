@@ -1,8 +1,10 @@
-//! Where this node's mesh comes from: the control plane, a local file, or the configuration itself.
+//! Where this node's mesh comes from: the control plane, with an annotations file beside it if there is one, a local file, or the
+//! configuration itself.
 //!
 //! Started by `node`, which follows the store; `readiness` and `culvert status` ask what is known of it.
 
 use std::{
+    fmt::Display,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -17,10 +19,11 @@ use crate::{
     control_channel::ControlChannel,
     mesh::{MeshDefaults, Store},
     telemetry::Telemetry,
+    watched_file::FileStatus,
     wire::envoy::config::core::v3::Node,
     xds::{
-        Demand, LocalFile, LocalFileStatus, ResourceType, Termination, XdsClient, XdsCounts,
-        XdsStatus,
+        AnnotationsStatus, Demand, LocalFile, LocalFileStatus, ResourceType, Termination,
+        XdsClient, XdsCounts, XdsStatus,
     },
 };
 
@@ -28,14 +31,17 @@ use crate::{
 #[derive(Clone)]
 pub enum MeshSource {
     File(watch::Receiver<LocalFileStatus>),
-    ControlPlane(watch::Receiver<XdsStatus>),
+    ControlPlane(
+        watch::Receiver<XdsStatus>,
+        Option<watch::Receiver<AnnotationsStatus>>,
+    ),
 }
 
 impl MeshSource {
     /// Starts to keep `store` at what the source says. Returns by whom it is to be asked, if it has to be.
     ///
     /// # Errors
-    /// None is configured, or the file cannot be followed.
+    /// None is configured, or a file cannot be followed.
     pub fn start(
         config: &Config,
         defaults: MeshDefaults,
@@ -54,10 +60,10 @@ impl MeshSource {
         }
         if let Some(text) = &config.local_xds {
             let given = LocalFile::new(settings::LOCAL_XDS.variable);
-            let revision = given.put_in_effect(text.as_bytes(), &defaults, store)?;
-            let (sender, status) = watch::channel(LocalFileStatus::default());
-            sender.send_replace(LocalFileStatus {
-                revision: Some(revision),
+            let revision = given.put_in_effect(text, defaults, Arc::clone(store))?;
+            let (sender, status) = watch::channel(LocalFileStatus {
+                in_effect: Some(revision),
+                contents: 1,
                 loaded_at: Some(SystemTime::now()),
                 error: None,
             });
@@ -76,11 +82,23 @@ impl MeshSource {
         };
         let store = Arc::clone(store);
         let (client, status) = XdsClient::new(channel, node(config), defaults, store, demanded);
+        let annotations = match &config.annotations_path {
+            Some(path) => {
+                let (watcher, status) = client.annotated_by(path)?;
+                let control = control.clone();
+                tasks.spawn(async move {
+                    watcher.run(control).await;
+                    "annotations file"
+                });
+                Some(status)
+            }
+            None => None,
+        };
         tasks.spawn(async move {
             client.run(control).await;
             "xDS client"
         });
-        Ok((Self::ControlPlane(status), demand))
+        Ok((Self::ControlPlane(status, annotations), demand))
     }
 
     /// Waits until there is a mesh, or a reason why there is none.
@@ -89,13 +107,17 @@ impl MeshSource {
         match self.clone() {
             Self::File(mut status) => {
                 let _ = status
-                    .wait_for(|status| status.revision.is_some() || status.error.is_some())
+                    .wait_for(|status| status.in_effect.is_some() || status.error.is_some())
                     .await;
             }
-            Self::ControlPlane(mut status) => {
-                let _ = status
-                    .wait_for(|status| status.in_force.is_some() || status.error.is_some())
-                    .await;
+            Self::ControlPlane(mut status, annotations) => {
+                let mesh =
+                    status.wait_for(|status| status.in_force.is_some() || status.error.is_some());
+                tokio::select! {
+                    _ = mesh => {}
+                    // Without annotations there will be no mesh.
+                    () = refused(annotations) => {}
+                }
             }
         }
     }
@@ -103,20 +125,17 @@ impl MeshSource {
     /// What of it is still missing; empty once there is a mesh.
     pub fn pending(&self) -> Vec<String> {
         match self {
-            Self::File(status) => {
-                let status = status.borrow();
-                match (status.revision, &status.error) {
-                    (Some(_), _) => Vec::new(),
-                    (None, Some(error)) => vec![format!("mesh file: {error}")],
-                    (None, None) => vec!["mesh file: not read yet".to_owned()],
-                }
-            }
-            Self::ControlPlane(status) => {
+            Self::File(status) => missing("mesh file", &status.borrow()).into_iter().collect(),
+            Self::ControlPlane(status, annotations) => {
                 let status = status.borrow();
                 let reason = status.error.as_deref().unwrap_or("no answer yet");
                 let unanswered = status.unanswered.iter();
+                let unanswered = unanswered.map(|kind| format!("xDS: {}: {reason}", kind.url()));
+                let annotations = annotations.iter();
                 unanswered
-                    .map(|kind| format!("xDS: {}: {reason}", kind.url()))
+                    .chain(
+                        annotations.filter_map(|file| missing("annotations file", &file.borrow())),
+                    )
                     .collect()
             }
         }
@@ -127,7 +146,7 @@ impl MeshSource {
         match self {
             Self::File(status) => {
                 let status = status.borrow();
-                match (&status.revision, &status.error) {
+                match (&status.in_effect, &status.error) {
                     (Some(revision), None) => format!("local file, revision {}", revision.0),
                     (Some(revision), Some(error)) => format!(
                         "local file, revision {} still in force: {error}",
@@ -137,7 +156,7 @@ impl MeshSource {
                     (None, None) => "local file, not read yet".to_owned(),
                 }
             }
-            Self::ControlPlane(status) => {
+            Self::ControlPlane(status, _) => {
                 let status = status.borrow();
                 let mesh = match &status.in_force {
                     Some((revision, at)) => {
@@ -153,19 +172,38 @@ impl MeshSource {
         }
     }
 
+    /// The annotations file in a line, where there is one.
+    pub fn annotations(&self, now: SystemTime) -> Option<String> {
+        let Self::ControlPlane(_, Some(status)) = self else {
+            return None;
+        };
+        let status = status.borrow();
+        let read = status.in_effect.zip(status.loaded_at).map(|(said, at)| {
+            format!(
+                "file, revision {}, of {} namespaces and {} workloads, read {} ago",
+                status.contents,
+                said.namespaces,
+                said.workloads,
+                ago(now, at)
+            )
+        });
+        Some(match (read, &status.error) {
+            (Some(read), None) => read,
+            (Some(read), Some(error)) => format!("{read}, still in force: {error}"),
+            (None, Some(error)) => format!("file: {error}"),
+            (None, None) => "file, not read yet".to_owned(),
+        })
+    }
+
     /// What an operator should know.
     pub fn warnings(&self, now: SystemTime) -> Vec<String> {
         match self {
-            Self::File(status) => {
+            Self::File(status) => not_in_effect("mesh file", &status.borrow())
+                .into_iter()
+                .collect(),
+            Self::ControlPlane(status, annotations) => {
                 let status = status.borrow();
-                let error = status.error.iter();
-                error
-                    .map(|error| format!("the mesh file is not in effect: {error}"))
-                    .collect()
-            }
-            Self::ControlPlane(status) => {
-                let status = status.borrow();
-                match (status.lost_at, &status.error) {
+                let mut warnings = match (status.lost_at, &status.error) {
                     (Some(at), error) => vec![format!(
                         "the control plane has been gone for {}, and the mesh is as it was then: {}",
                         ago(now, at),
@@ -173,7 +211,12 @@ impl MeshSource {
                     )],
                     (None, Some(error)) => vec![error.clone()],
                     (None, None) => Vec::new(),
-                }
+                };
+                let file = annotations.as_ref();
+                warnings.extend(
+                    file.and_then(|file| not_in_effect("annotations file", &file.borrow())),
+                );
+                warnings
             }
         }
     }
@@ -182,43 +225,86 @@ impl MeshSource {
     pub async fn count(self, telemetry: Arc<Telemetry>, control: CancellationToken) {
         let metrics = &telemetry.metrics;
         match self {
-            Self::File(mut status) => {
-                while let Some(Ok(())) = control.run_until_cancelled(status.changed()).await {
-                    let accepted = status.borrow_and_update().error.is_none();
-                    metrics.mesh_update(accepted);
-                }
-            }
-            Self::ControlPlane(mut status) => {
+            Self::File(status) => count_file(status, &telemetry, &control).await,
+            Self::ControlPlane(mut status, annotations) => {
+                let annotations = async {
+                    if let Some(status) = annotations {
+                        count_file(status, &telemetry, &control).await;
+                    }
+                };
                 let mut before = XdsCounts::default();
-                while let Some(Ok(())) = control.run_until_cancelled(status.changed()).await {
-                    let counts = status.borrow_and_update().counts;
-                    for (kind, (new, old)) in ResourceType::ALL
-                        .into_iter()
-                        .zip(counts.messages.into_iter().zip(before.messages))
-                    {
-                        metrics.xds_messages(kind.url(), new.saturating_sub(old));
+                let pushes = async {
+                    while let Some(Ok(())) = control.run_until_cancelled(status.changed()).await {
+                        let counts = status.borrow_and_update().counts;
+                        for (kind, (new, old)) in ResourceType::ALL
+                            .into_iter()
+                            .zip(counts.messages.into_iter().zip(before.messages))
+                        {
+                            metrics.xds_messages(kind.url(), new.saturating_sub(old));
+                        }
+                        for (kind, (new, old)) in ResourceType::ALL
+                            .into_iter()
+                            .zip(counts.bytes.into_iter().zip(before.bytes))
+                        {
+                            metrics.xds_bytes(kind.url(), new.saturating_sub(old));
+                        }
+                        for (end, (new, old)) in Termination::ALL
+                            .into_iter()
+                            .zip(counts.terminations.into_iter().zip(before.terminations))
+                        {
+                            metrics.xds_terminated(end.name(), new.saturating_sub(old));
+                        }
+                        let messages = |counts: &XdsCounts| counts.messages.iter().sum::<u64>();
+                        if messages(&counts) > messages(&before) {
+                            metrics.mesh_update(counts.refused == before.refused);
+                        }
+                        before = counts;
                     }
-                    for (kind, (new, old)) in ResourceType::ALL
-                        .into_iter()
-                        .zip(counts.bytes.into_iter().zip(before.bytes))
-                    {
-                        metrics.xds_bytes(kind.url(), new.saturating_sub(old));
-                    }
-                    for (end, (new, old)) in Termination::ALL
-                        .into_iter()
-                        .zip(counts.terminations.into_iter().zip(before.terminations))
-                    {
-                        metrics.xds_terminated(end.name(), new.saturating_sub(old));
-                    }
-                    let messages = |counts: &XdsCounts| counts.messages.iter().sum::<u64>();
-                    if messages(&counts) > messages(&before) {
-                        metrics.mesh_update(counts.refused == before.refused);
-                    }
-                    before = counts;
-                }
+                };
+                tokio::join!(pushes, annotations);
             }
         }
     }
+}
+
+/// Counts the contents of a file that came or were refused, until `control`.
+async fn count_file<V, E>(
+    mut status: watch::Receiver<FileStatus<V, E>>,
+    telemetry: &Telemetry,
+    control: &CancellationToken,
+) {
+    while let Some(Ok(())) = control.run_until_cancelled(status.changed()).await {
+        let accepted = status.borrow_and_update().error.is_none();
+        telemetry.metrics.mesh_update(accepted);
+    }
+}
+
+/// What of a file is still missing, if it is.
+fn missing<V, E: Display>(name: &str, status: &FileStatus<V, E>) -> Option<String> {
+    match (&status.in_effect, &status.error) {
+        (Some(_), _) => None,
+        (None, Some(error)) => Some(format!("{name}: {error}")),
+        (None, None) => Some(format!("{name}: not read yet")),
+    }
+}
+
+/// What is wrong with a file, if anything is.
+fn not_in_effect<V, E: Display>(name: &str, status: &FileStatus<V, E>) -> Option<String> {
+    let error = status.error.as_ref()?;
+    Some(format!("the {name} is not in effect: {error}"))
+}
+
+/// Waits until there is an error in an annotations file; for ever where there is no file.
+async fn refused(annotations: Option<watch::Receiver<AnnotationsStatus>>) {
+    if let Some(mut status) = annotations
+        && status
+            .wait_for(|status| status.error.is_some())
+            .await
+            .is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
 }
 
 /// The way to the control plane that tells the mesh.

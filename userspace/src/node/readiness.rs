@@ -39,6 +39,11 @@ impl Readiness {
         self.mesh.describe(SystemTime::now())
     }
 
+    /// The annotations file in a line, where there is one.
+    pub fn annotations(&self) -> Option<String> {
+        self.mesh.annotations(SystemTime::now())
+    }
+
     /// What an operator should know.
     pub fn warnings(&self) -> Vec<String> {
         self.mesh.warnings(SystemTime::now())

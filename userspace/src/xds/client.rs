@@ -3,7 +3,8 @@
 //! Invariants: the mesh stays as it is while nobody answers, and [`XdsStatus`] says since when; one push is put in force at a time and
 //! answered before the next is read, so that a slow agent slows its control plane and grows no queue. Run by `node` as a task.
 
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{mpsc, watch};
@@ -11,12 +12,14 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status};
 
+use super::annotations_file::InFeed;
 use super::demand::Demanded;
 use super::feed::Feed;
 use super::session::{ProtocolError, Push, ResourceType, Session, Taken};
 use crate::control_channel::{ChannelError, ControlChannel};
 use crate::kernel::sys;
 use crate::mesh::{MeshDefaults, Revision, Store};
+use crate::watched_file::{FileWatcher, Told, WatchedFileError};
 use crate::wire::envoy::config::core::v3::Node;
 use crate::wire::envoy::service::discovery::v3::DeltaDiscoveryRequest;
 use crate::wire::envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
@@ -44,7 +47,7 @@ const MANY: usize = 1000;
 #[derive(Debug, Clone, Default)]
 pub struct XdsStatus {
     /// What is in force came last from there, at this revision and time; none before every type was answered.
-    pub in_force: Option<(Revision, SystemTime)>,
+    pub in_force: InForce,
     /// Types that were never answered.
     pub unanswered: Vec<ResourceType>,
     /// Since when there has been no connection; none while there is one.
@@ -53,6 +56,16 @@ pub struct XdsStatus {
     pub error: Option<String>,
     /// Since the start.
     pub counts: XdsCounts,
+}
+
+/// A revision of the store, and since when; none before there is one.
+type InForce = Option<(Revision, SystemTime)>;
+
+impl XdsStatus {
+    /// Pushes and annotations may be told of in another order than they came into force.
+    pub(super) fn now_in_force(&mut self, in_force: InForce) {
+        self.in_force = self.in_force.max(in_force);
+    }
 }
 
 /// Grow only.
@@ -146,8 +159,8 @@ fn told(status: &Status) -> String {
 pub struct XdsClient {
     channel: ControlChannel,
     session: Session,
-    /// Away while a push is put in force.
-    feed: Option<Feed>,
+    /// Shared with who follows the annotations file.
+    feed: Arc<Mutex<Feed>>,
     /// Where only what is asked for is sent.
     demanded: Option<Demanded>,
     status: watch::Sender<XdsStatus>,
@@ -170,11 +183,24 @@ impl XdsClient {
         let client = Self {
             channel,
             session: Session::new(node, demanded.is_some()),
-            feed: Some(Feed::new(store, defaults)),
+            feed: Arc::new(Mutex::new(Feed::new(store, defaults))),
             demanded,
             status,
         };
         (client, receiver)
+    }
+
+    /// Has what a file says of annotations hold for the mesh, once the watcher runs: before it was read nothing is in force. See
+    /// [`FileWatcher::new`].
+    ///
+    /// # Errors
+    /// Its directory cannot be watched.
+    pub fn annotated_by(
+        &self,
+        path: &Path,
+    ) -> Result<(FileWatcher<InFeed>, Told<InFeed>), WatchedFileError> {
+        let subject = InFeed::new(Arc::clone(&self.feed), self.status.clone());
+        FileWatcher::new(path, subject)
     }
 
     /// Keeps the store at what the control plane says, until `shutdown`.
@@ -189,8 +215,8 @@ impl XdsClient {
                 wait = FIRST_WAIT;
             }
             self.lost(&ended);
-            if self.feed.is_none() {
-                // Lost with the thread that had it; whoever runs this sees it end.
+            if self.feed.is_poisoned() {
+                // Who had it did not finish; whoever runs this sees it end.
                 return;
             }
             if shutdown
@@ -247,8 +273,8 @@ impl XdsClient {
             let response = response.map_err(Ended::Status)?.ok_or(Ended::Closed)?;
             let bytes = prost::Message::encoded_len(&response);
             let push = self.session.receive(response)?;
-            let taken = self.put_in_force(push).await?;
-            self.report(&taken, bytes);
+            let (taken, in_force) = self.put_in_force(push).await?;
+            self.report(&taken, in_force, bytes);
             if let Some(demanded) = &self.demanded {
                 demanded.answers.hear(&taken);
             }
@@ -262,21 +288,24 @@ impl XdsClient {
         }
     }
 
-    async fn put_in_force(&mut self, push: Push) -> Result<Taken, Ended> {
-        let lost = || Ended::Internal("the mesh is not there".to_owned());
-        if push.resources.len() <= FEW {
-            return Ok(self.feed.as_mut().ok_or_else(lost)?.take(push));
-        }
-        let mut feed = self.feed.take().ok_or_else(lost)?;
-        let work = tokio::task::spawn_blocking(move || {
+    async fn put_in_force(&self, push: Push) -> Result<(Taken, InForce), Ended> {
+        // Who has it otherwise, for annotations, may take a while.
+        if push.resources.len() <= FEW
+            && let Ok(mut feed) = self.feed.try_lock()
+        {
             let taken = feed.take(push);
-            (feed, taken)
+            return Ok((taken, feed.in_force()));
+        }
+        let feed = Arc::clone(&self.feed);
+        let work = tokio::task::spawn_blocking(move || {
+            let mut feed = feed.lock().ok()?;
+            let taken = feed.take(push);
+            Some((taken, feed.in_force()))
         });
-        let (feed, taken) = work
+        let done = work
             .await
             .map_err(|error| Ended::Internal(error.to_string()))?;
-        self.feed = Some(feed);
-        Ok(taken)
+        done.ok_or_else(|| Ended::Internal("the mesh is not there".to_owned()))
     }
 
     fn found(&self) {
@@ -309,7 +338,7 @@ impl XdsClient {
         });
     }
 
-    fn report(&self, taken: &Taken, bytes: usize) {
+    fn report(&self, taken: &Taken, in_force: InForce, bytes: usize) {
         for refused in taken.refused.iter().take(10) {
             tracing::warn!(name = %refused.name, reason = %refused.reason, "a resource of the control plane was refused; it stays as it was");
         }
@@ -329,7 +358,7 @@ impl XdsClient {
                 *count += bytes as u64;
             }
             status.counts.refused += taken.refused.len() as u64;
-            status.in_force = self.feed.as_ref().and_then(Feed::in_force);
+            status.now_in_force(in_force);
             status.unanswered.retain(|kind| *kind != taken.kind);
             status.error = taken.refused.first().map(|refused| {
                 format!(

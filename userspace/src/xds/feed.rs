@@ -1,8 +1,9 @@
 //! Puts what the control plane sends into force.
 //!
 //! Invariants: of one push everything that is good is in force at once or, before every type was answered for the first time, once
-//! that has happened: workloads without their policies would be open to everybody. What is not good is refused by its name and
-//! leaves the resource as it was. Called by `client`, for each push.
+//! that has happened: workloads without their policies would be open to everybody, and without annotations that somebody wrote for them
+//! they might talk in clear. What is not good is refused by its name and leaves the resource as it was. Called by `client`, for each push,
+//! and by `annotations_file`, for each change of that.
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -22,6 +23,8 @@ pub struct Feed {
     store: Arc<Store>,
     defaults: MeshDefaults,
     namespaces: Namespaces,
+    /// What namespaces say is still to come.
+    awaits_annotations: bool,
     shared: Shared,
     traits: SharedTraits,
     /// What is known but not in force.
@@ -37,12 +40,18 @@ impl Feed {
             store,
             defaults,
             namespaces: Namespaces::new(),
+            awaits_annotations: false,
             shared: Shared::default(),
             traits: SharedTraits::default(),
             held_back: Some(Mesh::default()),
             answered: [false; ResourceType::ALL.len()],
             in_force: None,
         }
+    }
+
+    /// From here on nothing is in force before [`Self::annotate`].
+    pub fn await_annotations(&mut self) {
+        self.awaits_annotations = true;
     }
 
     /// What is in force, and since when; none before every type was answered.
@@ -58,10 +67,7 @@ impl Feed {
             removed,
             nonce,
         } = push;
-        let mesh = match self.held_back.take() {
-            Some(mesh) => mesh,
-            None => Mesh::clone(&self.store.load()),
-        };
+        let mesh = self.newest();
         let mut draft = Draft::of(&mesh, &self.defaults, &self.namespaces, &mut self.traits);
         // First what goes: an address may be given to another in the same push.
         for name in &removed {
@@ -82,17 +88,44 @@ impl Feed {
         for (known, answered) in ResourceType::ALL.iter().zip(&mut self.answered) {
             *answered |= *known == kind;
         }
-        if self.answered.iter().all(|answered| *answered) {
-            self.in_force = Some((self.store.replace(mesh), SystemTime::now()));
-        } else {
-            self.held_back = Some(mesh);
-        }
+        self.put_in_force(mesh);
         Taken {
             kind,
             nonce,
             removed,
             accepted,
             refused,
+        }
+    }
+
+    /// Takes what annotations are said of namespaces and pods, in the place of those before, also for what comes later. Returns how many
+    /// workloads it changes.
+    pub fn annotate(&mut self, namespaces: Namespaces) -> usize {
+        self.namespaces = namespaces;
+        let awaited = std::mem::take(&mut self.awaits_annotations);
+        let mesh = self.newest();
+        let mut draft = Draft::of(&mesh, &self.defaults, &self.namespaces, &mut self.traits);
+        let changed = draft.annotate();
+        let mesh = draft.finish();
+        if changed > 0 || awaited || self.in_force.is_none() {
+            self.put_in_force(mesh);
+        }
+        changed
+    }
+
+    /// With what is held back.
+    fn newest(&mut self) -> Mesh {
+        match self.held_back.take() {
+            Some(mesh) => mesh,
+            None => Mesh::clone(&self.store.load()),
+        }
+    }
+
+    fn put_in_force(&mut self, mesh: Mesh) {
+        if !self.awaits_annotations && self.answered.iter().all(|answered| *answered) {
+            self.in_force = Some((self.store.replace(mesh), SystemTime::now()));
+        } else {
+            self.held_back = Some(mesh);
         }
     }
 }

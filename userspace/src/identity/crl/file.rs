@@ -6,10 +6,8 @@
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use tokio::sync::watch;
-
 use super::{MalformedCrl, RevocationLists, Revocations};
-use crate::followed_file::{FileError, FollowedFile, Reader, read_bounded};
+use crate::watched_file::{self, FileStatus, FileWatcher, Subject, Told, WatchedFileError};
 
 /// The largest file, in bytes: some 400,000 certificates. A ConfigMap holds 1 MiB.
 const MAX_BYTES: u64 = 16 << 20;
@@ -17,10 +15,8 @@ const MAX_BYTES: u64 = 16 << 20;
 /// Why the lists of the file are not in force.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum CrlFileError {
-    #[error(
-        "CRL_PATH: cannot read {}: {error}; check that it exists and that the agent may read it", path.display()
-    )]
-    File { path: PathBuf, error: FileError },
+    #[error("CRL_PATH: {0}")]
+    File(#[from] WatchedFileError),
     #[error(
         "CRL_PATH: {}: {error}; put revocation lists of the mesh's authorities there, or unset CRL_PATH", path.display()
     )]
@@ -32,20 +28,12 @@ pub enum CrlFileError {
 }
 
 /// What is known about the file.
-#[derive(Debug, Clone, Default)]
-pub struct CrlFileStatus {
-    /// When the lists in force were read; none before the first good file.
-    pub read_at: Option<SystemTime>,
-    /// Why the file as it is now is not in force; none if it is.
-    pub error: Option<CrlFileError>,
-}
+pub type CrlFileStatus = FileStatus<(), CrlFileError>;
 
 /// Keeps [`Revocations`] at what the file says.
 #[derive(Debug)]
 pub struct CrlFile {
-    path: PathBuf,
     revocations: Revocations,
-    status: watch::Sender<CrlFileStatus>,
 }
 
 impl CrlFile {
@@ -57,42 +45,28 @@ impl CrlFile {
     pub fn open(
         path: &Path,
         revocations: Revocations,
-    ) -> Result<(FollowedFile<Self>, watch::Receiver<CrlFileStatus>), CrlFileError> {
-        let file = Self {
-            path: path.to_owned(),
-            revocations,
-            status: watch::Sender::default(),
-        };
-        match read_bounded(path, MAX_BYTES) {
-            Ok(content) => file.put_in_force(&content)?,
-            // As a volume that is optional, whose content may come later.
-            Err(error) if error.is_missing() => file.report(file.unread(error)),
-            Err(error) => return Err(file.unread(error)),
+    ) -> Result<(FileWatcher<Self>, Told<Self>), CrlFileError> {
+        let file = Self { revocations };
+        match watched_file::read(path, Self::NAME, Self::MOST_BYTES, Self::TOO_LARGE) {
+            Ok(content) => file.put_in_force(path, &content)?,
+            // As a volume that is optional, whose content may come later. The watcher says so.
+            Err(error) if error.is_missing() => {}
+            Err(error) => return Err(error.into()),
         }
-        let status = file.status.subscribe();
-        let followed = FollowedFile::new(path.to_owned(), file).map_err(|error| {
-            let path = path.to_owned();
-            CrlFileError::File { path, error }
-        })?;
-        Ok((followed, status))
+        Ok(FileWatcher::new(path, file)?)
     }
 
-    fn unread(&self, error: FileError) -> CrlFileError {
-        let path = self.path.clone();
-        CrlFileError::File { path, error }
-    }
-
-    fn put_in_force(&self, content: &[u8]) -> Result<(), CrlFileError> {
+    fn put_in_force(&self, path: &Path, content: &[u8]) -> Result<(), CrlFileError> {
         let lists = RevocationLists::parse(content).map_err(|error| CrlFileError::Content {
-            path: self.path.clone(),
+            path: path.to_owned(),
             error,
         })?;
         if lists.is_empty() && !self.revocations.current().is_empty() {
-            let path = self.path.clone();
+            let path = path.to_owned();
             return Err(CrlFileError::Emptied { path });
         }
         let (count, certificates) = (lists.count(), lists.certificates());
-        let file = self.path.display();
+        let file = path.display();
         tracing::info!(%file, lists = count, certificates, "the revocation lists are in force");
         for issuer in lists.overdue(SystemTime::now()) {
             tracing::warn!(
@@ -101,40 +75,24 @@ impl CrlFile {
             );
         }
         self.revocations.replace(lists);
-        self.status.send_replace(CrlFileStatus {
-            read_at: Some(SystemTime::now()),
-            error: None,
-        });
         Ok(())
-    }
-
-    fn report(&self, error: CrlFileError) {
-        let text = error.to_string();
-        self.status.send_if_modified(|status| {
-            let known = status.error.as_ref().map(ToString::to_string);
-            let news = known.as_ref() != Some(&text);
-            if news {
-                tracing::error!(%error, "the file of revocation lists is not in force; the lists stay as they were");
-                status.error = Some(error);
-            }
-            news
-        });
     }
 }
 
-impl Reader for CrlFile {
-    const MAX_BYTES: u64 = MAX_BYTES;
+impl Subject for CrlFile {
+    type InEffect = ();
+    type Error = CrlFileError;
+    const NAME: &'static str = "file of revocation lists";
+    const MOST_BYTES: u64 = MAX_BYTES;
+    const TOO_LARGE: &'static str = "leave out lists of certificates that have expired";
 
-    fn read(&self, content: Result<&[u8], FileError>) {
-        let taken = content
-            .map_err(|error| self.unread(error))
-            .and_then(|content| self.put_in_force(content));
-        match taken {
-            Ok(()) => self.revocations.count(|counts| counts.accepted += 1),
-            Err(error) => {
-                self.revocations.count(|counts| counts.rejected += 1);
-                self.report(error);
-            }
-        }
+    fn put_in_effect(&self, path: &Path, bytes: &[u8]) -> Result<(), CrlFileError> {
+        self.put_in_force(path, bytes)?;
+        self.revocations.count(|counts| counts.accepted += 1);
+        Ok(())
+    }
+
+    fn refused(&self) {
+        self.revocations.count(|counts| counts.rejected += 1);
     }
 }

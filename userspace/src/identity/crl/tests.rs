@@ -368,7 +368,7 @@ mod followed {
     use std::path::PathBuf;
 
     use super::*;
-    use crate::followed_file::FollowedFile;
+    use crate::watched_file::{FileWatcher, Told};
 
     const SOON: Duration = Duration::from_secs(20);
 
@@ -394,9 +394,7 @@ mod followed {
             }
         }
 
-        fn open(
-            &self,
-        ) -> Result<(FollowedFile<CrlFile>, watch::Receiver<CrlFileStatus>), CrlFileError> {
+        fn open(&self) -> Result<(FileWatcher<CrlFile>, Told<CrlFile>), CrlFileError> {
             CrlFile::open(&self.path, self.revocations.clone())
         }
 
@@ -469,12 +467,15 @@ mod followed {
     #[tokio::test]
     async fn a_file_may_come_later() {
         let case = Case::new(None);
-        let (file, status) = case.open().unwrap();
-        let error = status.borrow().error.as_ref().unwrap().to_string();
-        assert!(error.contains("CRL_PATH: cannot read"), "{error}");
+        let (file, mut status) = case.open().unwrap();
         let shutdown = CancellationToken::new();
         let _guard = shutdown.clone().drop_guard();
         tokio::spawn(file.run(shutdown));
+        let told = status.wait_for(|status| status.error.is_some());
+        let told = tokio::time::timeout(SOON, told).await.unwrap().unwrap();
+        let error = told.error.as_ref().unwrap().to_string();
+        drop(told);
+        assert!(error.contains("CRL_PATH: cannot read"), "{error}");
         let mut news = case.revocations.subscribe().unwrap();
         case.write(&[4]);
         let came = news.wait_for(|_| case.revokes());

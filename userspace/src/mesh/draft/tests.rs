@@ -2,7 +2,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 
-use super::super::{NetworkCidr, PortMap, ServiceName, TunnelProtocol};
+use super::super::{NamespaceAnnotations, NetworkCidr, PortMap, ServiceName, TunnelProtocol};
 use super::*;
 use crate::policy::{Action, Scope};
 
@@ -13,6 +13,7 @@ fn pod(uid: u8, ips: &[u8], services: &[u8]) -> WorkloadSpec {
         namespace: "ns".into(),
         addresses: ips.iter().map(|ip| address(*ip)).collect(),
         protocol: TunnelProtocol::Hbone,
+        workload_name: "deployment".into(),
         services: services
             .iter()
             .map(|number| (service_name(*number), PortMap::default()))
@@ -206,4 +207,100 @@ fn who_shares_the_nodes_address_is_not_found_by_it() {
     let mesh = draft.finish();
     assert!(mesh.workload_by_ip("", address(7)).is_none());
     assert!(mesh.workload_by_uid("uid-1").is_some());
+}
+
+fn off() -> Annotations {
+    Annotations {
+        direct: Some(false),
+        ..Annotations::default()
+    }
+}
+
+/// For a deployment, of which `name-1` and `name-2` are, and for one pod of it.
+fn said() -> Namespaces {
+    let on = Annotations {
+        direct: Some(true),
+        ..Annotations::default()
+    };
+    let said = NamespaceAnnotations {
+        general: Annotations::default(),
+        deployments: [("deployment".into(), off())].into(),
+        pods: [("name-2".into(), on)].into(),
+    };
+    [("ns".into(), said)].into()
+}
+
+proptest! {
+    #[test]
+    fn annotations_that_come_late_make_the_mesh_that_they_would_have_made(
+        changes in prop::collection::vec(change(), 0..40),
+    ) {
+        let (defaults, silent, said) = (MeshDefaults::default(), Namespaces::new(), said());
+        let mut shared = SharedTraits::default();
+        let mut before = Draft::of(&Mesh::default(), &defaults, &silent, &mut shared);
+        for change in &changes {
+            apply(&mut before, change);
+        }
+        let before = before.finish();
+        let was = answers(&before);
+        let mut late = Draft::of(&before, &defaults, &said, &mut shared);
+        late.annotate();
+        let late = late.finish();
+        prop_assert_eq!(was, answers(&before), "the old mesh changed");
+        let mut early = Draft::of(&Mesh::default(), &defaults, &said, &mut shared);
+        for change in &changes {
+            apply(&mut early, change);
+        }
+        prop_assert_eq!(answers(&late), answers(&early.finish()));
+    }
+}
+
+#[test]
+fn the_pods_name_counts_before_its_deployments_and_that_before_its_namespaces() {
+    let (defaults, mut namespaces) = (MeshDefaults::default(), said());
+    let mut shared = SharedTraits::default();
+    let direct = |mesh: &Mesh| {
+        [1, 3, 4, 6].map(|uid| mesh.workload_by_uid(&format!("uid-{uid}")).unwrap().direct)
+    };
+    let mut draft = Draft::of(&Mesh::default(), &defaults, &namespaces, &mut shared);
+    for uid in [1, 3, 4, 6] {
+        let mut spec = pod(uid, &[], &[]);
+        if uid == 6 {
+            spec.workload_name = "".into();
+        }
+        draft.put_workload(spec).unwrap();
+    }
+    let mesh = draft.finish();
+    assert_eq!(direct(&mesh), [false, false, true, true]);
+
+    namespaces.get_mut("ns").unwrap().general = off();
+    let mut draft = Draft::of(&mesh, &defaults, &namespaces, &mut shared);
+    assert_eq!(draft.annotate(), 1);
+    let mesh = draft.finish();
+    assert_eq!(direct(&mesh), [false, false, true, false]);
+
+    let silent = Namespaces::new();
+    let mut draft = Draft::of(&mesh, &defaults, &silent, &mut shared);
+    assert_eq!(draft.annotate(), 3);
+    assert_eq!(direct(&draft.finish()), [true; 4]);
+}
+
+#[test]
+fn annotated_pods_of_a_deployment_go_on_sharing_what_they_have_in_common() {
+    let (defaults, silent, said) = (MeshDefaults::default(), Namespaces::new(), said());
+    let mut shared = SharedTraits::default();
+    let mut draft = Draft::of(&Mesh::default(), &defaults, &silent, &mut shared);
+    for uid in 0..200 {
+        draft.put_workload(pod(uid, &[uid], &[])).unwrap();
+    }
+    let mesh = draft.finish();
+    let mut draft = Draft::of(&mesh, &defaults, &said, &mut shared);
+    // But for the two called name-2.
+    assert_eq!(draft.annotate(), 198);
+    let mesh = draft.finish();
+    let traits: BTreeSet<_> = mesh
+        .workloads()
+        .map(|workload| Arc::as_ptr(&workload.traits))
+        .collect();
+    assert_eq!(traits.len(), 2);
 }

@@ -37,6 +37,13 @@ struct Running {
 
 impl Running {
     fn start(channel: ControlChannel) -> Self {
+        Self::annotated(channel, None).0
+    }
+
+    fn annotated(
+        channel: ControlChannel,
+        annotations: Option<&Path>,
+    ) -> (Self, Option<Told<InFeed>>) {
         let store = Arc::new(Store::new());
         let node = Node {
             id: "ztunnel~10.0.0.1~pod.ns~ns.svc.cluster.local".to_owned(),
@@ -45,13 +52,19 @@ impl Running {
         let defaults = MeshDefaults::default();
         let (client, status) = XdsClient::new(channel, node, defaults, Arc::clone(&store), None);
         let shutdown = CancellationToken::new();
+        let file = annotations.map(|path| {
+            let (watcher, status) = client.annotated_by(path).unwrap();
+            tokio::spawn(watcher.run(shutdown.clone()));
+            status
+        });
         let task = tokio::spawn(client.run(shutdown.clone()));
-        Self {
+        let running = Self {
             store,
             status,
             shutdown,
             task,
-        }
+        };
+        (running, file)
     }
 
     async fn mesh(&self, is_it: impl Fn(&Mesh) -> bool) -> Arc<Mesh> {
@@ -181,4 +194,63 @@ async fn a_wrong_token_is_said_and_not_shown() {
     );
     running.end().await;
     control_plane.end().await;
+}
+
+fn off(namespace: &str) -> String {
+    format!("namespaces: [{{name: {namespace}, annotations: {{culvert.dev/direct: \"off\"}}}}]\n")
+}
+
+fn direct(mesh: &Mesh, uid: &str) -> Option<bool> {
+    Some(mesh.workload_by_uid(uid)?.direct)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn annotations_of_a_file_hold_with_and_without_a_push_and_without_the_control_plane() {
+    let control_plane = ControlPlane::start(&mesh_of(&[("web", "10.0.0.1")]), None).await;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("annotations.yaml");
+    let write = |text: &str| {
+        let new = directory.path().join("new");
+        std::fs::write(&new, text).unwrap();
+        std::fs::rename(&new, &path).unwrap();
+    };
+    let channel = channel(&control_plane.address(), control_plane.root());
+    let (mut running, file) = Running::annotated(channel, Some(&path));
+    let mut file = file.unwrap();
+    // Nothing is in force before the file is there.
+    running.status(|status| status.unanswered.is_empty()).await;
+    let missing = tokio::time::timeout(SOON, file.wait_for(|file| file.error.is_some())).await;
+    let missing = missing.unwrap().unwrap().error.clone().unwrap().to_string();
+    assert!(
+        missing.contains("cannot read the annotations file"),
+        "{missing}"
+    );
+    assert_eq!(running.store.revision(), Revision(0));
+    write(&off("shop"));
+    running
+        .mesh(|mesh| direct(mesh, "web") == Some(false))
+        .await;
+    running.status(|status| status.in_force.is_some()).await;
+
+    control_plane.write(&mesh_of(&[("web", "10.0.0.1"), ("db", "10.0.0.2")]));
+    running.mesh(|mesh| direct(mesh, "db") == Some(false)).await;
+    write(&off("bank"));
+    let both = |mesh: &Mesh| [direct(mesh, "web"), direct(mesh, "db")];
+    let mesh = running.mesh(|mesh| both(mesh) != [Some(false); 2]).await;
+    assert_eq!(both(&mesh), [Some(true); 2], "seen in half");
+
+    let stopped = control_plane.stop().await;
+    running.status(|status| status.lost_at.is_some()).await;
+    let before = running.store.revision();
+    write("namespaces: [{name: shop, annotations: {culvert.dev/dirct: \"off\"}}]\n");
+    let bad = tokio::time::timeout(SOON, file.wait_for(|file| file.error.is_some())).await;
+    assert!(bad.unwrap().unwrap().in_effect.is_some());
+    assert_eq!(running.store.revision(), before);
+    write(&off("shop"));
+    running.mesh(|mesh| both(mesh) == [Some(false); 2]).await;
+    let status = running.status.borrow().clone();
+    assert_eq!(status.in_force.unwrap().0, running.store.revision());
+    assert!(file.borrow().error.is_none());
+    running.end().await;
+    drop(stopped);
 }

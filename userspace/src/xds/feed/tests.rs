@@ -1,5 +1,5 @@
 use super::*;
-use crate::mesh::TunnelProtocol;
+use crate::mesh::{Annotations, NamespaceAnnotations, TunnelProtocol};
 use crate::wire::envoy::service::discovery::v3::Content;
 use crate::wire::istio::workload::{NetworkAddress, Service, Workload};
 
@@ -222,4 +222,66 @@ fn a_workload_without_addresses_is_known_by_its_name() {
     ));
     assert!(taken.refused.is_empty());
     assert!(store.load().workload_by_uid("bare").is_some());
+}
+
+fn off(pod_name: &str) -> Namespaces {
+    let off = Annotations {
+        direct: Some(false),
+        ..Annotations::default()
+    };
+    let said = NamespaceAnnotations {
+        pods: [(pod_name.into(), off)].into(),
+        ..NamespaceAnnotations::default()
+    };
+    [("ns".into(), said)].into()
+}
+
+fn direct(store: &Store, uid: &str) -> bool {
+    store.load().workload_by_uid(uid).unwrap().direct
+}
+
+#[test]
+fn annotations_are_in_force_at_once_and_for_what_comes_later() {
+    let (mut feed, store) = settled();
+    let before = store.revision();
+    assert_eq!(feed.annotate(off("web")), 1);
+    assert!(store.revision() > before && !direct(&store, "web"));
+    assert_eq!(feed.in_force().unwrap().0, store.revision());
+    // What changes nothing is no new mesh.
+    let before = store.revision();
+    assert_eq!(feed.annotate(off("web")), 0);
+    assert_eq!(store.revision(), before);
+    feed.take(push(
+        ADDRESS,
+        vec![workload("web", 7), workload("db", 2)],
+        &[],
+    ));
+    assert!(!direct(&store, "web") && direct(&store, "db"));
+    feed.annotate(off("db"));
+    assert!(direct(&store, "web") && !direct(&store, "db"));
+    // A workload that leaves and comes back is the same again.
+    feed.take(push(ADDRESS, vec![], &["db"]));
+    feed.take(push(ADDRESS, vec![workload("db", 2)], &[]));
+    assert!(!direct(&store, "db"));
+}
+
+#[test]
+fn nothing_is_in_force_before_annotations_that_are_awaited() {
+    for annotations_first in [true, false] {
+        let (mut feed, store) = feed();
+        feed.await_annotations();
+        let annotate = |feed: &mut Feed| feed.annotate(off("web"));
+        if annotations_first {
+            annotate(&mut feed);
+        }
+        feed.take(push(POLICY, vec![], &[]));
+        feed.take(push(ADDRESS, vec![workload("web", 1)], &[]));
+        if !annotations_first {
+            assert_eq!((store.revision(), feed.in_force()), (Revision(0), None));
+            annotate(&mut feed);
+        }
+        assert!(!direct(&store, "web"));
+        assert_eq!(store.revision(), Revision(1));
+        assert!(feed.in_force().is_some());
+    }
 }

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use super::annotations::Annotations;
-use super::scalars::{Name, Pattern, Port, Principal, ServiceAccount, TargetPort, Text};
+use super::super::annotations::Annotations;
+use super::super::scalars::{Name, Pattern, Port, Principal, ServiceAccount, TargetPort, Text};
 use crate::mesh::{
     self, GatewayDestination, Health, HealthPolicy, IpFamilies, LoadBalancerMode, LocalityScope,
     MeshResources, NetworkCidr, PortMap, ServiceName, ServiceNameError, TunnelProtocol,

@@ -22,12 +22,12 @@ fn load(text: impl AsRef<[u8]>) -> Result<MeshResources, LocalFileError> {
 
 fn refused(text: impl AsRef<[u8]>) -> (u64, u64, String) {
     match load(text.as_ref()) {
-        Err(LocalFileError::Text {
+        Err(LocalFileError::Text(YamlError {
             line,
             column,
             message,
             ..
-        }) => (line, column, message),
+        })) => (line, column, message),
         other => panic!(
             "{:?} gave {other:?}",
             String::from_utf8_lossy(text.as_ref())
@@ -452,7 +452,7 @@ fn a_missing_file_and_a_directory_are_refused() {
         assert!(
             matches!(
                 LocalFile::new(&path).load(),
-                Err(LocalFileError::Read { .. })
+                Err(LocalFileError::File(WatchedFileError::Read { .. }))
             ),
             "{path:?}"
         );
@@ -468,7 +468,10 @@ fn a_file_that_is_too_large_is_refused() {
         .unwrap()
         .set_len(MAX_BYTES + 1)
         .unwrap();
-    assert!(matches!(file.load(), Err(LocalFileError::TooLarge { .. })));
+    assert!(matches!(
+        file.load(),
+        Err(LocalFileError::File(WatchedFileError::TooLarge { .. }))
+    ));
 }
 
 #[test]
@@ -509,19 +512,19 @@ fn nesting_is_bounded() {
 proptest::proptest! {
     #[test]
     fn any_prefix_of_a_file_is_read_or_refused(end in 0..FULL.len()) {
-        let _ = LocalFile::new("mesh.yaml").parse(&FULL.as_bytes()[..end]);
+        let _ = parse(Path::new("mesh.yaml"), &FULL.as_bytes()[..end]);
     }
 
     #[test]
     fn a_damaged_file_is_read_or_refused(at in 0..FULL.len(), with in "[-:{}\\[\\]*&!|>'\"%@`#,? \n\ta0]{1,3}") {
         let mut text = FULL.to_owned();
         text.replace_range(at..at + 1, &with);
-        let _ = LocalFile::new("mesh.yaml").parse(text.as_bytes());
+        let _ = parse(Path::new("mesh.yaml"), text.as_bytes());
     }
 
     #[test]
     fn any_bytes_are_read_or_refused(bytes: Vec<u8>) {
-        let _ = LocalFile::new("mesh.yaml").parse(&bytes);
+        let _ = parse(Path::new("mesh.yaml"), &bytes);
     }
 }
 

@@ -96,7 +96,7 @@ async fn the_file_is_in_effect_from_the_start() {
     let mut watched = watched(&path);
     watched.has("a").await;
     let status = watched.status.borrow().clone();
-    assert_eq!(status.revision, Some(Revision(1)));
+    assert_eq!(status.in_effect, Some(Revision(1)));
     assert!(status.loaded_at.is_some());
 }
 
@@ -218,7 +218,12 @@ async fn an_emptied_or_removed_file_leaves_the_mesh() {
     assert!(watched.error().await.contains("says nothing"));
     fs::remove_file(&path).unwrap();
     watched
-        .status(|status| matches!(status.error, Some(LocalFileError::Read { .. })))
+        .status(|status| {
+            matches!(
+                status.error,
+                Some(LocalFileError::File(WatchedFileError::Read { .. }))
+            )
+        })
         .await;
     assert_eq!(watched.store.revision(), Revision(1));
     assert!(watched.store.load().workload_by_uid("a").is_some());
@@ -306,7 +311,10 @@ async fn a_missing_directory_is_refused_at_once() {
     let error = LocalFile::new(path)
         .watch(MeshDefaults::default(), Arc::new(Store::new()))
         .unwrap_err();
-    assert!(matches!(error, LocalFileError::Watch { .. }), "{error}");
+    assert!(
+        matches!(error, LocalFileError::File(WatchedFileError::Watch { .. })),
+        "{error}"
+    );
 }
 
 #[tokio::test]

@@ -1,8 +1,8 @@
-//! Notification of changes in the directories that hold a file: that of its path, and that of the file behind it where the
-//! path is a link.
+//! Notification of changes in the directories that hold a watched file: that of its path, and that of the file behind it
+//! where the path is a link.
 //!
 //! Directories are watched, not the file, so that renaming over it is seen (editors; the `..data` link of a Kubernetes
-//! volume).
+//! volume). Used by the watcher above.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -15,7 +15,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDe
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use super::FileError;
+use super::WatchedFileError;
 
 /// A change of a directory.
 #[derive(Debug)]
@@ -46,8 +46,8 @@ impl AsRawFd for Notifier {
 
 impl Directories {
     /// Watches the directory of this path.
-    pub fn of(path: &Path) -> Result<Self, FileError> {
-        let failed = |errno| FileError::Watch {
+    pub fn of(path: &Path) -> Result<Self, WatchedFileError> {
+        let failed = |errno| WatchedFileError::Watch {
             directory: directory_of(path).to_owned(),
             errno,
         };
@@ -94,7 +94,7 @@ impl Directories {
                 Ok(Ok(events)) => return events.into_iter().map(Event::from).collect(),
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                 Ok(Err(error)) => {
-                    tracing::warn!(%error, "changes of a file are no longer notified; it is looked at each second");
+                    tracing::warn!(%error, "changes of a watched file are no longer notified; it is looked at each second");
                     return std::future::pending().await;
                 }
                 Err(_would_block) => {}

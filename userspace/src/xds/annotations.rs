@@ -16,39 +16,53 @@ const DIRECT: &str = "culvert.dev/direct";
 /// Which of those may be short-circuited.
 const SHORT_CIRCUIT: &str = "culvert.dev/short-circuit";
 
-/// Annotations as they are written.
+/// Annotations as pods and namespaces have them: those of others are not our business.
 #[derive(Debug, Default)]
 pub struct Annotations(pub mesh::Annotations);
 
+/// Annotations that are written for us alone: there are no others among them.
+#[derive(Debug)]
+pub struct OnlyOurs(pub mesh::Annotations);
+
 impl<'de> Deserialize<'de> for Annotations {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Reader;
+        let read = deserializer.deserialize_map(Reader { only_ours: false })?;
+        Ok(Self(read))
+    }
+}
 
-        impl<'de> Visitor<'de> for Reader {
-            type Value = Annotations;
+impl<'de> Deserialize<'de> for OnlyOurs {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let read = deserializer.deserialize_map(Reader { only_ours: true })?;
+        Ok(Self(read))
+    }
+}
 
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("annotations: a map of texts")
-            }
+struct Reader {
+    only_ours: bool,
+}
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Annotations, A::Error> {
-                let mut read = mesh::Annotations::default();
-                while let Some(key) = map.next_key::<String>()? {
-                    if key == DIRECT {
-                        read.direct = Some(map.next_value_seed(Switch(&key))?);
-                    } else if key == SHORT_CIRCUIT {
-                        read.short_circuit = Some(map.next_value_seed(ShortCircuit(&key))?);
-                    } else if key.starts_with(PREFIX) {
-                        map.next_value_seed(Unknown(&key))?;
-                    } else {
-                        map.next_value::<IgnoredAny>()?;
-                    }
-                }
-                Ok(Annotations(read))
+impl<'de> Visitor<'de> for Reader {
+    type Value = mesh::Annotations;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("annotations: a map of texts")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<mesh::Annotations, A::Error> {
+        let mut read = mesh::Annotations::default();
+        while let Some(key) = map.next_key::<String>()? {
+            if key == DIRECT {
+                read.direct = Some(map.next_value_seed(Switch(&key))?);
+            } else if key == SHORT_CIRCUIT {
+                read.short_circuit = Some(map.next_value_seed(ShortCircuit(&key))?);
+            } else if self.only_ours || key.starts_with(PREFIX) {
+                map.next_value_seed(Unknown(&key))?;
+            } else {
+                map.next_value::<IgnoredAny>()?;
             }
         }
-
-        deserializer.deserialize_map(Reader)
+        Ok(read)
     }
 }
 

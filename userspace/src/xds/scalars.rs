@@ -1,4 +1,4 @@
-//! The texts of the mesh file that have a form of their own, checked where they stand so that an error has their line.
+//! The texts of the mesh and annotations files that have a form of their own, checked where they stand so that an error has their line.
 
 use std::fmt;
 use std::net::IpAddr;
