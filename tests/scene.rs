@@ -1,12 +1,17 @@
 //! The stage of most tests: two nodes, `client`, `server-a` and `intruder` on the first, `server-b` on the second, and a
 //! policy that lets only `client` reach the servers.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use culvert_harness::{
-    Agent, AgentOptions, Fabric, FabricOptions, Match, Mesh, Node, Pod, Policy, Proc, Workload,
+    Agent, AgentOptions, ControlPlane, Fabric, FabricOptions, Match, Mesh, Node, Pod, Policy, Proc,
+    Workload,
     cni_rules::{self, Backend},
+    culvert_binary,
     fabric::BRIDGE,
     wait_until,
 };
@@ -20,6 +25,8 @@ pub struct Scene {
     pub mesh: Mesh,
     pub agent1: Agent,
     pub agent2: Agent,
+    /// Tells both agents the mesh; none where they read the file.
+    pub control_plane: Option<ControlPlane>,
     pub client: Pod,
     pub server_a: Pod,
     pub intruder: Pod,
@@ -41,8 +48,9 @@ pub struct Setting {
     pub policies: Option<Vec<Policy>>,
     /// Pods have IPv6 addresses too.
     pub ipv6: bool,
-    /// Agents get mesh and certificates from a control plane, not from files.
-    pub control_plane: bool,
+    /// Agents read the mesh file and have the CA's key themselves, in place of a control plane: for what only a file can say, such as
+    /// nothing that is a mesh.
+    pub mesh_file: bool,
     /// istio-cni's rules steer on the first node: they are made in its pods, and its agent is told.
     pub iptables: bool,
 }
@@ -63,6 +71,14 @@ pub fn strict() -> Policy {
 impl Scene {
     pub fn new() -> Result<Self> {
         Self::with(Setting::default())
+    }
+
+    /// With agents that read the mesh file.
+    pub fn of_a_file() -> Result<Self> {
+        Self::with(Setting {
+            mesh_file: true,
+            ..Setting::default()
+        })
     }
 
     pub fn without(knobs: &'static str) -> Result<Self> {
@@ -88,10 +104,12 @@ impl Scene {
             ..Mesh::default()
         };
         mesh.write(&Agent::default_mesh_file(&node1))?;
-        let mut options = AgentOptions {
-            control_plane: setting.control_plane,
-            ..AgentOptions::default()
+        // As in a cluster: from here on agents get mesh and certificates from a control plane.
+        let control_plane = match setting.mesh_file {
+            false => Some(ControlPlane::of_fabric(&node1, &culvert_binary()?)?),
+            true => None,
         };
+        let mut options = AgentOptions::default();
         options.env.extend(
             setting
                 .env
@@ -119,6 +137,7 @@ impl Scene {
             mesh,
             agent1,
             agent2,
+            control_plane,
             client,
             server_a,
             intruder,
@@ -149,19 +168,41 @@ impl Scene {
         Agent::default_mesh_file(&self.node1)
     }
 
-    /// Changes the mesh, and waits until both agents have read it.
+    /// The control plane of both agents.
+    pub fn control_plane(&mut self) -> Result<&mut ControlPlane> {
+        self.control_plane
+            .as_mut()
+            .context("these agents read a file")
+    }
+
+    /// Changes the mesh, and waits until both agents have heard of all of it.
     pub fn change_mesh(&mut self, change: impl FnOnce(&mut Mesh)) -> Result<()> {
         change(&mut self.mesh);
+        self.tell(&self.mesh)
+    }
+
+    /// Tells both agents another mesh, and waits until they have heard of all of it.
+    pub fn tell(&self, mesh: &Mesh) -> Result<()> {
         let agents = [&self.agent1, &self.agent2];
-        let before = [mesh_status(agents[0])?, mesh_status(agents[1])?];
-        self.mesh.write(&self.mesh_file())?;
-        for (agent, before) in agents.into_iter().zip(before) {
-            wait_until(SOON, "the agent to read the mesh", || {
-                let now = mesh_status(agent)?;
-                Ok((revision(&now) != revision(&before)).then_some(()))
-            })?;
+        let file = self.mesh_file();
+        let Some(control_plane) = &self.control_plane else {
+            return changes(agents, "mesh", || mesh.write(&file));
+        };
+        let differs = |path: &Path, text: String| -> Result<bool> {
+            Ok(std::fs::read_to_string(path).context("reading the mesh of before")? != text)
+        };
+        let annotations = Mesh::annotations_file(&file);
+        let other_annotations = differs(&annotations, mesh.annotations_to_yaml()?)?;
+        let other_mesh = differs(&file, mesh.to_yaml()?)?;
+        let mark = control_plane.log().mark();
+        match other_annotations {
+            true => changes(agents, "annotations", || mesh.write(&file))?,
+            false => mesh.write(&file)?,
         }
-        Ok(())
+        match other_mesh {
+            true => control_plane.wait_until_told(mark, &agents.map(Agent::node)),
+            false => Ok(()),
+        }
     }
 
     /// How many flows have been short-circuited so far, on the first node.
@@ -198,7 +239,21 @@ pub fn mesh_status(agent: &Agent) -> Result<String> {
     Ok(text(&status(agent)?, "mesh").to_owned())
 }
 
-/// The part of that which changes with the mesh alone.
+/// Makes a change, and waits until these agents have another revision of what `culvert status` says there.
+fn changes(agents: [&Agent; 2], of: &str, change: impl FnOnce() -> Result<()>) -> Result<()> {
+    let said = |agent: &Agent| -> Result<String> { Ok(text(&status(agent)?, of).to_owned()) };
+    let before = [said(agents[0])?, said(agents[1])?];
+    change()?;
+    for (agent, before) in agents.into_iter().zip(before) {
+        wait_until(SOON, &format!("the agent to read the {of}"), || {
+            let now = said(agent)?;
+            Ok((revision(&now) != revision(&before)).then_some(()))
+        })?;
+    }
+    Ok(())
+}
+
+/// The part of that which changes with the content alone.
 fn revision(status: &str) -> Option<&str> {
     status.split(", ").find(|part| part.starts_with("revision"))
 }

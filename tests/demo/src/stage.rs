@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use culvert_harness::{
-    Agent, AgentOptions, End, Fabric, Match, Mesh, Node, Pod, Policy, Proc, Workload, pinned_probe,
-    wait_until,
+    Agent, AgentOptions, ControlPlane, End, Fabric, Match, Mesh, Node, Pod, Policy, Proc, Workload,
+    culvert_binary, pinned_probe, wait_until,
 };
 use serde_json::Value;
 
@@ -33,6 +33,8 @@ pub struct Server {
 pub struct Agents {
     pub first: Agent,
     pub second: Agent,
+    /// Dropped with them.
+    _control_plane: ControlPlane,
     pub mesh: Mesh,
 }
 
@@ -92,12 +94,9 @@ impl Stage {
         };
         mesh.write(&Agent::default_mesh_file(&stage.node1))?;
         // As in a cluster: mesh and certificates come from a control plane.
-        let options = || AgentOptions {
-            control_plane: true,
-            ..AgentOptions::default()
-        };
-        let first = stage.node1.start_agent(options())?;
-        let second = stage.node2.start_agent(options())?;
+        let control_plane = ControlPlane::of_fabric(&stage.node1, &culvert_binary()?)?;
+        let first = stage.node1.start_agent(AgentOptions::default())?;
+        let second = stage.node2.start_agent(AgentOptions::default())?;
         first.ready()?;
         second.ready()?;
         for pod in stage.pods() {
@@ -112,6 +111,7 @@ impl Stage {
         stage.agents = Some(Agents {
             first,
             second,
+            _control_plane: control_plane,
             mesh,
         });
         Ok(stage)

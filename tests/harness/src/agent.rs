@@ -10,7 +10,6 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 
-use crate::control_plane::ControlPlane;
 use crate::http::{self, Response};
 use crate::log::{Log, Mark};
 use crate::mesh::Workload;
@@ -31,12 +30,11 @@ const READY: Duration = Duration::from_secs(30);
 pub struct AgentOptions {
     /// The program; by default [`culvert_binary`].
     pub binary: Option<PathBuf>,
-    /// The mesh file; by default [`Agent::default_mesh_file`], which all agents of the fabric share.
+    /// The mesh file. Without it, and without `dev_ca`, the agent gets mesh and certificates from the fabric's control plane, if there is
+    /// one ([`ControlPlane::of_fabric`](crate::ControlPlane::of_fabric)), else from [`Agent::default_mesh_file`], which all share.
     pub mesh_file: Option<PathBuf>,
     /// The development CA's directory; by default one for the whole fabric.
     pub dev_ca: Option<PathBuf>,
-    /// Give the agent its mesh and its certificates by a control plane on its node, which reads mesh file and CA in its place.
-    pub control_plane: bool,
     /// The pin directory; by default the node's.
     pub pin_dir: Option<PathBuf>,
     /// The cgroup the agent attaches to; by default the node's.
@@ -54,18 +52,11 @@ pub struct Agent {
     binary: PathBuf,
     admin_socket: PathBuf,
     process: Proc,
-    control_plane: Option<ControlPlane>,
 }
 
 impl Agent {
     pub(crate) fn start(node: &Node, options: AgentOptions) -> Result<Self> {
         let binary = options.binary.map_or_else(culvert_binary, Ok)?;
-        let mesh_file = options
-            .mesh_file
-            .unwrap_or_else(|| Self::default_mesh_file(node));
-        let dev_ca = options
-            .dev_ca
-            .unwrap_or_else(|| node.shared_directory().join("dev-ca"));
         let pin_dir = options
             .pin_dir
             .unwrap_or_else(|| node.pin_directory().to_owned());
@@ -78,18 +69,22 @@ impl Agent {
             std::fs::create_dir_all(parent)
                 .with_context(|| format!("making {}", parent.display()))?;
         }
+        let own_files = options.mesh_file.is_some() || options.dev_ca.is_some();
         let mut command = node.agent_command(&binary).arg("node");
-        let mut control_plane = None;
-        if options.control_plane {
-            let serving = ControlPlane::start(node, &binary, &mesh_file, &dev_ca)?;
-            command = command.envs(serving.environment());
-            control_plane = Some(serving);
-        } else {
-            command = command
-                .arg("--dev-ca")
-                .arg(dev_ca)
-                .env("LOCAL_XDS_PATH", mesh_file);
-        }
+        command = match node.inner.control_plane.get() {
+            Some(told) if !own_files => command.envs(told.clone()),
+            _ => {
+                let mesh_file = options.mesh_file;
+                let dev_ca = options.dev_ca;
+                command
+                    .arg("--dev-ca")
+                    .arg(dev_ca.unwrap_or_else(|| Self::default_dev_ca(node)))
+                    .env(
+                        "LOCAL_XDS_PATH",
+                        mesh_file.unwrap_or_else(|| Self::default_mesh_file(node)),
+                    )
+            }
+        };
         let process = command
             .args(options.args)
             .env("NODE_NAME", node.name())
@@ -105,13 +100,17 @@ impl Agent {
             binary,
             admin_socket,
             process,
-            control_plane,
         })
     }
 
     /// The mesh file agents read when the options name none.
     pub fn default_mesh_file(node: &Node) -> PathBuf {
         node.shared_directory().join("mesh.yaml")
+    }
+
+    /// The development CA that all agents of the fabric share when the options name none.
+    pub fn default_dev_ca(node: &Node) -> PathBuf {
+        node.shared_directory().join("dev-ca")
     }
 
     /// Waits until `/healthz/ready` answers 200. Fails at once if the agent ends.
@@ -277,12 +276,6 @@ impl Agent {
         &self.process
     }
 
-    /// The control plane that it was started with ([`AgentOptions::control_plane`]).
-    pub fn control_plane(&mut self) -> Result<&mut ControlPlane> {
-        let serving = self.control_plane.as_mut();
-        serving.context("this agent was started without a control plane")
-    }
-
     /// The node it serves.
     pub fn node(&self) -> &Node {
         &self.node
@@ -333,16 +326,21 @@ impl AccessLine {
                     .map_or_else(|| value.to_string(), str::to_owned),
             );
         }
-        let marker = format!("{key}=");
-        let at = self.text.match_indices(&marker).map(|(at, _)| at);
-        let start = at
-            .into_iter()
-            .find(|at| self.text.get(..*at).is_some_and(starts_a_field))?;
-        let rest = self.text.get(start + marker.len()..)?;
-        match rest.strip_prefix('"') {
-            Some(quoted) => quoted.split('"').next().map(str::to_owned),
-            None => rest.split_whitespace().next().map(str::to_owned),
-        }
+        field_of(&self.text, key)
+    }
+}
+
+/// The value of a field of a text log's line: `key=value` or `key="value"`.
+pub(crate) fn field_of(text: &str, key: &str) -> Option<String> {
+    let marker = format!("{key}=");
+    let at = text.match_indices(&marker).map(|(at, _)| at);
+    let start = at
+        .into_iter()
+        .find(|at| text.get(..*at).is_some_and(starts_a_field))?;
+    let rest = text.get(start + marker.len()..)?;
+    match rest.strip_prefix('"') {
+        Some(quoted) => quoted.split('"').next().map(str::to_owned),
+        None => rest.split_whitespace().next().map(str::to_owned),
     }
 }
 

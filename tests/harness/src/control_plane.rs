@@ -1,20 +1,22 @@
-//! A control plane on a node: `culvert dev-control-plane` as a process of its own, which tells one agent the mesh and gives it
-//! certificates. Started by `agent` for an agent that wants one; tests make it misbehave, end it and bring it back.
+//! A control plane on a node: `culvert dev-control-plane` as a process of its own, which tells agents the mesh and gives them
+//! certificates. One may serve all agents of a fabric; tests make it misbehave, end it and bring it back.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
-use crate::log::Log;
-use crate::mesh::replace_file;
+use crate::agent::{Agent, field_of};
+use crate::log::{Log, Mark};
+use crate::mesh::{Mesh, replace_file};
 use crate::node::Node;
 use crate::process::Proc;
 
 const STARTED: Duration = Duration::from_secs(15);
 const ENDED: Duration = Duration::from_secs(10);
+const TOLD: Duration = Duration::from_secs(15);
 /// What an agent has to show it.
 pub const TOKEN: &str = "the-harness";
 
@@ -39,8 +41,31 @@ struct Start {
 }
 
 impl ControlPlane {
-    /// Starts one in the node's namespace, at a port that is free.
+    /// Starts one on the node for all agents of its fabric that are started from now on, whose options name neither mesh file nor CA.
+    pub fn of_fabric(node: &Node, binary: &Path) -> Result<Self> {
+        let mesh_file = Agent::default_mesh_file(node);
+        let dev_ca = Agent::default_dev_ca(node);
+        let serving = Self::at(node, binary, node.address(), &mesh_file, &dev_ca)?;
+        let mut told = serving.environment();
+        let annotations = Mesh::annotations_file(&mesh_file);
+        told.push((
+            "CULVERT_ANNOTATIONS_PATH",
+            annotations.display().to_string(),
+        ));
+        ensure!(
+            node.inner.control_plane.set(told).is_ok(),
+            "the fabric has a control plane already"
+        );
+        Ok(serving)
+    }
+
+    /// Starts one in the node's namespace, for its own loopback device alone, at a port that is free.
     pub fn start(node: &Node, binary: &Path, mesh_file: &Path, dev_ca: &Path) -> Result<Self> {
+        let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        Self::at(node, binary, loopback, mesh_file, dev_ca)
+    }
+
+    fn at(node: &Node, binary: &Path, ip: IpAddr, mesh_file: &Path, dev_ca: &Path) -> Result<Self> {
         let start = Start {
             node: node.clone(),
             binary: binary.to_owned(),
@@ -51,7 +76,7 @@ impl ControlPlane {
         };
         std::fs::write(&start.token, TOKEN)
             .with_context(|| format!("writing {}", start.token.display()))?;
-        let (process, address, root) = start.at("127.0.0.1:0")?;
+        let (process, address, root) = start.at(&SocketAddr::new(ip, 0).to_string())?;
         Ok(Self {
             start,
             process,
@@ -71,6 +96,25 @@ impl ControlPlane {
             ("CA_ROOT_CA", root),
             ("AUTH_TOKEN", self.start.token.display().to_string()),
         ]
+    }
+
+    /// Waits until these agents have accepted or refused all of a mesh file that was written after `mark`.
+    pub fn wait_until_told(&self, mark: Mark, nodes: &[&Node]) -> Result<()> {
+        let number = |line: &str| field_of(line, "revision")?.parse::<u64>().ok();
+        let read = self.log().wait_for(mark, TOLD, "a new mesh", |line| {
+            let new = line.text.contains("the mesh file is in effect");
+            new.then(|| number(&line.text)).flatten()
+        })?;
+        for node in nodes {
+            let what = format!("that {} has revision {read}", node.name());
+            self.log().wait_for(mark, TOLD, &what, |line| {
+                let told = line.text.contains("a client has all of the mesh")
+                    && field_of(&line.text, "name").as_deref() == Some(node.name())
+                    && number(&line.text)? >= read;
+                told.then_some(())
+            })?;
+        }
+        Ok(())
     }
 
     /// Has it do wrong what the text says, in the format of `--behaviour`; nothing if it is empty. It tells in its log when it does.
@@ -124,7 +168,10 @@ impl Start {
             .arg(&self.token)
             .arg("--behaviour")
             .arg(&self.behaviour)
-            .env("RUST_LOG", "debug,h2=info,hyper=info")
+            .env(
+                "RUST_LOG",
+                "debug,h2=info,hyper=info,tower=info,rustls=info",
+            )
             .spawn()?;
         let event = process.wait_for_event("listening", STARTED)?;
         let text = |key: &str| {

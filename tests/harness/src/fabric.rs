@@ -4,6 +4,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result, ensure};
 
@@ -23,6 +24,9 @@ pub(crate) const PREFIX_V6: u8 = 64;
 /// The nodes a fabric may have: their number is an octet of their addresses.
 const MOST_NODES: u8 = 250;
 
+/// What agents of the fabric are told, so that they get mesh and certificates from its control plane; nothing while it has none.
+pub(crate) type Told = Arc<OnceLock<Vec<(&'static str, String)>>>;
+
 /// What a fabric may be asked for.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FabricOptions {
@@ -40,6 +44,7 @@ pub struct Fabric {
     cgroup: Cgroup,
     directory: PathBuf,
     nodes: AtomicU8,
+    pub(crate) control_plane: Told,
 }
 
 impl Fabric {
@@ -68,7 +73,7 @@ impl Fabric {
             .with_context(|| format!("making {}", directory.display()))?;
         let cgroup = Cgroup::create(cgroup::root()?.join(run.directory()))?;
         let netns = Netns::create(run.netns("fabric"))?;
-        ip::batch(Some(netns.name()), &bridge_lines())?;
+        ip::batch(Some(netns.name()), &bridge_lines(0))?;
         Ok(Self {
             run,
             options,
@@ -76,6 +81,7 @@ impl Fabric {
             cgroup,
             directory,
             nodes: AtomicU8::new(0),
+            control_plane: Told::default(),
         })
     }
 
@@ -138,11 +144,16 @@ fn report(outcome: Result<()>) {
     }
 }
 
-pub(crate) fn bridge_lines() -> Vec<String> {
+/// For the bridge of this node; 0 is the fabric's own.
+pub(crate) fn bridge_lines(node: u8) -> Vec<String> {
     vec![
         "link set lo up".to_owned(),
         // No spanning tree and no delay: a port forwards as soon as it is up.
-        format!("link add {BRIDGE} type bridge forward_delay 0 stp_state 0 mcast_snooping 0"),
+        // An address of its own: otherwise it is that of a port, and changes as pods come and go. Whoever talks to the node would go on
+        // sending to the one before for many seconds.
+        format!(
+            "link add {BRIDGE} address 02:77:00:00:00:{node:02x} type bridge forward_delay 0 stp_state 0 mcast_snooping 0"
+        ),
         format!("link set {BRIDGE} up"),
     ]
 }

@@ -2,11 +2,11 @@
 //! one, never half of either.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::pod::Pod;
 use crate::yaml;
@@ -33,9 +33,31 @@ impl Mesh {
         ))
     }
 
-    /// Replaces the file at `path`, or makes it.
+    /// Replaces the file at `path`, or makes it, and before it the annotations file beside it, for agents of a control plane.
     pub fn write(&self, path: &Path) -> Result<()> {
+        replace_file(&Self::annotations_file(path), &self.annotations_to_yaml()?)?;
         replace_file(path, &self.to_yaml()?)
+    }
+
+    /// The annotations file beside a mesh file.
+    pub fn annotations_file(mesh_file: &Path) -> PathBuf {
+        mesh_file.with_extension("annotations.yaml")
+    }
+
+    /// The annotations file's text: what a control plane does not tell.
+    pub fn annotations_to_yaml(&self) -> Result<String> {
+        let annotated = self
+            .workloads
+            .iter()
+            .filter(|one| !one.annotations.is_empty())
+            .map(|one| {
+                json!({"namespace": one.namespace, "name": one.name, "annotations": one.annotations})
+            });
+        let workloads: Vec<_> = annotated.collect();
+        let namespaces = serde_json::to_value(&self.namespaces).context("writing annotations")?;
+        Ok(yaml::document(
+            &json!({"namespaces": namespaces, "workloads": workloads}),
+        ))
     }
 
     /// The workload called `name`, to change it.

@@ -12,7 +12,8 @@ use crate::announce::announce;
 use crate::capture::Capture;
 use crate::cgroup::Cgroup;
 use crate::fabric::{
-    BRIDGE, Fabric, PREFIX_V4, PREFIX_V6, address_v4, address_v6, believe_at_once, bridge_lines,
+    BRIDGE, Fabric, PREFIX_V4, PREFIX_V6, Told, address_v4, address_v6, believe_at_once,
+    bridge_lines,
 };
 use crate::ip;
 use crate::netns::Netns;
@@ -47,6 +48,7 @@ pub(crate) struct Inner {
     shared_directory: PathBuf,
     pin_directory: PathBuf,
     next_pod: AtomicU8,
+    pub(crate) control_plane: Told,
 }
 
 impl Node {
@@ -72,7 +74,7 @@ impl Node {
                 format!("link set {name} master {BRIDGE} up"),
             ],
         )?;
-        let mut lines = bridge_lines();
+        let mut lines = bridge_lines(number);
         lines.push(believe_at_once(BRIDGE));
         lines.push(format!("link set up0 master {BRIDGE} up"));
         lines.push(format!(
@@ -104,6 +106,7 @@ impl Node {
             shared_directory: fabric.directory().to_owned(),
             pin_directory: fabric.pin_directory().join(&name),
             next_pod: AtomicU8::new(FIRST_POD),
+            control_plane: Arc::clone(&fabric.control_plane),
             name,
         };
         Ok(Self {

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use culvert_harness::{
-    AgentOptions, Fabric, FabricOptions, Node, Pod, PodOptions, Proc, TcpState, cgroup,
-    clean_stale, probe_binary, sockets_of_process, wait_until,
+    AgentOptions, ControlPlane, Fabric, FabricOptions, Node, Pod, PodOptions, Proc, TcpState,
+    cgroup, clean_stale, probe_binary, sockets_of_process, wait_until,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -695,42 +695,51 @@ fn an_agent_is_told_what_it_needs_and_its_end_is_noticed() -> Result<()> {
 }
 
 #[test]
-fn an_agent_can_be_given_everything_by_a_control_plane() -> Result<()> {
+fn agents_are_given_everything_by_the_control_plane_of_their_fabric() -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     let fabric = Fabric::new()?;
-    let node = fabric.node()?;
+    let nodes = [fabric.node()?, fabric.node()?];
     let binary = fabric.directory().join("agent");
     let listening =
-        r#"{"event":"listening","address":"127.0.0.1:4321","root":"/ca/root-cert.pem"}"#;
+        r#"{"event":"listening","address":"10.77.1.1:4321","root":"/ca/root-cert.pem"}"#;
     let script = format!(
         "#!/bin/sh\n[ \"$1\" = node ] || {{ echo \"args $*\"; echo '{listening}'; sleep 60; }}\necho \"args $*\"\nenv\n"
     );
     std::fs::write(&binary, script)?;
     std::fs::set_permissions(&binary, PermissionsExt::from_mode(0o700))?;
-    let mut agent = node.start_agent(AgentOptions {
-        binary: Some(binary),
-        control_plane: true,
+    let plane = ControlPlane::of_fabric(&nodes[0], &binary)?;
+    let token = nodes[0].directory().join("token");
+    let shared = fabric.directory().display();
+    for node in &nodes {
+        let agent = node.start_agent(AgentOptions {
+            binary: Some(binary.clone()),
+            ..AgentOptions::default()
+        })?;
+        for line in [
+            "args node".to_owned(),
+            "XDS_ADDRESS=https://10.77.1.1:4321".to_owned(),
+            "CA_ADDRESS=https://10.77.1.1:4321".to_owned(),
+            "XDS_ROOT_CA=/ca/root-cert.pem".to_owned(),
+            "CA_ROOT_CA=/ca/root-cert.pem".to_owned(),
+            format!("AUTH_TOKEN={}", token.display()),
+            format!("CULVERT_ANNOTATIONS_PATH={shared}/mesh.annotations.yaml"),
+        ] {
+            agent.process().wait_for_line(&line, SOON)?;
+        }
+        assert!(!agent.log().contains("LOCAL_XDS_PATH="));
+    }
+    // Who names files reads them.
+    let agent = nodes[0].start_agent(AgentOptions {
+        binary: Some(binary.clone()),
+        mesh_file: Some("/mesh.yaml".into()),
         ..AgentOptions::default()
     })?;
-    let token = node.directory().join("token");
-    let expected = [
-        "args node".to_owned(),
-        "XDS_ADDRESS=https://127.0.0.1:4321".to_owned(),
-        "CA_ADDRESS=https://127.0.0.1:4321".to_owned(),
-        "XDS_ROOT_CA=/ca/root-cert.pem".to_owned(),
-        "CA_ROOT_CA=/ca/root-cert.pem".to_owned(),
-        format!("AUTH_TOKEN={}", token.display()),
-    ];
-    for line in expected {
-        agent.process().wait_for_line(&line, SOON)?;
-    }
-    assert!(!agent.log().contains("LOCAL_XDS_PATH="));
-    let shared = fabric.directory().display();
-    let arguments = agent
-        .control_plane()?
+    agent
         .process()
-        .wait_for_line("args", SOON)?;
+        .wait_for_line("LOCAL_XDS_PATH=/mesh.yaml", SOON)?;
+    let arguments = plane.process().wait_for_line("args", SOON)?;
     for argument in [
+        "--listen 10.77.1.1:0".to_owned(),
         format!("--mesh {shared}/mesh.yaml"),
         format!("--dev-ca {shared}/dev-ca"),
         format!("--token {}", token.display()),

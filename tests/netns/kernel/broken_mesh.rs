@@ -1,4 +1,5 @@
-//! A new agent that finds a mesh file it cannot read: what an earlier one decided stands until there is a mesh.
+//! A new agent that finds a mesh file it cannot read: what an earlier one decided stands until there is a mesh. Agents of a file, as a
+//! control plane goes on telling the mesh before.
 
 use anyhow::Result;
 use culvert_harness::{Agent, AgentOptions, mesh::replace_file, wait_until};
@@ -40,7 +41,7 @@ fn mended(scene: &Scene, agent: &Agent) -> Result<()> {
 
 #[test]
 fn what_was_decided_goes_on_while_the_mesh_file_is_broken() -> Result<()> {
-    let scene = Scene::new()?;
+    let scene = Scene::of_a_file()?;
     let _server = serve(&scene.server_a, "echo")?;
     scene.warm(&scene.client, &scene.server_a)?;
     let held = hold(&scene.client, &scene.server_a)?;
@@ -71,6 +72,7 @@ fn what_was_decided_ends_some_time_after_the_agent_that_decided_it() -> Result<(
     const MAX_AGE: (&str, &str) = ("CULVERT_VERDICT_MAX_AGE", "5s");
     let scene = Scene::with(Setting {
         env: vec![(MAX_AGE.0, MAX_AGE.1.to_owned())],
+        mesh_file: true,
         ..Setting::default()
     })?;
     let _server = serve(&scene.server_a, "echo")?;
@@ -84,7 +86,7 @@ fn what_was_decided_ends_some_time_after_the_agent_that_decided_it() -> Result<(
 #[test]
 fn a_pod_that_is_removed_and_enrolled_again_meanwhile_is_nobody_until_there_is_a_mesh() -> Result<()>
 {
-    let scene = Scene::new()?;
+    let scene = Scene::of_a_file()?;
     let _server = serve(&scene.server_a, "echo")?;
     let agent = taken_over(&scene, &[])?;
     let workload = scene.workload(&scene.client)?;

@@ -61,11 +61,7 @@ fn two_flows(knobs: &'static str) -> Result<Stage> {
 fn forbid(stage: &Stage) -> Result<()> {
     let mut mesh = stage.scene.mesh.clone();
     mesh.policies = vec![only("client")];
-    mesh.write(&stage.scene.mesh_file())?;
-    wait_until(SOON, "the new mesh", || {
-        let log = stage.scene.agent1.log();
-        Ok(log.contains("policies=1 revision=2").then_some(()))
-    })
+    stage.scene.tell(&mesh)
 }
 
 #[test]

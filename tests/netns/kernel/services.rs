@@ -655,7 +655,7 @@ fn direct_off_for_a_pod_or_a_namespace_sends_its_traffic_through_a_tunnel() -> R
 
 #[test]
 fn an_annotation_of_ours_that_is_misspelt_leaves_the_mesh_as_it_was() -> Result<()> {
-    let mut scene = Scene::new()?;
+    let mut scene = Scene::of_a_file()?;
     scene.change_mesh(|mesh| {
         let client = mesh.workload("client").unwrap();
         client.annotations = [("culvert.dev/dirct".to_owned(), "off".to_owned())].into();

@@ -96,7 +96,7 @@ fn a_port_may_be_short_circuited_where_others_are_not() -> Result<()> {
 
 #[test]
 fn an_annotation_that_is_not_understood_leaves_the_mesh_as_it_was() -> Result<()> {
-    let mut scene = agents_with("off")?;
+    let mut scene = Scene::of_a_file()?;
     say(&mut scene, &[("server-a", "on,7000=maybe")])?;
     let status = mesh_status(&scene.agent1)?;
     for part in [ANNOTATION, "on,7000=maybe", "none of on, off and auto"] {

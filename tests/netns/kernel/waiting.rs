@@ -29,7 +29,8 @@ fn enrol_by_uid(scene: &Scene, pod: &Pod) -> Result<String> {
     Ok(uid)
 }
 
-/// A new agent in place of the killed one, which finds a mesh file that it cannot read.
+/// A new agent in place of the killed one, which finds a mesh file that it cannot read. (A control plane goes on telling the mesh
+/// before: scenes for this are of a file.)
 fn restart_without_a_mesh(scene: &Scene, knobs: &str) -> Result<Agent> {
     scene.agent1.kill()?;
     replace_file(&scene.mesh_file(), BROKEN)?;
@@ -48,7 +49,7 @@ fn wait_until_active(agent: &Agent, uid: &str) -> Result<()> {
 
 #[test]
 fn a_pod_that_cannot_be_served_after_a_restart_waits_for_the_mesh() -> Result<()> {
-    let scene = Scene::new()?;
+    let scene = Scene::of_a_file()?;
     let _servers = (
         serve(&scene.server_a, "echo")?,
         serve(&scene.server_b, "echo")?,
@@ -91,7 +92,7 @@ fn a_pod_that_cannot_be_served_after_a_restart_waits_for_the_mesh() -> Result<()
 
 #[test]
 fn a_waiting_pod_can_be_removed() -> Result<()> {
-    let scene = Scene::new()?;
+    let scene = Scene::of_a_file()?;
     let _server = serve(&scene.client, "echo")?;
     let outsider = scene.node1.pod("outsider")?;
     let untouched = network(&outsider)?;
@@ -126,7 +127,7 @@ fn a_waiting_pod_can_be_removed() -> Result<()> {
 
 #[test]
 fn a_waiting_pod_is_served_when_a_request_says_who_it_is() -> Result<()> {
-    let scene = Scene::new()?;
+    let scene = Scene::of_a_file()?;
     let uid = enrol_by_uid(&scene, &scene.client)?;
     let agent = restart_without_a_mesh(&scene, "")?;
     assert_eq!(entry(&agent, &uid)?["state"], "pending");
@@ -139,7 +140,11 @@ fn a_waiting_pod_is_served_when_a_request_says_who_it_is() -> Result<()> {
 
 /// A pod that waits sends a marker to the other node; tells whether it passed in clear.
 fn reach_while_waiting(knobs: &'static str) -> Result<(Value, bool)> {
-    let scene = Scene::without(knobs)?;
+    let scene = Scene::with(Setting {
+        knobs,
+        mesh_file: true,
+        ..Setting::default()
+    })?;
     let _server = serve(&scene.server_b, "echo")?;
     enrol_by_uid(&scene, &scene.client)?;
     let _agent = restart_without_a_mesh(&scene, knobs)?;
@@ -176,6 +181,7 @@ fn forbidden_while_its_server_waits(knobs: &'static str) -> Result<Stage> {
     let scene = Scene::with(Setting {
         knobs,
         policies: Some(Vec::new()),
+        mesh_file: true,
         ..Setting::default()
     })?;
     let server = serve(&scene.server_a, "echo")?;

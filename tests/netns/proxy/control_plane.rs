@@ -5,7 +5,7 @@ use culvert_harness::{
     Agent, ControlPlane, Fabric, Mesh, Policy, TcpState, Workload, culvert_binary, wait_until,
 };
 use culvert_tests::scene::{
-    NAMESPACE, SOON, Scene, Setting, answered, echo, mesh_status, only, serve, status,
+    NAMESPACE, SOON, Scene, answered, echo, mesh_status, only, serve, status,
 };
 use nix::sys::signal::Signal;
 
@@ -60,13 +60,6 @@ fn it_follows_its_files_and_comes_back_at_the_same_address() -> Result<()> {
     Ok(())
 }
 
-fn scene() -> Result<Scene> {
-    Scene::with(Setting {
-        control_plane: true,
-        ..Setting::default()
-    })
-}
-
 fn wait_for_status(agent: &Agent, words: &str) -> Result<()> {
     wait_until(SOON, words, || {
         Ok(mesh_status(agent)?.contains(words).then_some(()))
@@ -85,7 +78,7 @@ fn reaches(scene: &Scene, near: bool) -> Result<bool> {
 
 #[test]
 fn both_ways_and_policy_work_as_with_a_file() -> Result<()> {
-    let mut scene = scene()?;
+    let mut scene = Scene::new()?;
     let _servers = (
         serve(&scene.server_a, "echo")?,
         serve(&scene.server_b, "echo")?,
@@ -105,7 +98,7 @@ fn both_ways_and_policy_work_as_with_a_file() -> Result<()> {
 
 #[test]
 fn without_its_control_plane_an_agent_goes_on_and_says_so() -> Result<()> {
-    let mut scene = scene()?;
+    let mut scene = Scene::new()?;
     let _servers = (
         serve(&scene.server_a, "echo")?,
         serve(&scene.server_b, "echo")?,
@@ -113,7 +106,7 @@ fn without_its_control_plane_an_agent_goes_on_and_says_so() -> Result<()> {
     for near in [true, false] {
         assert!(reaches(&scene, near)?);
     }
-    scene.agent1.control_plane()?.stop(Signal::SIGKILL)?;
+    scene.control_plane()?.stop(Signal::SIGKILL)?;
     wait_for_status(&scene.agent1, "lost for")?;
     let warnings = status(&scene.agent1)?["warnings"].to_string();
     assert!(
@@ -126,7 +119,7 @@ fn without_its_control_plane_an_agent_goes_on_and_says_so() -> Result<()> {
     // What changes meanwhile is learnt when it is back.
     scene.mesh.policies = vec![only("intruder")];
     scene.mesh.write(&scene.mesh_file())?;
-    scene.agent1.control_plane()?.restart()?;
+    scene.control_plane()?.restart()?;
     wait_for_status(&scene.agent1, "connected")?;
     wait_until(
         SOON,
@@ -137,7 +130,7 @@ fn without_its_control_plane_an_agent_goes_on_and_says_so() -> Result<()> {
 
 #[test]
 fn a_control_plane_that_misbehaves_changes_nothing() -> Result<()> {
-    let mut scene = scene()?;
+    let mut scene = Scene::new()?;
     let _server = serve(&scene.server_b, "echo")?;
     let uid = scene.workload(&scene.client)?.uid.clone();
     for behaviour in [
@@ -151,13 +144,13 @@ fn a_control_plane_that_misbehaves_changes_nothing() -> Result<()> {
         "xds: [wrong-version]".to_owned(),
         "xds: [stall]".to_owned(),
     ] {
-        let mark = scene.agent1.control_plane()?.log().mark();
-        scene.agent1.control_plane()?.misbehave(&behaviour)?;
-        scene
-            .agent1
-            .control_plane()?
-            .process()
-            .wait_for_line_after(mark, "another behaviour is in effect", SOON)?;
+        let mark = scene.control_plane()?.log().mark();
+        scene.control_plane()?.misbehave(&behaviour)?;
+        scene.control_plane()?.process().wait_for_line_after(
+            mark,
+            "another behaviour is in effect",
+            SOON,
+        )?;
         // Something is pushed, so that it has an occasion.
         scene.mesh.policies.push(Policy::deny(
             NAMESPACE,
@@ -170,7 +163,7 @@ fn a_control_plane_that_misbehaves_changes_nothing() -> Result<()> {
             "{behaviour}: the agent ended"
         );
     }
-    scene.agent1.control_plane()?.misbehave("")?;
+    scene.control_plane()?.misbehave("")?;
     wait_for_status(&scene.agent1, "connected")?;
     let count = scene.mesh.policies.len();
     wait_until(SOON, "all policies", || {

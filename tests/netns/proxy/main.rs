@@ -9,6 +9,7 @@
 
 mod access;
 mod admin;
+mod annotations;
 mod authority;
 mod certificates;
 mod cni_rules;

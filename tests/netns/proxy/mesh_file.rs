@@ -15,7 +15,7 @@ const BROKEN: &str = "workloads: []\npolicies:\n  - name: a\n    namespace: b\n 
 
 #[test]
 fn a_broken_change_leaves_the_old_mesh_in_force() -> Result<()> {
-    let mut scene = Scene::new()?;
+    let mut scene = Scene::of_a_file()?;
     let server = serve(&scene.server_b, "echo")?;
     let mark = scene.agent2.log().mark();
     replace_file(&scene.mesh_file(), BROKEN)?;

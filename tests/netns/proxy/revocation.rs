@@ -122,6 +122,7 @@ fn change_cuts_while_ending(knobs: &'static str) -> Result<bool> {
         Ok((!answered(&echo(&scene.client, &scene.server_b)?)).then_some(()))
     })?;
     let mark = scene.agent2.log().mark();
+    let told = scene.control_plane()?.log().mark();
     scene.mesh.policies = vec![not_the_intruder(&scene.intruder)];
     scene.mesh.write(&scene.mesh_file())?;
     if knobs.is_empty() {
@@ -131,8 +132,8 @@ fn change_cuts_while_ending(knobs: &'static str) -> Result<bool> {
         wait_for_failure(&scene.agent2, mark, "policy changed", &fields)?;
         Ok(true)
     } else {
-        let agent = scene.agent2.process();
-        agent.wait_for_line_after(mark, "the mesh file is in effect", SOON)?;
+        let node2 = scene.node2.clone();
+        scene.control_plane()?.wait_until_told(told, &[&node2])?;
         says(&held, "after")?;
         Ok(false)
     }

@@ -1,4 +1,4 @@
-//! A development control plane for the tests of the agent's clients.
+//! A development control plane for its own tests and those of the agent's clients.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -10,6 +10,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{ControlPlaneError, Listening, Options, run};
 
+const MESH: &str = "mesh.yaml";
+const BEHAVIOUR: &str = "behaviour.yaml";
 const PATIENCE: Duration = Duration::from_secs(20);
 
 pub struct ControlPlane {
@@ -37,12 +39,12 @@ impl ControlPlane {
         });
         let options = Options {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
-            mesh: path("mesh.yaml"),
+            mesh: path(MESH),
             dev_ca: path("ca"),
             trust_domain: "cluster.local".to_owned(),
             names: Vec::new(),
             token,
-            behaviour: None,
+            behaviour: Some(path(BEHAVIOUR)),
         };
         Stopped { directory, options }.start(mesh).await
     }
@@ -57,7 +59,17 @@ impl ControlPlane {
     }
 
     pub fn write(&self, mesh: &str) {
-        write(self.directory.path(), mesh);
+        write(self.directory.path(), MESH, mesh);
+    }
+
+    /// Has it do wrong what the text says.
+    pub fn misbehave(&self, text: &str) {
+        write(self.directory.path(), BEHAVIOUR, text);
+    }
+
+    /// Ends that.
+    pub fn behave(&self) {
+        std::fs::remove_file(self.directory.path().join(BEHAVIOUR)).unwrap();
     }
 
     pub async fn stop(self) -> Stopped {
@@ -81,7 +93,7 @@ impl ControlPlane {
 impl Stopped {
     pub async fn start(self, mesh: &str) -> ControlPlane {
         let Self { directory, options } = self;
-        write(directory.path(), mesh);
+        write(directory.path(), MESH, mesh);
         let shutdown = CancellationToken::new();
         let (told, listening) = oneshot::channel();
         let announce = |listening| {
@@ -101,8 +113,8 @@ impl Stopped {
     }
 }
 
-fn write(directory: &Path, mesh: &str) {
-    let new = directory.join("mesh.yaml.new");
-    std::fs::write(&new, mesh).unwrap();
-    std::fs::rename(&new, directory.join("mesh.yaml")).unwrap();
+fn write(directory: &Path, name: &str, text: &str) {
+    let new = directory.join("new");
+    std::fs::write(&new, text).unwrap();
+    std::fs::rename(&new, directory.join(name)).unwrap();
 }

@@ -28,6 +28,8 @@ const WILDCARD: &str = "*";
 pub struct Session {
     /// How many responses were made; their nonces count from 1.
     responses: u64,
+    /// The last of them that the client accepted or refused.
+    answered: u64,
     /// What is not yet in a response, the oldest first.
     waiting: VecDeque<Delta>,
     addresses: Subscription,
@@ -132,6 +134,14 @@ impl Session {
         })
     }
 
+    /// Whether the client wants both types and has accepted or refused all that there is of them.
+    pub fn is_settled(&self) -> bool {
+        self.addresses.begun
+            && self.authorizations.begun
+            && self.waiting.is_empty()
+            && self.answered == self.responses
+    }
+
     fn subscription(&mut self, kind: Kind) -> &mut Subscription {
         match kind {
             Kind::Address => &mut self.addresses,
@@ -139,11 +149,15 @@ impl Session {
         }
     }
 
-    fn feedback(&self, request: &DeltaDiscoveryRequest) -> Option<Feedback> {
+    fn feedback(&mut self, request: &DeltaDiscoveryRequest) -> Option<Feedback> {
         if request.response_nonce.is_empty() {
             return None;
         }
-        let sent = (1..=self.responses).contains(&request.response_nonce.parse().unwrap_or(0));
+        let nonce = request.response_nonce.parse().unwrap_or(0);
+        let sent = (1..=self.responses).contains(&nonce);
+        if sent {
+            self.answered = self.answered.max(nonce);
+        }
         Some(match &request.error_detail {
             _ if !sent => Feedback::Unknown,
             Some(status) => Feedback::Nack(status.message.clone()),

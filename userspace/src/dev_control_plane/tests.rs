@@ -1,7 +1,5 @@
 //! A real client of gRPC over TLS on the loopback device.
 
-use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -12,12 +10,12 @@ use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName};
 use rustls::version::TLS13;
 use rustls::{ClientConfig, RootCertStore};
 use tokio::net::TcpStream;
-use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinHandle;
+use tokio::sync::mpsc;
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status, Streaming};
 
+use super::fixture::ControlPlane;
 use super::*;
 use crate::identity::certificate::PROVIDER;
 use crate::identity::{Roots, Validity, WorkloadCertificate, spiffe};
@@ -31,48 +29,12 @@ const ADDRESS: &str = "type.googleapis.com/istio.workload.Address";
 const CART: &str = "spiffe://cluster.local/ns/shop/sa/cart";
 const PATIENCE: Duration = Duration::from_secs(20);
 
-struct ControlPlane {
-    directory: tempfile::TempDir,
-    listening: Listening,
-    shutdown: CancellationToken,
-    running: JoinHandle<Result<(), ControlPlaneError>>,
-}
-
 impl ControlPlane {
-    async fn start(token: Option<&str>) -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let path = |name| directory.path().join(name);
-        write_mesh(directory.path(), "n1");
-        let token = token.map(|token| {
-            std::fs::write(path("token"), token).unwrap();
-            path("token")
-        });
-        let options = Options {
-            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
-            mesh: path("mesh.yaml"),
-            dev_ca: path("ca"),
-            trust_domain: "cluster.local".to_owned(),
-            names: Vec::new(),
-            token,
-            behaviour: Some(path("behaviour.yaml")),
-        };
-        let shutdown = CancellationToken::new();
-        let (told, listening) = oneshot::channel();
-        let announce = |listening| told.send(listening).unwrap();
-        let running = tokio::spawn(run(options, announce, shutdown.clone()));
-        Self {
-            listening: listening.await.unwrap(),
-            directory,
-            shutdown,
-            running,
-        }
-    }
-
     async fn channel(&self) -> Channel {
-        let address = self.listening.address;
+        let address = self.address();
         let mut roots = RootCertStore::empty();
         roots
-            .add(CertificateDer::from_pem_file(&self.listening.root).unwrap())
+            .add(CertificateDer::from_pem_file(self.root()).unwrap())
             .unwrap();
         let mut config = ClientConfig::builder_with_provider(Arc::clone(&PROVIDER))
             .with_protocol_versions(&[&TLS13])
@@ -82,7 +44,7 @@ impl ControlPlane {
         config.alpn_protocols = vec![b"h2".to_vec()];
         let connector = TlsConnector::from(Arc::new(config));
         let connect = tower::service_fn(move |_| {
-            let connector = connector.clone();
+            let (connector, address) = (connector.clone(), address.clone());
             async move {
                 let stream = TcpStream::connect(address).await?;
                 let name = ServerName::try_from("localhost").unwrap();
@@ -102,34 +64,23 @@ impl ControlPlane {
         let answer = client.create_certificate(request).await?;
         Ok(answer.into_inner())
     }
-
-    async fn end(self) {
-        self.shutdown.cancel();
-        let ended = tokio::time::timeout(PATIENCE, self.running).await;
-        ended.unwrap().unwrap().unwrap();
-    }
 }
 
-fn write_mesh(directory: &Path, node: &str) {
+async fn start(token: Option<&str>) -> ControlPlane {
+    ControlPlane::start(&mesh("n1"), token).await
+}
+
+fn mesh(node: &str) -> String {
     let workload = |name: &str, ip: &str| {
         format!(
             "  - {{uid: {name}, name: {name}, namespace: shop, workloadIps: [{ip}], node: {node}}}\n"
         )
     };
-    let text = format!(
+    format!(
         "workloads:\n{}{}",
         workload("web", "10.0.0.1"),
         workload("cart", "10.0.0.2")
-    );
-    let new = directory.join("mesh.yaml.new");
-    std::fs::write(&new, text).unwrap();
-    std::fs::rename(&new, directory.join("mesh.yaml")).unwrap();
-}
-
-fn misbehave(plane: &ControlPlane, text: &str) {
-    let new = plane.directory.path().join("behaviour.new");
-    std::fs::write(&new, text).unwrap();
-    std::fs::rename(&new, plane.directory.path().join("behaviour.yaml")).unwrap();
+    )
 }
 
 /// Asks until the answer is what the behaviour makes of it.
@@ -164,7 +115,7 @@ impl Leaf {
             Ok(answer) => answer.cert_chain,
             Err(status) => return Self::Refused(status.code()),
         };
-        let root = CertificateDer::from_pem_file(&plane.listening.root).unwrap();
+        let root = CertificateDer::from_pem_file(plane.root()).unwrap();
         let der: Vec<_> = chain
             .iter()
             .map(|pem| CertificateDer::from_pem_slice(pem.as_bytes()).unwrap())
@@ -266,7 +217,7 @@ fn signing_request(name: &str) -> (IstioCertificateRequest, KeyPair) {
 
 #[tokio::test]
 async fn agents_hear_of_the_mesh_and_of_each_change() {
-    let plane = ControlPlane::start(None).await;
+    let plane = start(None).await;
     let mut agents = Vec::new();
     for _ in 0..3 {
         agents.push(Agent::connect(&plane, None).await.unwrap());
@@ -282,7 +233,7 @@ async fn agents_hear_of_the_mesh_and_of_each_change() {
         };
         agent.requests.send(ack).await.unwrap();
     }
-    write_mesh(plane.directory.path(), "n2");
+    plane.write(&mesh("n2"));
     for agent in &mut agents {
         assert_eq!(workloads(&agent.next().await.unwrap()), pair("n2"));
     }
@@ -293,7 +244,7 @@ async fn agents_hear_of_the_mesh_and_of_each_change() {
 
 #[tokio::test]
 async fn a_certificate_is_that_of_the_requests_key_and_leads_to_the_root() {
-    let plane = ControlPlane::start(None).await;
+    let plane = start(None).await;
     let (request, key) = signing_request(CART);
     let answer = plane.certificate(request).await.unwrap();
     let chain: Vec<_> = answer
@@ -301,7 +252,7 @@ async fn a_certificate_is_that_of_the_requests_key_and_leads_to_the_root() {
         .iter()
         .map(|pem| CertificateDer::from_pem_slice(pem.as_bytes()).unwrap())
         .collect();
-    let root = CertificateDer::from_pem_file(&plane.listening.root).unwrap();
+    let root = CertificateDer::from_pem_file(plane.root()).unwrap();
     assert_eq!(&chain[1..], std::slice::from_ref(&root));
 
     // That the key fits is checked here.
@@ -323,7 +274,7 @@ async fn a_certificate_is_that_of_the_requests_key_and_leads_to_the_root() {
 
 #[tokio::test]
 async fn requests_that_prove_nothing_get_no_certificate() {
-    let plane = ControlPlane::start(None).await;
+    let plane = start(None).await;
     let other = "spiffe://cluster.local/ns/shop/sa/other";
     let (good, _) = signing_request(CART);
     let swapped = IstioCertificateRequest {
@@ -354,7 +305,7 @@ async fn requests_that_prove_nothing_get_no_certificate() {
 
 #[tokio::test]
 async fn only_who_has_the_token_is_admitted() {
-    let plane = ControlPlane::start(Some("s3cret\n")).await;
+    let plane = start(Some("s3cret\n")).await;
     for token in [None, Some("guess"), Some("")] {
         let refused = Agent::connect(&plane, token).await.map(drop).unwrap_err();
         assert_eq!(refused.code(), Code::Unauthenticated);
@@ -371,7 +322,7 @@ async fn only_who_has_the_token_is_admitted() {
 
 #[tokio::test]
 async fn the_ca_misbehaves_as_told_and_then_no_more() {
-    let plane = ControlPlane::start(None).await;
+    let plane = start(None).await;
     let other = "spiffe://cluster.local/ns/somewhere/sa/else";
     for (fault, expected) in [
         ("refuse", Leaf::Refused(Code::PermissionDenied)),
@@ -380,38 +331,38 @@ async fn the_ca_misbehaves_as_told_and_then_no_more() {
         ("other-root", Leaf::given(CART, false, 2, false)),
         ("leaf-only", Leaf::given(CART, false, 1, false)),
     ] {
-        misbehave(&plane, &format!("ca: [{fault}]"));
+        plane.misbehave(&format!("ca: [{fault}]"));
         certificate_becomes(&plane, |leaf| *leaf == expected).await;
     }
-    std::fs::remove_file(plane.directory.path().join("behaviour.yaml")).unwrap();
+    plane.behave();
     certificate_becomes(&plane, |leaf| *leaf == Leaf::given(CART, false, 2, true)).await;
     plane.end().await;
 }
 
 #[tokio::test]
 async fn xds_misbehaves_as_told_and_then_no_more() {
-    let plane = ControlPlane::start(None).await;
+    let plane = start(None).await;
     let mut agent = Agent::connect(&plane, None).await.unwrap();
     assert_eq!(agent.next().await.unwrap().resources.len(), 2);
 
     // One resource is spoilt, and then whole again; the other is left alone.
-    misbehave(&plane, "xds: [{garbage: web}]");
+    plane.misbehave("xds: [{garbage: web}]");
     let spoilt = agent.next().await.unwrap().resources;
     assert_eq!(spoilt.len(), 1);
     let value = &spoilt[0].resource.as_ref().unwrap().value;
     assert!(workload::Address::decode(&**value).is_err());
-    misbehave(&plane, "");
+    plane.misbehave("");
     let whole = [("web".to_owned(), "n1".to_owned())];
     assert_eq!(workloads(&agent.next().await.unwrap()), whole);
 
     // Nothing is heard while the stream is stalled; then what was missed.
     // A behaviour that the CA shows is that of each later mesh.
-    misbehave(&plane, "xds: [stall]\nca: [leaf-only]");
+    plane.misbehave("xds: [stall]\nca: [leaf-only]");
     certificate_becomes(&plane, |leaf| *leaf == Leaf::given(CART, false, 1, false)).await;
-    write_mesh(plane.directory.path(), "n2");
+    plane.write(&mesh("n2"));
     let silence = tokio::time::timeout(Duration::from_millis(500), agent.responses.message());
     assert!(silence.await.is_err());
-    misbehave(&plane, "xds: [wrong-version, wrong-response-type]");
+    plane.misbehave("xds: [wrong-version, wrong-response-type]");
     let late = agent.next().await.unwrap();
     assert_eq!(late.resources.len(), 2);
     assert_ne!(late.type_url, ADDRESS);
@@ -422,9 +373,9 @@ async fn xds_misbehaves_as_told_and_then_no_more() {
     );
 
     // Four responses were sent.
-    misbehave(&plane, "xds: [{reset-after: 4}]\nca: [expired]");
+    plane.misbehave("xds: [{reset-after: 4}]\nca: [expired]");
     certificate_becomes(&plane, |leaf| *leaf == Leaf::given(CART, true, 2, true)).await;
-    write_mesh(plane.directory.path(), "n3");
+    plane.write(&mesh("n3"));
     assert_eq!(agent.next().await.unwrap_err().code(), Code::Unavailable);
     plane.end().await;
 }

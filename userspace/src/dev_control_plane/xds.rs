@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use futures_util::Stream;
 use futures_util::stream::unfold;
+use prost_types::value::Kind;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -15,6 +16,7 @@ use super::distort;
 use super::gate::Gate;
 use super::publish::{Published, View};
 use super::session::{Feedback, Session, SessionError};
+use crate::wire::envoy::config::core::v3::Node;
 use crate::wire::envoy::service::discovery::v3::aggregated_discovery_service_server::AggregatedDiscoveryService;
 use crate::wire::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
@@ -56,6 +58,8 @@ impl AggregatedDiscoveryService for Discovery {
             session: Session::default(),
             view: None,
             node: String::new(),
+            name: String::new(),
+            settled: None,
             sent: 0,
             shutdown: self.shutdown.clone(),
         };
@@ -80,6 +84,10 @@ struct Client {
     view: Option<Arc<View>>,
     /// What it calls itself.
     node: String,
+    /// The node it serves, if it says so.
+    name: String,
+    /// The newest snapshot of which it has all.
+    settled: Option<u64>,
     /// How many responses it got.
     sent: u32,
     shutdown: CancellationToken,
@@ -103,6 +111,7 @@ impl Client {
             if !stalls && let Some(response) = self.session.response() {
                 return self.send(response).await;
             }
+            self.note_settled();
             tokio::select! {
                 () = shutdown.cancelled() => return Err(ending()),
                 changed = self.published.changed() => {
@@ -159,6 +168,16 @@ impl Client {
         Ok(response)
     }
 
+    /// Tells when the client has all that it is to have: who changes the mesh may wait for it.
+    fn note_settled(&mut self) {
+        let revision = self.view.as_ref().map(|view| view.snapshot.revision);
+        if revision > self.settled && self.session.is_settled() {
+            self.settled = revision;
+            let (node, name) = (&self.node, &self.name);
+            tracing::debug!(node, name, revision, "a client has all of the mesh");
+        }
+    }
+
     fn hear(&mut self, request: DeltaDiscoveryRequest) -> Result<(), End> {
         let Some(view) = &self.view else {
             return Ok(());
@@ -167,6 +186,7 @@ impl Client {
             && self.node.is_empty()
         {
             self.node = shortened(&node.id);
+            self.name = shortened(node_name(node).unwrap_or_default());
             tracing::info!(node = self.node, "a client of xDS");
         }
         let (type_url, nonce) = (
@@ -205,6 +225,20 @@ impl Client {
             }
         }
         Ok(())
+    }
+}
+
+fn node_name(node: &Node) -> Option<&str> {
+    match node
+        .metadata
+        .as_ref()?
+        .fields
+        .get("NODE_NAME")?
+        .kind
+        .as_ref()?
+    {
+        Kind::StringValue(name) => Some(name),
+        _ => None,
     }
 }
 

@@ -110,12 +110,7 @@ impl Subject for InFeed {
         path: &Path,
         bytes: &[u8],
     ) -> Result<AnnotationsInEffect, AnnotationsError> {
-        let namespaces = parse(path, bytes)?;
-        let entries = |said: &NamespaceAnnotations| said.deployments.len() + said.pods.len();
-        let in_effect = AnnotationsInEffect {
-            namespaces: namespaces.len(),
-            workloads: namespaces.values().map(entries).sum(),
-        };
+        let (namespaces, in_effect) = parse(path, bytes)?;
         let changed = {
             let gone = |_| AnnotationsError::NoMesh {
                 path: path.to_owned(),
@@ -162,13 +157,17 @@ struct OfWorkload {
     annotations: OnlyOurs,
 }
 
-fn parse(path: &Path, bytes: &[u8]) -> Result<Namespaces, AnnotationsError> {
+fn parse(path: &Path, bytes: &[u8]) -> Result<(Namespaces, AnnotationsInEffect), AnnotationsError> {
     let document: Document = yaml::parse(path, bytes)?;
     if document.namespaces.is_none() && document.workloads.is_none() {
         return Err(AnnotationsError::Empty {
             path: path.to_owned(),
         });
     }
+    let in_effect = AnnotationsInEffect {
+        namespaces: document.namespaces.as_ref().map_or(0, Vec::len),
+        workloads: document.workloads.as_ref().map_or(0, Vec::len),
+    };
     let twice = |what: String| AnnotationsError::Twice {
         path: path.to_owned(),
         what,
@@ -204,5 +203,5 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<Namespaces, AnnotationsError> {
             Entry::Vacant(new) => drop(new.insert(entry.annotations.0)),
         }
     }
-    Ok(namespaces)
+    Ok((namespaces, in_effect))
 }

@@ -272,3 +272,34 @@ fn unknown_types_and_endless_lists_are_refused() {
     many.resource_names_subscribe = vec!["x".to_owned(); MOST_NAMES + 1];
     assert_eq!(session.request(many, &now), Err(SessionError::TooManyNames));
 }
+
+#[test]
+fn a_client_is_settled_once_it_has_answered_all_of_both_types() {
+    let (one, two) = (snapshot(1, &two()[..1]), snapshot(2, &two()));
+    let mut session = Session::default();
+    assert!(!session.is_settled());
+    let answer = |session: &mut Session, kind: &str, nonce: &str| {
+        let ack = DeltaDiscoveryRequest {
+            response_nonce: nonce.to_owned(),
+            ..request(kind, &[], &[])
+        };
+        session.request(ack, &two).unwrap();
+    };
+    session
+        .request(request(ADDRESS, &["*"], &[]), &one)
+        .unwrap();
+    told(&mut session);
+    answer(&mut session, ADDRESS, "1");
+    assert!(!session.is_settled(), "policies were not asked for");
+    session
+        .request(request(AUTHORIZATION, &["*"], &[]), &two)
+        .unwrap();
+    assert!(!session.is_settled(), "something waits");
+    let sent = told(&mut session).len();
+    assert!(!session.is_settled(), "nothing was answered");
+    for nonce in 2..2 + sent {
+        assert!(!session.is_settled());
+        answer(&mut session, AUTHORIZATION, &nonce.to_string());
+    }
+    assert!(session.is_settled());
+}

@@ -3,7 +3,7 @@
 use super::*;
 
 fn parsed(text: &str) -> Result<Namespaces, AnnotationsError> {
-    parse(Path::new("/a.yaml"), text.as_bytes())
+    Ok(parse(Path::new("/a.yaml"), text.as_bytes())?.0)
 }
 
 fn refused(text: &str) -> String {
