@@ -12,7 +12,7 @@ use culvert_tests::scene::{
 use serde_json::Value;
 
 use super::{
-    Chance,
+    Chance, Plan,
     health::{Health, complaints},
     load::{Expected, Load, Streams, Totals, Way},
     pods::{SLOTS, Slot},
@@ -112,8 +112,8 @@ impl Outcome {
 }
 
 impl Stage {
-    pub fn new(certificate: Duration) -> Result<Self> {
-        let env = vec![("SECRET_TTL", format!("{}s", certificate.as_secs()))];
+    pub fn new(plan: &Plan) -> Result<Self> {
+        let env = vec![("SECRET_TTL", format!("{}s", plan.certificate.as_secs()))];
         let closed = Policy::deny(NAMESPACE, CLOSED)
             .selector()
             .when(Match::principal(&principal("client")));
@@ -121,6 +121,7 @@ impl Stage {
             policies: Some(vec![only("client"), closed]),
             ipv6: true,
             control_plane: true,
+            knobs: plan.knobs,
             env: env.clone(),
             ..Setting::default()
         })?;
@@ -153,6 +154,10 @@ impl Stage {
             .into_iter()
             .map(|(name, value)| (name.to_owned(), value));
         restarted.env.extend(env);
+        if !plan.knobs.is_empty() {
+            let knobs = ("CULVERT_TEST_KNOBS".to_owned(), plan.knobs.to_owned());
+            restarted.env.extend([knobs]);
+        }
         let start = |way, to: &str| Load::start(way, &guest, to, PACE, Expected::Deny);
         let guest = Guest {
             allowed: false,
