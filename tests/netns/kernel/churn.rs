@@ -53,15 +53,15 @@ impl Chance {
 /// What happens at set times: all of it in the first half, so that what is measured in the second has nothing to do with it.
 #[derive(Clone, Copy, Debug)]
 enum Upset {
-    ControlPlane(usize),
+    ControlPlane,
     Agent(usize),
     Measure,
 }
 
 const UPSETS: [(f64, Upset); 5] = [
-    (0.10, Upset::ControlPlane(0)),
+    (0.10, Upset::ControlPlane),
     (0.18, Upset::Agent(0)),
-    (0.28, Upset::ControlPlane(1)),
+    (0.28, Upset::ControlPlane),
     (0.36, Upset::Agent(1)),
     (0.50, Upset::Measure),
 ];
@@ -95,7 +95,7 @@ fn churn(plan: Plan) -> Result<Run> {
     let mut before = None;
     while began.elapsed() < plan.lasts || upsets.peek().is_some() {
         match upsets.next_if(|(share, _)| began.elapsed() >= plan.lasts.mul_f64(*share)) {
-            Some((_, Upset::ControlPlane(node))) => stage.restart_control_plane(node)?,
+            Some((_, Upset::ControlPlane)) => stage.restart_control_plane()?,
             Some((_, Upset::Agent(node))) => stage.restart_agent(node)?,
             Some((_, Upset::Measure)) => before = Some(stage.measure()?),
             None => stage.change(&mut chance)?,

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use culvert_harness::{
-    Agent, AgentOptions, Fabric, Launch, Match, Mesh, Namespace, Node, Pod, Policy, Proc, TcpState,
-    Workload, wait_until,
+    Agent, AgentOptions, ControlPlane, Fabric, Launch, Match, Mesh, Namespace, Node, Pod, Policy,
+    Proc, TcpState, Workload, culvert_binary, wait_until,
 };
 use culvert_tests::scene::{NAMESPACE, SOON, connect_to, principal, text};
 
@@ -55,6 +55,8 @@ pub type Route = (End, End, u16);
 
 pub struct Stage {
     agent: Option<Agent>,
+    /// Tells it the mesh.
+    control_plane: Option<ControlPlane>,
     /// How they are joined, once they are.
     mode: Option<Mode>,
     pub client: Pod,
@@ -126,6 +128,7 @@ impl Stage {
         let node = fabric.node()?;
         Ok(Self {
             agent: None,
+            control_plane: None,
             mode: None,
             client: node.pod("client")?,
             relay: node.pod("relay")?,
@@ -154,6 +157,8 @@ impl Stage {
         };
         mode.set(&mut mesh);
         mesh.write(&Agent::default_mesh_file(&self.node))?;
+        let control_plane = ControlPlane::of_fabric(&self.node, &culvert_binary()?)?;
+        self.control_plane = Some(control_plane);
         let mut options = AgentOptions::default();
         if !knobs.is_empty() {
             let name = "CULVERT_TEST_KNOBS".to_owned();

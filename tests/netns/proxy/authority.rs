@@ -19,7 +19,6 @@ impl Stage {
     fn new() -> Result<Self> {
         let scene = Scene::with(Setting {
             policies: Some(vec![only("client"), newcomers()]),
-            control_plane: true,
             ..Setting::default()
         })?;
         let server = serve(&scene.server_b, "echo")?;
@@ -28,7 +27,7 @@ impl Stage {
     }
 
     fn misbehave(&mut self, behaviour: &str) -> Result<()> {
-        let plane = self.scene.agent1.control_plane()?;
+        let plane = self.scene.control_plane()?;
         let mark = plane.log().mark();
         plane.misbehave(behaviour)?;
         plane

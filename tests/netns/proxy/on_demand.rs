@@ -17,7 +17,6 @@ fn scene(knobs: &'static str, policies: Vec<Policy>) -> Result<Scene> {
     Scene::with(Setting {
         knobs,
         policies: Some(policies),
-        control_plane: true,
         env: vec![("XDS_ON_DEMAND", "true".to_owned())],
         ..Setting::default()
     })
@@ -95,13 +94,13 @@ fn a_service_is_asked_for_with_what_is_behind_it() -> Result<()> {
     if let Some(workload) = scene.mesh.workload("server-b") {
         *workload = workload.clone().serves(&service, 80, PORT);
     }
-    let revisions = scene.agent2.control_plane()?.log().mark();
+    let revisions = scene.control_plane()?.log().mark();
     scene.mesh.write(&scene.mesh_file())?;
-    scene
-        .agent2
-        .control_plane()?
-        .process()
-        .wait_for_line_after(revisions, "the mesh file is in effect", SOON)?;
+    scene.control_plane()?.process().wait_for_line_after(
+        revisions,
+        "the mesh file is in effect",
+        SOON,
+    )?;
     wait_until(SOON, "the service to lead to its endpoint", || {
         Ok(said(&connect_to(&scene.client, "10.96.0.1:80", &SAY)?).then_some(()))
     })?;
@@ -122,7 +121,7 @@ fn what_is_not_in_the_mesh_is_reached_as_it_is_once_that_is_known() -> Result<()
 
     // Without an answer nothing is sent; with one that is late, it is sent late.
     let capture = scene.fabric.capture()?;
-    let plane = scene.agent1.control_plane()?;
+    let plane = scene.control_plane()?;
     let told = plane.log().mark();
     plane.misbehave("xds: [{delay-ms: 7000}]")?;
     plane
@@ -141,7 +140,7 @@ fn a_pod_is_not_enrolled_before_it_is_known_what_it_is() -> Result<()> {
     let mut scene = scene("", vec![only("client")])?;
     let _server = serve(&scene.server_b, "echo")?;
     let late = scene.node1.pod("late")?;
-    let plane = scene.agent1.control_plane()?;
+    let plane = scene.control_plane()?;
     let told = plane.log().mark();
     plane.misbehave("xds: [{delay-ms: 7000}]")?;
     plane
@@ -156,7 +155,7 @@ fn a_pod_is_not_enrolled_before_it_is_known_what_it_is() -> Result<()> {
     let refused = scene.agent1.enrol_as(&late, &workload).unwrap_err();
     let refused = format!("{refused:#}");
     assert!(refused.contains("has not said what it knows"), "{refused}");
-    scene.agent1.control_plane()?.misbehave("")?;
+    scene.control_plane()?.misbehave("")?;
     wait_until(SOON, "the reason to be another", || {
         let refused = scene.agent1.enrol_as(&late, &workload).unwrap_err();
         let refused = format!("{refused:#}");
@@ -172,10 +171,7 @@ fn an_agent_that_comes_back_asks_for_its_pods_again() -> Result<()> {
         serve(&scene.server_b, "echo")?,
     );
     scene.agent1.kill()?;
-    let mut options = culvert_harness::AgentOptions {
-        control_plane: true,
-        ..Default::default()
-    };
+    let mut options = culvert_harness::AgentOptions::default();
     let on_demand = ("XDS_ON_DEMAND".to_owned(), "true".to_owned());
     options.env.extend([on_demand]);
     scene.agent1 = scene.node1.start_agent(options)?;

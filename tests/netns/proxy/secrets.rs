@@ -149,7 +149,10 @@ fn secrets_of(scene: &Scene) -> Result<Secrets> {
 
 #[test]
 fn no_key_is_ever_printed_where_the_agent_has_the_development_ca() -> Result<()> {
-    let scene = traced(Setting::default())?;
+    let scene = traced(Setting {
+        mesh_file: true,
+        ..Setting::default()
+    })?;
     let secrets = secrets_of(&scene)?;
     for agent in [&scene.agent1, &scene.agent2] {
         secrets.are_not_shown_by(agent)?;
@@ -160,7 +163,6 @@ fn no_key_is_ever_printed_where_the_agent_has_the_development_ca() -> Result<()>
 /// The token itself is in the environment, not a path of it.
 fn with_control_plane() -> Result<(Scene, Secrets)> {
     let scene = traced(Setting {
-        control_plane: true,
         env: vec![
             ("AUTH_TOKEN", TOKEN.to_owned()),
             ("XDS_HEADER_X-ONE", XDS_HEADER.to_owned()),
@@ -181,7 +183,7 @@ fn no_secret_is_in_anything_that_is_printed() -> Result<()> {
     for agent in [&scene.agent1, &scene.agent2] {
         secrets.are_not_shown_by(agent)?;
     }
-    let plane = scene.agent1.control_plane()?.log();
+    let plane = scene.control_plane()?.log();
     let said = plane.text(Stream::Out) + &plane.text(Stream::Err);
     secrets.are_not_in("the log of the control plane", &said);
     Ok(())
@@ -195,8 +197,8 @@ fn no_secret_is_printed_when_a_request_for_a_certificate_fails() -> Result<()> {
         .into_iter()
         .enumerate()
     {
-        let mark = scene.agent1.control_plane()?.log().mark();
-        let plane = scene.agent1.control_plane()?;
+        let mark = scene.control_plane()?.log().mark();
+        let plane = scene.control_plane()?;
         plane.misbehave(&format!("ca: [{fault}]"))?;
         plane
             .process()
@@ -214,7 +216,6 @@ fn no_secret_is_printed_when_a_request_for_a_certificate_fails() -> Result<()> {
     }
     // And where the control plane refuses the agent itself.
     scene
-        .agent1
         .control_plane()?
         .stop(nix::sys::signal::Signal::SIGKILL)?;
     wait_until(SOON, "the loss to be told", || {

@@ -12,7 +12,6 @@ const VIP: &str = "10.96.0.1:80";
 
 fn scene() -> Result<Scene> {
     Scene::with(Setting {
-        control_plane: true,
         ..Setting::default()
     })
 }
@@ -37,9 +36,8 @@ fn comes_back_to_a_late_one(late: Duration) -> Result<()> {
     }
     scene.agent1.kill()?;
     let behaviour = format!("xds: [{{delay-ms: {}}}]", late.as_millis());
-    scene.agent1.control_plane()?.misbehave(&behaviour)?;
+    scene.control_plane()?.misbehave(&behaviour)?;
     scene.agent1 = scene.node1.start_agent(AgentOptions {
-        control_plane: true,
         ..AgentOptions::default()
     })?;
     let unready = wait_until(SOON, "the agent to say that it is not ready", || {
@@ -137,13 +135,13 @@ fn an_address_of_two_workloads_goes_back_when_the_second_leaves() -> Result<()> 
     assert!(answered(&echo(&scene.client, &scene.server_b)?));
     let uid = scene.workload(&scene.server_b)?.uid.clone();
     let known = scene.mesh.workloads.len() as u64;
-    let plane = scene.agent1.control_plane()?;
+    let plane = scene.control_plane()?;
     plane.misbehave(&format!("xds: [{{shared-address: {uid}}}]"))?;
     knows(&scene.agent1, known + 1)?;
     // It is of the same identity, so that the agent at the other end is who it should be.
     assert!(answered(&echo(&scene.client, &scene.server_b)?));
     assert!(!answered(&echo(&scene.intruder, &scene.server_b)?));
-    scene.agent1.control_plane()?.misbehave("")?;
+    scene.control_plane()?.misbehave("")?;
     knows(&scene.agent1, known)?;
     assert!(answered(&echo(&scene.client, &scene.server_b)?));
     assert!(!answered(&echo(&scene.intruder, &scene.server_b)?));

@@ -120,7 +120,6 @@ impl Stage {
         let mut scene = Scene::with(Setting {
             policies: Some(vec![only("client"), closed]),
             ipv6: true,
-            control_plane: true,
             knobs: plan.knobs,
             env: env.clone(),
             ..Setting::default()
@@ -147,7 +146,6 @@ impl Stage {
         let witnesses = witnesses.into_iter().collect::<Result<_>>()?;
         settle();
         let mut restarted = AgentOptions {
-            control_plane: true,
             ..AgentOptions::default()
         };
         let env = env
@@ -323,15 +321,16 @@ impl Stage {
         Ok(())
     }
 
-    /// Its agent goes on meanwhile, and so does everything else.
-    pub fn restart_control_plane(&mut self, node: usize) -> Result<()> {
-        self.count("a control plane restarts");
-        self.note_certificates(node)?;
-        self.agent_mut(node).control_plane()?.restart()?;
-        let agent = self.agent(node);
-        wait_until(SOON, "the control plane to be found again", || {
-            Ok(mesh_status(agent)?.contains(", connected").then_some(()))
-        })?;
+    /// The agents go on meanwhile, and so does everything else.
+    pub fn restart_control_plane(&mut self) -> Result<()> {
+        self.count("the control plane restarts");
+        self.note_certificates()?;
+        self.scene.control_plane()?.restart()?;
+        for agent in [&self.scene.agent1, &self.scene.agent2] {
+            wait_until(SOON, "the control plane to be found again", || {
+                Ok(mesh_status(agent)?.contains(", connected").then_some(()))
+            })?;
+        }
         settle();
         Ok(())
     }
@@ -346,7 +345,6 @@ impl Stage {
                 load.expect(Expected::Unsure)?;
             }
         }
-        self.note_certificates(node)?;
         self.agent(node).kill()?;
         let log = self.agent(node).log().clone();
         complaints(&log, &mut self.errors, &mut self.warnings);
@@ -376,8 +374,8 @@ impl Stage {
     }
 
     /// Before the control plane's log ends.
-    fn note_certificates(&mut self, node: usize) -> Result<()> {
-        let log = self.agent_mut(node).control_plane()?.log().lines();
+    fn note_certificates(&mut self) -> Result<()> {
+        let log = self.scene.control_plane()?.log().lines();
         let issued = log
             .iter()
             .filter(|line| line.text.contains("a certificate was issued"));
@@ -398,9 +396,7 @@ impl Stage {
 
     pub fn end(mut self) -> Result<Outcome> {
         self.empty()?;
-        for node in 0..NODES {
-            self.note_certificates(node)?;
-        }
+        self.note_certificates()?;
         self.end_streams(|_| true)?;
         for load in self
             .steady
