@@ -141,7 +141,43 @@ impl std::error::Error for ConfigErrors {}
 
 /// A value from outside as it may appear in a message: quoted, control characters escaped, at most 80 characters.
 pub(super) fn quoted(value: &str) -> String {
+    let value = without_credentials(value);
     let shown: String = value.chars().take(80).collect();
     let dots = if shown.len() < value.len() { "…" } else { "" };
     format!("{shown:?}{dots}")
+}
+
+/// An address may have been written with a user's name and password before the host.
+fn without_credentials(value: &str) -> std::borrow::Cow<'_, str> {
+    let start = value.find("://").map_or(0, |at| at + "://".len());
+    let hidden = value.split_at_checked(start).and_then(|(scheme, rest)| {
+        let authority = rest.split(['/', '?', '#']).next()?;
+        let (credentials, _) = authority.rsplit_once('@')?;
+        let host = rest.get(credentials.len()..)?;
+        let is_address = !scheme.is_empty() || credentials.contains(':');
+        is_address.then(|| format!("{scheme}<secret>{host}"))
+    });
+    hidden.map_or(value.into(), Into::into)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::quoted;
+
+    #[test]
+    fn credentials_in_an_address_are_not_shown() {
+        for (value, shown) in [
+            (
+                "https://me:secret@host:1/a@b",
+                "https://<secret>@host:1/a@b",
+            ),
+            ("https://a@b@host", "https://<secret>@host"),
+            ("https://host:1/@", "https://host:1/@"),
+            ("mail@host", "mail@host"),
+            ("me:secret@host:1", "<secret>@host:1"),
+            ("https://é@", "https://<secret>@"),
+        ] {
+            assert_eq!(quoted(value), format!("{shown:?}"));
+        }
+    }
 }

@@ -158,7 +158,10 @@ impl AdminHandler for Handler {
                 "the certificate of {identity} is revoked by a list in CRL_PATH: peers that have the list refuse its pods until another one is issued, which is being asked for"
             )
         }));
-        warnings.push("certificates come from a development CA: not for production".to_owned());
+        if self.parts.config.dev_ca.is_some() {
+            let warning = "certificates come from a development CA: not for production";
+            warnings.push(warning.to_owned());
+        }
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
