@@ -13,7 +13,7 @@ use culvert_harness::{
     cni_rules::{self, Backend},
     culvert_binary,
     fabric::BRIDGE,
-    wait_until,
+    stretch, wait_until,
 };
 use serde_json::Value;
 
@@ -51,6 +51,8 @@ pub struct Setting {
     /// Agents read the mesh file and have the CA's key themselves, in place of a control plane: for what only a file can say, such as
     /// nothing that is a mesh.
     pub mesh_file: bool,
+    /// Agents have a control plane under emulation as well, where each process takes its time and a file does: for what is about it.
+    pub control_plane: bool,
     /// istio-cni's rules steer on the first node: they are made in its pods, and its agent is told.
     pub iptables: bool,
 }
@@ -105,7 +107,8 @@ impl Scene {
         };
         mesh.write(&Agent::default_mesh_file(&node1))?;
         // As in a cluster: from here on agents get mesh and certificates from a control plane.
-        let control_plane = match setting.mesh_file {
+        let emulated = stretch(SOON) > SOON;
+        let control_plane = match setting.mesh_file || emulated && !setting.control_plane {
             false => Some(ControlPlane::of_fabric(&node1, &culvert_binary()?)?),
             true => None,
         };
@@ -199,10 +202,14 @@ impl Scene {
             true => changes(agents, "annotations", || mesh.write(&file))?,
             false => mesh.write(&file)?,
         }
-        match other_mesh {
-            true => control_plane.wait_until_told(mark, &agents.map(Agent::node)),
-            false => Ok(()),
+        if other_mesh {
+            control_plane.wait_until_told(mark, &agents.map(Agent::node))?;
         }
+        // What an agent has answered is what it judges by; its kernel part follows within milliseconds, sooner than it tells this.
+        for agent in agents {
+            status(agent)?;
+        }
+        Ok(())
     }
 
     /// How many flows have been short-circuited so far, on the first node.

@@ -103,7 +103,7 @@ pub fn redirection(pod: &Pod, backend: Backend) -> Result<String> {
         let save = backend.program(family.iptables, "save");
         let text = shell(
             pod,
-            &format!("{save}; {ip} rule; {ip} route show table 100 2>&1 || true"),
+            &format!("{save}; {ip} rule; {ip} route show table 100 2>/dev/null || true"),
         )?;
         let lines = text.lines().filter(|line| !line.starts_with('#'));
         // Chains are counted, and rules are not.

@@ -122,6 +122,7 @@ impl Stage {
             ipv6: true,
             knobs: plan.knobs,
             env: env.clone(),
+            control_plane: true,
             ..Setting::default()
         })?;
         let guest = scene.node1.pod("guest")?;
