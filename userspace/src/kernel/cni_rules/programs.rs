@@ -2,8 +2,9 @@
 
 use std::{
     fs,
-    io::{self, Read as _, Write as _},
+    io::{self, Read, Write as _},
     process::{Command, Output, Stdio},
+    thread,
 };
 
 use serde::{Deserialize, Serialize};
@@ -61,20 +62,29 @@ impl Place {
             }
             child => child.map_err(|error| missing(&program, &error))?,
         };
+        // A pod may have made as many rules as it likes, and complaints of them. The program ends when nobody reads on.
+        let (output, complaint) = (child.stdout.take(), child.stderr.take());
+        let (output, complaint) = thread::scope(|scope| {
+            let complaint = scope.spawn(|| beginning(complaint));
+            (beginning(output), complaint.join())
+        });
         let failed = |error: io::Error| format!("{program}: {error}");
-        let mut bytes = Vec::new();
-        // A pod may have made as many rules as it likes. The program ends when nobody reads on.
-        if let Some(output) = child.stdout.take() {
-            let most = MOST_OUTPUT as u64 + 1;
-            output.take(most).read_to_end(&mut bytes).map_err(failed)?;
-        }
-        let output = child.wait_with_output().map_err(failed)?;
-        if bytes.len() > MOST_OUTPUT {
+        let status = child.wait().map_err(failed)?;
+        let stdout = output.map_err(failed)?;
+        if stdout.len() > MOST_OUTPUT {
             return Err(format!("{program} prints more than {MOST_OUTPUT} bytes"));
         }
-        succeeded(&program, output)?;
-        let text = String::from_utf8_lossy(&bytes).into_owned();
-        Ok(text)
+        let stderr = complaint
+            .unwrap_or_else(|_| Ok(Vec::new()))
+            .map_err(failed)?;
+        succeeded(
+            &program,
+            Output {
+                status,
+                stdout,
+                stderr,
+            },
+        )
     }
 
     /// Has `iptables-restore` carry a script out beside what is there.
@@ -125,6 +135,15 @@ impl Place {
         };
         fs::read_to_string(list).is_ok_and(|tables| !tables.trim().is_empty())
     }
+}
+
+/// What a program prints, up to where it is too much.
+fn beginning(pipe: Option<impl Read>) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    if let Some(pipe) = pipe {
+        pipe.take(MOST_OUTPUT as u64 + 1).read_to_end(&mut bytes)?;
+    }
+    Ok(bytes)
 }
 
 fn missing(program: &str, error: &io::Error) -> String {
