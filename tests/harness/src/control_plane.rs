@@ -122,6 +122,14 @@ impl ControlPlane {
         replace_file(&self.start.behaviour, text)
     }
 
+    /// The same, and returns once it does so.
+    pub fn misbehave_now(&self, text: &str) -> Result<()> {
+        let mark = self.log().mark();
+        self.misbehave(text)?;
+        let told = "another behaviour is in effect";
+        self.process.wait_for_line_after(mark, told, TOLD).map(drop)
+    }
+
     /// Ends it.
     pub fn stop(&self, signal: Signal) -> Result<()> {
         self.process.kill(signal)?;

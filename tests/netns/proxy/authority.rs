@@ -27,13 +27,7 @@ impl Stage {
     }
 
     fn misbehave(&mut self, behaviour: &str) -> Result<()> {
-        let plane = self.scene.control_plane()?;
-        let mark = plane.log().mark();
-        plane.misbehave(behaviour)?;
-        plane
-            .process()
-            .wait_for_line_after(mark, "another behaviour is in effect", SOON)
-            .map(drop)
+        self.scene.control_plane()?.misbehave_now(behaviour)
     }
 
     /// A pod of an identity that nobody had before.

@@ -144,13 +144,7 @@ fn a_control_plane_that_misbehaves_changes_nothing() -> Result<()> {
         "xds: [wrong-version]".to_owned(),
         "xds: [stall]".to_owned(),
     ] {
-        let mark = scene.control_plane()?.log().mark();
-        scene.control_plane()?.misbehave(&behaviour)?;
-        scene.control_plane()?.process().wait_for_line_after(
-            mark,
-            "another behaviour is in effect",
-            SOON,
-        )?;
+        scene.control_plane()?.misbehave_now(&behaviour)?;
         // Something is pushed, so that it has an occasion.
         scene.mesh.policies.push(Policy::deny(
             NAMESPACE,

@@ -121,12 +121,9 @@ fn what_is_not_in_the_mesh_is_reached_as_it_is_once_that_is_known() -> Result<()
 
     // Without an answer nothing is sent; with one that is late, it is sent late.
     let capture = scene.fabric.capture()?;
-    let plane = scene.control_plane()?;
-    let told = plane.log().mark();
-    plane.misbehave("xds: [{delay-ms: 7000}]")?;
-    plane
-        .process()
-        .wait_for_line_after(told, "another behaviour is in effect", SOON)?;
+    scene
+        .control_plane()?
+        .misbehave_now("xds: [{delay-ms: 7000}]")?;
     let mark = scene.agent1.log().mark();
     assert!(!said(&connect(&scene.client, &scene.server_b, &SAY)?));
     wait_for_failure(&scene.agent1, mark, "has not said within", &[])?;
@@ -140,12 +137,9 @@ fn a_pod_is_not_enrolled_before_it_is_known_what_it_is() -> Result<()> {
     let mut scene = scene("", vec![only("client")])?;
     let _server = serve(&scene.server_b, "echo")?;
     let late = scene.node1.pod("late")?;
-    let plane = scene.control_plane()?;
-    let told = plane.log().mark();
-    plane.misbehave("xds: [{delay-ms: 7000}]")?;
-    plane
-        .process()
-        .wait_for_line_after(told, "another behaviour is in effect", SOON)?;
+    scene
+        .control_plane()?
+        .misbehave_now("xds: [{delay-ms: 7000}]")?;
     // The mesh gives its address to somebody else, which the agent has to hear first.
     let workload = culvert_harness::Workload::of_pod(&late, NAMESPACE, "client");
     let mut other = workload.clone();

@@ -197,12 +197,9 @@ fn no_secret_is_printed_when_a_request_for_a_certificate_fails() -> Result<()> {
         .into_iter()
         .enumerate()
     {
-        let mark = scene.control_plane()?.log().mark();
-        let plane = scene.control_plane()?;
-        plane.misbehave(&format!("ca: [{fault}]"))?;
-        plane
-            .process()
-            .wait_for_line_after(mark, "another behaviour is in effect", SOON)?;
+        scene
+            .control_plane()?
+            .misbehave_now(&format!("ca: [{fault}]"))?;
         let mark = scene.agent1.log().mark();
         let name = format!("unlucky-{number}");
         let pod: Pod = scene.node1.pod(&name)?;
