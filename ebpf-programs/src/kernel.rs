@@ -37,6 +37,10 @@ offsets! {
     SOCKET_FILE_OFFSET;
     /// `f_flags` in `struct file`.
     FILE_FLAGS_OFFSET;
+    /// Where a `struct file` counts who holds it.
+    FILE_HOLDERS_OFFSET;
+    /// What is there if it is one.
+    FILE_ONE_HOLDER;
     /// `__sk_common.skc_prot` in `struct sock`.
     SOCK_PROTOCOL_OFFSET;
     /// `memory_allocated` in `struct proto`: a pointer.
@@ -65,6 +69,8 @@ offsets! {
     WAITER_NEXT_OFFSET;
     /// Address of the function by which a thread waits in a system call for a socket.
     THREAD_WAITS;
+    /// That by which epoll(7) does.
+    EPOLL_WAITS;
     /// `__sk_common.skc_net.net` in `struct sock`.
     SOCK_NET_OFFSET;
     /// `net_cookie` in `struct net`.
@@ -159,25 +165,51 @@ pub fn has_redirected(sk: u64) -> bool {
     peek::<u64>(queue).is_some_and(|first| first != queue)
 }
 
-/// Whether a thread waits for a socket inside a system call, or so many wait that it cannot be said.
-#[inline(always)]
-pub fn is_waited_for(sk: u64) -> bool {
+/// Who waits for a socket: as many in poll(2) and the like as this says, each of which holds the socket's file (in epoll(7) nobody
+/// does), and [`WAITS_IN_CALL`] where a thread waits inside a call that reads or writes. [`TOO_MANY_WAIT`] where that cannot be said.
+// Not in each place where it is asked; what a function of its own returns, the kernel's types must be able to say.
+#[inline(never)]
+pub fn waiters(sk: u64) -> u64 {
     const MOST: usize = 8;
     let Some(queue) = peek::<u64>(sk + given(&SOCK_WAIT_OFFSET)) else {
-        return true;
+        return TOO_MANY_WAIT;
     };
     let head = queue + given(&WAIT_HEAD_OFFSET);
+    let mut found = 0;
     let mut next = head;
     for _ in 0..MOST {
         next = match peek::<u64>(next) {
-            Some(next) if next == head => return false,
+            Some(next) if next == head => return found,
             Some(next) => next,
-            None => return true,
+            None => return TOO_MANY_WAIT,
         };
         let waiter = next - given(&WAITER_NEXT_OFFSET);
-        if peek::<u64>(waiter + given(&WAITER_FUNCTION_OFFSET)) == Some(given(&THREAD_WAITS)) {
-            return true;
+        let function = peek::<u64>(waiter + given(&WAITER_FUNCTION_OFFSET)).unwrap_or(0);
+        if function == given(&THREAD_WAITS) {
+            found |= WAITS_IN_CALL;
+        } else if function != given(&EPOLL_WAITS) {
+            found += 1;
         }
     }
-    true
+    TOO_MANY_WAIT
+}
+
+pub const WAITS_IN_CALL: u64 = 1 << 32;
+pub const TOO_MANY_WAIT: u64 = 1 << 33 | WAITS_IN_CALL;
+
+/// Whether nobody can be in the middle of a call on a socket: its file is held by one descriptor, and by those who wait in poll(2). Every
+/// call of a process with several threads holds it as well; that of its only thread does not.
+#[inline(always)]
+pub fn is_at_rest(sk: u64) -> bool {
+    let before = waiters(sk);
+    let held = file_of(sk).and_then(|file| peek::<u64>(file + given(&FILE_HOLDERS_OFFSET)));
+    let polls = before & !WAITS_IN_CALL;
+    held == Some(polls + given(&FILE_ONE_HOLDER)) && waiters(sk) == before
+}
+
+/// The open file that a socket belongs to.
+#[inline(always)]
+pub fn file_of(sk: u64) -> Option<u64> {
+    let socket = peek::<u64>(sk + given(&SOCK_SOCKET_OFFSET))?;
+    peek::<u64>(socket + given(&SOCKET_FILE_OFFSET))
 }

@@ -28,10 +28,10 @@ use crate::{
     kernel::{
         FILE_FLAGS_OFFSET, PROTOCOL_LIMITS_OFFSET, PROTOCOL_MEMORY_OFFSET, SHORT_LIMIT,
         SOCK_COOKIE_OFFSET, SOCK_FLAGS_OFFSET, SOCK_LOCKS_OFFSET, SOCK_LOCKS_SHIFT,
-        SOCK_LOW_WATER_OFFSET, SOCK_OWNED_OFFSET, SOCK_PROTOCOL_OFFSET, SOCK_SOCKET_OFFSET,
-        SOCK_STATE_OFFSET, SOCK_UNREAD_OFFSET, SOCKET_FILE_OFFSET, TCP_COPIED_SEQ_OFFSET,
-        TCP_MULTIPATH_OFFSET, TCP_UPPER_LAYER_OFFSET, ZERO_COPY_FLAG, given, has_redirected,
-        is_waited_for, peek, tcp_field, write_seq,
+        SOCK_LOW_WATER_OFFSET, SOCK_OWNED_OFFSET, SOCK_PROTOCOL_OFFSET, SOCK_STATE_OFFSET,
+        SOCK_UNREAD_OFFSET, TCP_COPIED_SEQ_OFFSET, TCP_MULTIPATH_OFFSET, TCP_UPPER_LAYER_OFFSET,
+        WAITS_IN_CALL, ZERO_COPY_FLAG, file_of, given, has_redirected, is_at_rest, peek, tcp_field,
+        waiters, write_seq,
     },
     maps::{
         CANDIDATES, SHORT_ENDED, SHORT_ENDS, SHORT_FLOWS, SHORT_NAMES, SHORT_SOCKETS, flag, knob,
@@ -170,9 +170,15 @@ fn judge(sk: *mut c_void, end: &mut ShortEnd) -> Result<(), u32> {
             return Err(kept::UNREAD);
         }
     }
-    // So would who waits since before O_NONBLOCK was set.
-    if end.settled != settled && waits_since_before(peer) {
-        return Err(kept::READER);
+    if end.settled != settled {
+        // So would who waits since before O_NONBLOCK was set.
+        if waits_since_before(peer) {
+            return Err(kept::READER);
+        }
+        // And who has seen that there are bytes of TCP, and is about to read what another thread has read meanwhile.
+        if !rests(peer) {
+            return Err(kept::UNREAD);
+        }
     }
     let unread = peek::<u32>(peer + given(&SOCK_UNREAD_OFFSET));
     if unread.is_none_or(|unread| u64::from(unread) > given(&SHORT_LIMIT))
@@ -199,7 +205,13 @@ fn judge(sk: *mut c_void, end: &mut ShortEnd) -> Result<(), u32> {
 /// Whether a thread waits for a socket that does not block: its call is older than that, and may know of nothing that is redirected.
 #[inline(always)]
 fn waits_since_before(sock: u64) -> bool {
-    is_waited_for(sock) && !knob(knob::SKIP_WAITERS)
+    waiters(sock) & WAITS_IN_CALL != 0 && !knob(knob::SKIP_WAITERS)
+}
+
+/// Whether no call that was begun before can still be about to read.
+#[inline(always)]
+fn rests(sock: u64) -> bool {
+    is_at_rest(sock) || knob(knob::SKIP_CALLS)
 }
 
 /// Whether a socket's reads neither block nor wait for more than a byte, and its buffer may grow.
@@ -222,9 +234,7 @@ fn has_own_buffer(sock: u64) -> bool {
 /// The flags of the open file that a socket belongs to.
 #[inline(always)]
 fn flags(sock: u64) -> Option<u32> {
-    let socket = peek::<u64>(sock + given(&SOCK_SOCKET_OFFSET))?;
-    let file = peek::<u64>(socket + given(&SOCKET_FILE_OFFSET))?;
-    peek::<u32>(file + given(&FILE_FLAGS_OFFSET))
+    peek::<u32>(file_of(sock)? + given(&FILE_FLAGS_OFFSET))
 }
 
 #[inline(always)]
@@ -428,9 +438,13 @@ fn start(sk: *mut c_void, request: &ShortRequest) -> u32 {
     let Some(end) = SHORT_ENDS.find(sk) else {
         return fit::GONE;
     };
-    // A read that began before the peer was in the map knows of nothing that is redirected. It may have begun to wait since.
+    // A read that began before the peer was in the map knows of nothing that is redirected. It may have begun to wait since, or
+    // have waited for the lock and not gone on yet.
     let peer = request.end.peer;
-    if peek::<u32>(peer + given(&SOCK_OWNED_OFFSET)) != Some(0) || waits_since_before(peer) {
+    if peek::<u32>(peer + given(&SOCK_OWNED_OFFSET)) != Some(0)
+        || waits_since_before(peer)
+        || !rests(peer)
+    {
         return fit::BUSY;
     }
     end.live = 1;

@@ -60,6 +60,7 @@ pub mod knob {
     pub const SKIP_WAITERS: u32 = 1 << 22;
     /// No protection: as if the node had little memory left for TCP.
     pub const LITTLE_MEMORY: u32 = 1 << 23;
+    pub const SKIP_CALLS: u32 = 1 << 24;
 }
 
 /// An enrolled pod; the key is its netns cookie. Its addresses are those of [`Endpoint`]s with that cookie.

@@ -163,6 +163,13 @@ pub(crate) fn become_user(user: u32) -> io::Result<()> {
     checked(result as libc::c_int).map(drop)
 }
 
+/// From now on nothing but what is as urgent runs where this thread does: SCHED_FIFO. Others get a little of the processor after a second.
+pub(crate) fn become_urgent() -> io::Result<()> {
+    let urgency = libc::sched_param { sched_priority: 1 };
+    // SAFETY: the pointer is to a live sched_param, which the kernel reads.
+    checked(unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const urgency) }).map(drop)
+}
+
 /// Takes a descriptor that the kernel has just put into this process for us.
 pub(crate) fn own_received(fd: RawFd) -> OwnedFd {
     // SAFETY: the caller has it from a message, so that nobody else in this process knows of it.

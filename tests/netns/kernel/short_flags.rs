@@ -1,9 +1,10 @@
 //! What a program does to its socket while that is short-circuited, or has done before: its reads are as over TCP. Each with what
 //! comes of it where nobody looks.
 
-use anyhow::Result;
-use culvert_harness::{lacks, wait_until};
-use culvert_tests::scene::{PORT, SOON, Scene};
+use anyhow::{Result, bail};
+use culvert_harness::{lacks, stretch, wait_until};
+use culvert_tests::scene::{PORT, SOON, Scene, text};
+use nix::sys::signal::Signal;
 
 use crate::{
     short_circuit::stage,
@@ -42,7 +43,7 @@ fn a_call_that_waits_for_all_gets_all_when_its_socket_does_not_block_any_more() 
 
 #[test]
 fn twin_without_looking_for_threads_that_wait_it_does_not_see_what_is_redirected() -> Result<()> {
-    let scene = stage("skip-waiters")?;
+    let scene = stage("skip-waiters,skip-calls")?;
     assert_eq!(read_late(&scene, "wait-all-meanwhile")?, "1 bytes");
     Ok(())
 }
@@ -105,8 +106,59 @@ fn a_thread_that_waits_since_before_its_socket_did_not_block_gets_what_comes() -
 
 #[test]
 fn twin_without_looking_for_threads_that_wait_one_waits_for_ever() -> Result<()> {
-    let scene = stage("skip-waiters")?;
+    let scene = stage("skip-waiters,skip-calls")?;
     assert_eq!(wait_early(&scene, "entered")?, "TIMEOUT");
+    Ok(())
+}
+
+/// What a thread reads that has begun before the agent has decided about the flow, and gets no processor until a byte and the end of the
+/// stream were sent. None under emulation, where an agent needs longer for that than anybody can be kept waiting.
+fn read_starved(scene: &Scene, outcome: &str) -> Result<Option<String>> {
+    const TRIES: usize = 10;
+    if stretch(SOON) > SOON {
+        return Ok(None);
+    }
+    let agent = scene.agent1.process();
+    for _ in 0..TRIES {
+        let before = scene.proposed(outcome)?;
+        agent.kill(Signal::SIGSTOP)?;
+        let starved = scene
+            .client
+            .probe()?
+            .args(["starved", "--to", &scene.server_a.at(PORT), "--netns"])
+            .arg(scene.server_a.netns().path())
+            .stdin()
+            .spawn()?;
+        starved.wait_for_event("starved", SOON)?;
+        agent.kill(Signal::SIGCONT)?;
+        wait_until(SOON, &format!("the flow to be {outcome}"), || {
+            Ok((scene.proposed(outcome)? > before).then_some(()))
+        })?;
+        starved.send_line("")?;
+        let done = starved.wait_for_event("done", SOON)?;
+        if done["starved"] == true {
+            return Ok(Some(text(&done, "outcome").to_owned()));
+        }
+    }
+    bail!("{TRIES} times the thread got a processor before the flow was {outcome}");
+}
+
+#[test]
+fn a_thread_that_has_begun_to_read_before_and_goes_on_late_gets_what_was_sent() -> Result<()> {
+    let scene = stage("")?;
+    if let Some(read) = read_starved(&scene, "busy")? {
+        assert_eq!(read, "1 bytes");
+        assert_eq!(scene.short_circuited()?, 0.0);
+    }
+    Ok(())
+}
+
+#[test]
+fn twin_without_looking_for_calls_from_before_a_byte_before_the_end_is_lost() -> Result<()> {
+    let scene = stage("skip-calls")?;
+    if let Some(read) = read_starved(&scene, "entered")? {
+        assert_eq!(read, "EOF");
+    }
     Ok(())
 }
 

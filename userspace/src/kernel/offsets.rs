@@ -55,6 +55,11 @@ impl Offsets {
 fn short_circuit(btf: &Btf) -> Result<Vec<(&'static str, u64)>, KernelError> {
     let sock = |path: &[&str], size| btf.offset("sock", path, size);
     let locks = btf.bit("sock", &["sk_userlocks"])?;
+    // Since 6.13 a count of those beside the first.
+    let (holders, one_holder) = match btf.offset("file", &["f_ref", "refcnt", "counter"], 8) {
+        Ok(at) => (at, 0),
+        Err(_) => (btf.offset("file", &["f_count", "counter"], 8)?, 1),
+    };
     Ok(vec![
         (
             "TCP_COPIED_SEQ_OFFSET",
@@ -82,6 +87,8 @@ fn short_circuit(btf: &Btf) -> Result<Vec<(&'static str, u64)>, KernelError> {
         ("SOCK_SOCKET_OFFSET", sock(&["sk_socket"], 8)?),
         ("SOCKET_FILE_OFFSET", btf.offset("socket", &["file"], 8)?),
         ("FILE_FLAGS_OFFSET", btf.offset("file", &["f_flags"], 4)?),
+        ("FILE_HOLDERS_OFFSET", holders),
+        ("FILE_ONE_HOLDER", one_holder),
         (
             "SOCK_PROTOCOL_OFFSET",
             sock(&["__sk_common", "skc_prot"], 8)?,
@@ -120,6 +127,7 @@ fn short_circuit(btf: &Btf) -> Result<Vec<(&'static str, u64)>, KernelError> {
             btf.offset("wait_queue_entry", &["entry", "next"], 8)?,
         ),
         ("THREAD_WAITS", symbol("woken_wake_function")?),
+        ("EPOLL_WAITS", symbol("ep_poll_callback")?),
         (
             "SOCK_NET_OFFSET",
             sock(&["__sk_common", "skc_net", "net"], 8)?,

@@ -200,11 +200,15 @@ impl ShortCircuit {
             .map(|(entrant, requests)| {
                 let requests = requests?;
                 fit(entrant)?;
-                for ((netns, _), mut request) in entrant.ends().into_iter().zip(requests) {
-                    request.step = step::START;
-                    self.start(netns, request)?;
+                let started = entrant
+                    .ends()
+                    .into_iter()
+                    .zip(requests)
+                    .try_for_each(|((netns, _), request)| self.start(netns, request));
+                if started.is_err() {
+                    self.take_back(entrant);
                 }
-                Ok(())
+                started
             })
             .collect()
     }
@@ -232,6 +236,7 @@ impl ShortCircuit {
     }
 
     fn start(&self, netns: &Netns, mut request: ShortRequest) -> Result<(), Unfit> {
+        request.step = step::START;
         for _ in 0..ATTEMPTS {
             match self.ask(netns, &mut request) {
                 Err(Unfit::Busy) => thread::sleep(AGAIN),
@@ -266,6 +271,14 @@ impl ShortCircuit {
             request.step = step::LOOK;
             self.ask(netns, &mut request) == Err(Unfit::Busy)
         })
+    }
+
+    /// Not one way alone.
+    fn take_back(&self, entrant: &Entrant) {
+        for (netns, mut request) in entrant.ends() {
+            request.step = step::STOP;
+            let _ = self.ask(netns, &mut request);
+        }
     }
 
     fn ask(&self, netns: &Netns, request: &mut ShortRequest) -> Result<(), Unfit> {

@@ -63,6 +63,7 @@ impl Knobs {
                 "skip-limit" => knobs.kernel |= knob::SKIP_LIMIT,
                 "skip-reader-flags" => knobs.kernel |= knob::SKIP_READER_FLAGS,
                 "skip-waiters" => knobs.kernel |= knob::SKIP_WAITERS,
+                "skip-calls" => knobs.kernel |= knob::SKIP_CALLS,
                 "little-memory" => knobs.kernel |= knob::LITTLE_MEMORY,
                 "keep-old-verdicts" => knobs.keep_old_verdicts = true,
                 "skip-sweep" => knobs.skip_sweep = true,

@@ -250,7 +250,9 @@ async fn annotations_of_a_file_hold_with_and_without_a_push_and_without_the_cont
     running.mesh(|mesh| both(mesh) == [Some(false); 2]).await;
     let status = running.status.borrow().clone();
     assert_eq!(status.in_force.unwrap().0, running.store.revision());
-    assert!(file.borrow().error.is_none());
+    // Told after the mesh, by the watcher.
+    let mended = tokio::time::timeout(SOON, file.wait_for(|file| file.error.is_none())).await;
+    assert!(mended.unwrap().unwrap().in_effect.is_some());
     running.end().await;
     drop(stopped);
 }

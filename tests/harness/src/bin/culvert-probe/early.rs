@@ -70,8 +70,9 @@ pub fn early(arguments: &Early) -> anyhow::Result<()> {
 }
 
 /// Whether a thread of this process sleeps: the one asked about has nothing else to sleep for than its call.
-fn is_asleep(thread: i32) -> io::Result<bool> {
+pub fn is_asleep(thread: i32) -> io::Result<bool> {
     let stat = fs::read_to_string(format!("/proc/self/task/{thread}/stat"))?;
     let after_name = stat.rsplit(')').next().unwrap_or_default();
-    Ok(after_name.trim_start().starts_with('S'))
+    // S for what comes, D for the socket itself.
+    Ok(after_name.trim_start().starts_with(['S', 'D']))
 }

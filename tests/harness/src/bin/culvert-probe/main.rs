@@ -19,6 +19,7 @@ mod ring;
 mod sequences;
 mod serve;
 mod stall;
+mod starved;
 mod waiting;
 
 use clap::{Parser, Subcommand};
@@ -68,6 +69,8 @@ enum Probe {
     Late(late::Late),
     /// Wait for a byte on a connection that is used meanwhile
     Early(early::Early),
+    /// Begin to read, and get no processor to go on for a while
+    Starved(starved::Starved),
     /// Make one connection and tell the outcome of every step
     Connect(connect::Arguments),
     /// Make one connection and keep the kernel busy with it until standard input ends
@@ -100,6 +103,7 @@ fn main() -> anyhow::Result<()> {
         Probe::Fill(arguments) => fill::fill(&arguments),
         Probe::Late(arguments) => late::late(&arguments),
         Probe::Early(arguments) => early::early(&arguments),
+        Probe::Starved(arguments) => starved::starved(&arguments),
         Probe::Connect(arguments) => connect::run(&arguments),
         Probe::Stall(arguments) => stall::stall(&arguments),
         Probe::Offer(arguments) => connect::offer(&arguments),
