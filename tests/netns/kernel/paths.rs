@@ -1,8 +1,8 @@
 //! The ways a connection may take: direct, through a tunnel, in plaintext.
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use culvert_harness::wait_until;
-use culvert_tests::scene::{SOON, Scene, answered, echo, serve, text};
+use culvert_tests::scene::{SOON, Scene, Setting, answered, echo, serve, text};
 
 #[test]
 fn a_pair_on_one_node_becomes_direct() -> Result<()> {
@@ -47,5 +47,34 @@ fn a_pair_on_two_nodes_goes_through_a_tunnel() -> Result<()> {
         text(&report, "local"),
         "the server sees the client's address and port"
     );
+    Ok(())
+}
+
+#[test]
+fn applications_see_their_own_pod_where_the_agents_are_told_so() -> Result<()> {
+    let env = vec![("ENABLE_ORIG_SRC", "false".to_owned())];
+    let scene = Scene::with(Setting {
+        env,
+        ..Setting::default()
+    })?;
+    let far = serve(&scene.server_b, "echo")?;
+    let near = serve(&scene.server_a, "echo")?;
+    // What is direct shows its client whatever agents are told.
+    let ways = [
+        (&far, &scene.server_b, &scene.server_b),
+        (&near, &scene.server_a, &scene.server_a),
+        (&near, &scene.server_a, &scene.client),
+    ];
+    for (count, (server, to, seen)) in ways.into_iter().enumerate() {
+        let report = echo(&scene.client, to)?;
+        assert!(answered(&report), "{report}");
+        let ip = format!("{}:", seen.address());
+        wait_until(SOON, "the server to tell whom it sees", || {
+            let peers = server.events("accepted");
+            let peer = peers.iter().map(|event| text(event, "peer")).next_back();
+            Ok(peer.is_some_and(|peer| peer.starts_with(&ip)).then_some(()))
+        })
+        .with_context(|| format!("connection {count}"))?;
+    }
     Ok(())
 }

@@ -124,6 +124,9 @@ pub struct Config {
     pub secret_ttl: Duration,
     /// The mark of connections that the agent opens to the applications of its pods; 1 to 0xfff, and not that of steering.
     pub packet_mark: u32,
+    /// Applications see the addresses of their clients.
+    #[serde(rename = "enableOrigSrc")]
+    pub original_source: bool,
     /// Streams on one HBONE tunnel.
     #[serde(rename = "poolMaxStreamsPerConnection")]
     pub pool_max_streams: u32,
@@ -303,6 +306,7 @@ impl Config {
             |text| values::duration_within(text, 0, DAY),
             Duration::from_secs(30),
         );
+        let original_source = layers.or(&settings::ORIGINAL_SOURCE, values::boolean, true);
         let ipv6_enabled = layers.or(&settings::IPV6_ENABLED, values::boolean, true);
         let log_filter = layers
             .take(&settings::LOG_FILTER, LogFilter::parse)
@@ -422,6 +426,7 @@ impl Config {
             dev_ca,
             secret_ttl,
             packet_mark,
+            original_source,
             pool_max_streams,
             termination_grace_period,
             ipv6_enabled,

@@ -109,6 +109,9 @@ settings! {
     PACKET_MARK = "packetMark", "PACKET_MARK", "packet-mark",
         "a number from 1 to 4095 other than 1338, such as 1337 or 0x539",
         "Packet mark of the agent's connections to the applications of its pods [1337]";
+    ORIGINAL_SOURCE = "enableOrigSrc", "ENABLE_ORIG_SRC", "enable-orig-src",
+        "`true` or `false`",
+        "Applications see the addresses of their clients, not their pod's own, where the agent carries the connection [true]";
     POOL_MAX_STREAMS = "poolMaxStreamsPerConnection", "POOL_MAX_STREAMS_PER_CONNECTION", "pool-max-streams-per-connection",
         "a number from 1 to 10000",
         "Connections carried by one HBONE tunnel [100]";

@@ -213,6 +213,7 @@ fn the_printed_configuration_is_a_file_that_gives_the_same() {
         ("CRL_PATH", "/etc/crl.pem"),
         ("SECRET_TTL", "1h30m"),
         ("IPV6_ENABLED", "false"),
+        ("ENABLE_ORIG_SRC", "false"),
     ]);
     let config = Config::load(&Flags::default(), &env).unwrap();
     let printed = file(&config.to_yaml());

@@ -41,6 +41,8 @@ pub struct RoutingSettings {
     /// Nothing of this module is needed where rules of istio-cni's steer.
     pub redirect: RedirectMode,
     pub packet_mark: u32,
+    /// Where the agent carries a connection, the application sees the client's address, not its pod's own.
+    pub original_source: bool,
     /// A test wants pods to go on accepting what a SYN carries.
     pub keep_fast_open: bool,
 }

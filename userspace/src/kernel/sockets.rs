@@ -34,6 +34,7 @@ pub struct PodSockets {
     netns: Arc<Netns>,
     tables: Arc<Tables>,
     packet_mark: u32,
+    original_source: bool,
     redirect: RedirectMode,
 }
 
@@ -43,6 +44,7 @@ impl PodSockets {
             netns,
             tables,
             packet_mark: settings.packet_mark,
+            original_source: settings.original_source,
             redirect: settings.redirect,
         }
     }
@@ -160,10 +162,10 @@ impl PodSockets {
 
     /// A socket for a connection to the pod's own application, which will see `client` as its peer. With a port of 0,
     /// or one that is taken, the kernel chooses the port. A client of the other family cannot be shown: the application
-    /// then sees the pod itself.
+    /// then sees the pod itself, as it does where the settings say so.
     pub fn to_application(&self, client: SocketAddr, target: SocketAddr) -> io::Result<Socket> {
         let socket = self.outgoing(target, None)?;
-        if client.is_ipv4() != target.is_ipv4() {
+        if !self.original_source || client.is_ipv4() != target.is_ipv4() {
             return Ok(socket);
         }
         socket.set_mark(self.packet_mark)?;

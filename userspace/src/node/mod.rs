@@ -241,6 +241,7 @@ async fn serve(
         RoutingSettings {
             redirect: config.redirect_mode,
             packet_mark: config.packet_mark,
+            original_source: config.original_source,
             keep_fast_open: knobs.keep_fast_open,
         },
     ));

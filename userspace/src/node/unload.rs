@@ -49,6 +49,7 @@ pub fn unload(
     let settings = RoutingSettings {
         redirect: RedirectMode::Ebpf,
         packet_mark,
+        original_source: true,
         keep_fast_open: false,
     };
     let pods = known
