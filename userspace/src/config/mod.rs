@@ -5,6 +5,7 @@
 mod environment;
 mod error;
 mod file;
+mod lenient;
 pub mod mounts;
 mod resolve;
 pub mod settings;
@@ -28,6 +29,7 @@ use crate::{
 
 pub use environment::{Environment, Variable};
 pub use error::{ConfigError, ConfigErrors, Origin};
+pub use lenient::{Leniency, Lenient};
 use resolve::Resolver;
 pub use settings::Setting;
 pub use values::{AuthToken, LogFilter, LogFormat, duration, show_duration};
@@ -179,6 +181,8 @@ pub struct Config {
     pub readiness_address: SocketAddr,
     /// `/config_dump`; always a loopback address.
     pub admin_address: SocketAddr,
+    /// What is done as ztunnel does it, where that is less strict.
+    pub lenient: Lenient,
     /// Protections switched off for a test.
     #[cfg(feature = "test-knobs")]
     #[serde(serialize_with = "joined", skip_serializing_if = "Vec::is_empty")]
@@ -386,6 +390,7 @@ impl Config {
             values::loopback_address,
             SocketAddr::new(loopback, 15000),
         );
+        let lenient = layers.list(&settings::LENIENT, Leniency::parse);
         #[cfg(feature = "test-knobs")]
         let test_knobs = layers
             .take(&settings::TEST_KNOBS, knob_names)
@@ -448,6 +453,7 @@ impl Config {
             stats_address,
             readiness_address,
             admin_address,
+            lenient: lenient.into_iter().collect(),
             #[cfg(feature = "test-knobs")]
             test_knobs,
             auth_token,

@@ -78,19 +78,40 @@ impl Resolver {
         for (origin, value) in given {
             let parsed = parse(&value);
             if parsed.is_none() {
-                self.errors.push(ConfigError::Value {
-                    key: setting.key,
-                    value: match setting.secret {
-                        true => AuthToken::SHOWN.to_owned(),
-                        false => quoted(&value),
-                    },
-                    origin,
-                    expected: setting.expects.to_owned(),
-                });
+                self.not_valid(setting, &value, origin);
             }
             strongest = parsed;
         }
         strongest
+    }
+
+    /// The words of a setting that takes several, separated by commas. Each that is not valid is an error of its own.
+    pub fn list<T>(&mut self, setting: &Setting, parse: impl Fn(&str) -> Option<T>) -> Vec<T> {
+        let given = self.given.remove(setting.key).unwrap_or_default();
+        let mut strongest = Vec::new();
+        for (origin, value) in given {
+            strongest.clear();
+            let words = value.split(',').map(str::trim);
+            for word in words.filter(|word| !word.is_empty()) {
+                match parse(word) {
+                    Some(parsed) => strongest.push(parsed),
+                    None => self.not_valid(setting, word, origin.clone()),
+                }
+            }
+        }
+        strongest
+    }
+
+    fn not_valid(&mut self, setting: &Setting, value: &str, origin: Origin) {
+        self.errors.push(ConfigError::Value {
+            key: setting.key,
+            value: match setting.secret {
+                true => AuthToken::SHOWN.to_owned(),
+                false => quoted(value),
+            },
+            origin,
+            expected: setting.expects.to_owned(),
+        });
     }
 
     /// The value of a setting, or its default.

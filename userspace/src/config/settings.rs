@@ -175,6 +175,9 @@ settings! {
     ADMIN_ADDRESS = "adminAddress", "CULVERT_ADMIN_ADDRESS", "admin-address",
         "a loopback address and port such as 127.0.0.1:15000",
         "Where /config_dump is served, to this machine only [127.0.0.1:15000]";
+    LENIENT = "lenient", "CULVERT_LENIENT", "lenient",
+        "names separated by commas, out of `unknown-policies`, `unreadable-resources`, `later-policies`, `certificate-names`, `authority` and `handshake-deadlines`",
+        "What to do as ztunnel does it, where that is less strict; docs/MIGRATION.md says what each name means [nothing]";
     TEST_KNOBS = "testKnobs", "CULVERT_TEST_KNOBS", "test-knobs",
         "names of lower-case letters, digits, `-` and `_`, separated by commas",
         "Protections switched off for a test; only in builds made for tests [none]";

@@ -97,6 +97,44 @@ fn the_short_circuit_is_off_auto_or_on_in_every_layer() {
 }
 
 #[test]
+fn nothing_is_lenient_but_what_is_named() {
+    let lenient = |file: &str, set: &[(&str, &str)]| {
+        let file = self::file(file);
+        let config = Config::load(&flags(Some(file.path()), &[]), &environment(set)).unwrap();
+        config.lenient.iter().collect::<Vec<_>>()
+    };
+    assert_eq!(lenient("", &[]), []);
+    assert_eq!(lenient("lenient: ''", &[]), []);
+    for one in Leniency::ALL {
+        assert_eq!(lenient("", &[("CULVERT_LENIENT", one.name())]), [one]);
+        assert!(
+            settings::LENIENT
+                .expects
+                .contains(&format!("`{}`", one.name()))
+        );
+    }
+    let in_file = "lenient: authority, later-policies";
+    let both = [Leniency::LaterPolicies, Leniency::Authority];
+    assert_eq!(lenient(in_file, &[]), both);
+    // The stronger layer says all of it.
+    let set = [("CULVERT_LENIENT", "certificate-names")];
+    assert_eq!(lenient(in_file, &set), [Leniency::CertificateNames]);
+}
+
+#[test]
+fn a_word_that_names_no_leniency_is_an_error_that_says_what_does() {
+    let set = [("CULVERT_LENIENT", "authority,all,Later-policies")];
+    let errors = errors(&Flags::default(), &environment(&set));
+    for (error, word) in errors.iter().zip(["all", "Later-policies"]) {
+        let begins = format!(
+            "lenient: {word:?} (environment variable CULVERT_LENIENT) is not valid: expected names separated by commas, out of `unknown-policies`"
+        );
+        assert!(error.starts_with(&begins), "{error}");
+    }
+    assert_eq!(errors.len(), 2);
+}
+
+#[test]
 fn an_empty_variable_counts_as_unset() {
     let config = Config::load(&Flags::default(), &environment(&[("PACKET_MARK", "")])).unwrap();
     assert_eq!(config.packet_mark, 1337);

@@ -158,6 +158,7 @@ impl AdminHandler for Handler {
                 "the certificate of {identity} is revoked by a list in CRL_PATH: peers that have the list refuse its pods until another one is issued, which is being asked for"
             )
         }));
+        warnings.extend(self.parts.config.lenient.warnings());
         if self.parts.config.dev_ca.is_some() {
             let warning = "certificates come from a development CA: not for production";
             warnings.push(warning.to_owned());

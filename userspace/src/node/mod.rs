@@ -29,12 +29,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     admin::{AdminSocket, HttpServers, http},
-    config::Config,
+    config::{Config, Leniency},
     enrol::zds,
     identity::{CaClient, Certificates, DevCa, DevCaIssuer, Issuer, RenewalSettings, Revocations},
     kernel::{HostProcesses, Kernel, KernelSettings, RoutingSettings, Tables, Verdicts, sys},
     mesh::{MeshDefaults, Revision, ShortCircuitMode, Store},
-    policy::{DenyReason, PolicyName},
+    policy::{DenyReason, PolicyName, Strictness},
     proxy::{Context, OpenConnections, Workers, hbone, tls},
     telemetry::{AccessLog, Telemetry},
 };
@@ -99,6 +99,9 @@ async fn serve(
     limits::raise_open_files();
     sys::keep_no_large_blocks();
     let knobs = knobs::Knobs::of(&config)?;
+    for warning in config.lenient.warnings() {
+        tracing::warn!("{warning}");
+    }
     // Endpoints end first; what the open connections depend on (policy, certificates, the heartbeat) once they have ended too.
     let shutdown = CancellationToken::new();
     let control = CancellationToken::new();
@@ -459,7 +462,9 @@ fn defaults(config: &Config, tried: &Result<Verdicts, String>) -> MeshDefaults {
         } else {
             ShortCircuitMode::Off
         },
-        ..MeshDefaults::default()
+        strictness: Strictness {
+            unknown_policy_refuses: !config.lenient.about(Leniency::UnknownPolicies),
+        },
     }
 }
 
