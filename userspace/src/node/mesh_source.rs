@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::NodeError;
 use crate::{
-    config::{Config, settings, show_duration},
+    config::{Config, Leniency, settings, show_duration},
     control_channel::ControlChannel,
     mesh::{MeshDefaults, Store},
     telemetry::Telemetry,
@@ -82,6 +82,9 @@ impl MeshSource {
         };
         let store = Arc::clone(store);
         let (client, status) = XdsClient::new(channel, node(config), defaults, store, demanded);
+        if config.lenient.about(Leniency::UnreadableResources) {
+            client.be_lenient();
+        }
         let annotations = match &config.annotations_path {
             Some(path) => {
                 let (watcher, status) = client.annotated_by(path)?;

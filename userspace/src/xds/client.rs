@@ -190,6 +190,14 @@ impl XdsClient {
         (client, receiver)
     }
 
+    /// Has resources read as ztunnel reads them: what cannot be read of one is no reason to refuse all of it.
+    pub fn be_lenient(&self) {
+        // Who had it and did not finish ends the client, in `run`.
+        if let Ok(mut feed) = self.feed.lock() {
+            feed.be_lenient();
+        }
+    }
+
     /// Has what a file says of annotations hold for the mesh, once the watcher runs: before it was read nothing is in force. See
     /// [`FileWatcher::new`].
     ///

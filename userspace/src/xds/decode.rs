@@ -1,7 +1,8 @@
 //! From the control plane's messages to the mesh's own types.
 //!
 //! Invariants: a resource is taken whole or not at all, and what is wrong with it is said by the name of the field; nothing here can
-//! panic. An enumeration's value that is not known is an error: it may mean that a rule is stricter than it looks.
+//! panic. An enumeration's value that is not known is an error: it may mean that a rule is stricter than it looks. [`lenient`] is for those who want some of
+//! it ztunnel's way.
 
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -18,6 +19,7 @@ use crate::mesh::{
 use crate::policy::{PolicyName, PolicyNameError};
 use crate::wire::istio::workload as wire;
 
+pub mod lenient;
 mod policies;
 #[cfg(test)]
 mod tests;

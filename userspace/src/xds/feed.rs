@@ -25,6 +25,8 @@ pub struct Feed {
     namespaces: Namespaces,
     /// What namespaces say is still to come.
     awaits_annotations: bool,
+    /// Of a resource, what cannot be read is changed or left out, as ztunnel does.
+    is_lenient: bool,
     shared: Shared,
     traits: SharedTraits,
     /// What is known but not in force.
@@ -41,6 +43,7 @@ impl Feed {
             defaults,
             namespaces: Namespaces::new(),
             awaits_annotations: false,
+            is_lenient: false,
             shared: Shared::default(),
             traits: SharedTraits::default(),
             held_back: Some(Mesh::default()),
@@ -52,6 +55,11 @@ impl Feed {
     /// From here on nothing is in force before [`Self::annotate`].
     pub fn await_annotations(&mut self) {
         self.awaits_annotations = true;
+    }
+
+    /// From here on resources are read as ztunnel reads them: see [`decode::lenient`].
+    pub fn be_lenient(&mut self) {
+        self.is_lenient = true;
     }
 
     /// What is in force, and since when; none before every type was answered.
@@ -76,7 +84,13 @@ impl Feed {
         let (mut accepted, mut refused) = (Vec::with_capacity(resources.len()), Vec::new());
         for resource in resources {
             let (name, version) = (resource.name.clone(), resource.version.clone());
-            match put(&mut draft, &mut self.shared, kind, resource) {
+            match put(
+                &mut draft,
+                &mut self.shared,
+                kind,
+                resource,
+                self.is_lenient,
+            ) {
                 Ok(name) => accepted.push((name, version)),
                 Err(error) => refused.push(Refused {
                     name,
@@ -152,7 +166,13 @@ fn put(
     shared: &mut Shared,
     kind: ResourceType,
     resource: Resource,
+    is_lenient: bool,
 ) -> Result<Arc<str>, ResourceError> {
+    let adapt = |changes: usize| {
+        if changes > 0 {
+            tracing::warn!(resource = ?resource.name, changes, "a resource was taken although not all of it can be read");
+        }
+    };
     let content = resource.resource.ok_or(ResourceError::Missing("content"))?;
     if content.type_url != kind.url() {
         return Err(ResourceError::OtherType {
@@ -164,12 +184,18 @@ fn put(
         ResourceType::Address => {
             let address: workload::Address = message("workload or service", &content.value)?;
             match address.r#type {
-                Some(Type::Workload(message)) => {
+                Some(Type::Workload(mut message)) => {
+                    if is_lenient {
+                        adapt(decode::lenient::workload(&mut message));
+                    }
                     check_name(&resource.name, &message.uid)?;
                     let spec = decode::workload(message, shared)?;
                     Ok(Arc::clone(&draft.put_workload(spec)?.uid))
                 }
-                Some(Type::Service(message)) => {
+                Some(Type::Service(mut message)) => {
+                    if is_lenient {
+                        adapt(decode::lenient::service(&mut message));
+                    }
                     let service = decode::service(message, shared)?;
                     check_name(&resource.name, service.id.as_str())?;
                     draft.put_service(service);
@@ -179,7 +205,10 @@ fn put(
             }
         }
         ResourceType::Authorization => {
-            let message: security::Authorization = message("policy", &content.value)?;
+            let mut message: security::Authorization = message("policy", &content.value)?;
+            if is_lenient {
+                adapt(decode::lenient::policy(&mut message));
+            }
             let policy = decode::policy(message)?;
             check_name(&resource.name, policy.name.as_str())?;
             draft.put_policy(policy);

@@ -66,7 +66,7 @@ fn one_match(message: wire::Match) -> Result<Match, ResourceError> {
     })
 }
 
-fn net(field: &'static str, message: &wire::Address) -> Result<IpNet, ResourceError> {
+pub(super) fn net(field: &'static str, message: &wire::Address) -> Result<IpNet, ResourceError> {
     range(field, ip(field, &message.address)?, message.length)
 }
 

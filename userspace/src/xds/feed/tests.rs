@@ -90,6 +90,39 @@ fn settled() -> (Feed, Arc<Store>) {
     (feed, store)
 }
 
+/// A policy for port 65616, which is 80 to who takes its lowest 16 bits.
+fn beyond_ports() -> Resource {
+    let one = security::Match {
+        destination_ports: vec![65_616],
+        ..security::Match::default()
+    };
+    let clause = security::Clause { matches: vec![one] };
+    let policy = security::Authorization {
+        name: "deny".to_owned(),
+        namespace: "ns".to_owned(),
+        rules: vec![security::Rule {
+            clauses: vec![clause],
+        }],
+        ..security::Authorization::default()
+    };
+    resource(POLICY, "ns/deny", &policy)
+}
+
+#[test]
+fn a_resource_that_cannot_be_read_is_refused_unless_that_is_to_be_lenient() {
+    let name: PolicyName = "ns/deny".parse().unwrap();
+    let (mut feed, store) = settled();
+    let taken = feed.take(push(POLICY, vec![beyond_ports()], &[]));
+    assert_eq!((taken.accepted.len(), taken.refused.len()), (0, 1));
+    assert!(store.load().policy(&name).is_none());
+    feed.be_lenient();
+    let taken = feed.take(push(POLICY, vec![beyond_ports()], &[]));
+    assert_eq!((taken.accepted.len(), taken.refused.len()), (1, 0));
+    let mesh = store.load();
+    let rules = &mesh.policy(&name).unwrap().rules;
+    assert_eq!(rules[0].clauses[0].matches[0].destination_ports, [80]);
+}
+
 #[test]
 fn nothing_is_in_force_before_every_type_was_answered() {
     let (mut feed, store) = feed();
