@@ -67,7 +67,8 @@ impl Impostor {
                     let handler = handler.clone();
                     tunnels.spawn(async move {
                         if let Ok(accepted) =
-                            tls::accept(stream, config, SOON, tls::TestKnobs::default()).await
+                            tls::accept(stream, config, Some(SOON), &tls::PeerChecks::default())
+                                .await
                         {
                             serve(accepted.stream, ServerSettings::default(), stop, handler).await;
                         }

@@ -1,4 +1,4 @@
-//! The SPIFFE id of a certificate: exactly one URI name, and that one a workload's id.
+//! The SPIFFE id of a certificate: exactly one URI name, and that one a workload's id; or, for who asks for it, the first of several.
 //!
 //! Names of other kinds (DNS, IP, mail) are not looked at. Called for certificates of peers and for those an issuer returns.
 
@@ -21,6 +21,8 @@ pub enum SpiffeError {
     MalformedNames(String),
     #[error("the certificate must carry exactly one URI name, but carries {0}")]
     UriCount(usize),
+    #[error("none of the certificate's {0} URI names is a workload's SPIFFE id")]
+    NoIdentity(usize),
     #[error("the certificate's URI name has {0} bytes, a SPIFFE id at most {MAX_ID_BYTES}")]
     TooLong(usize),
     #[error("the certificate's URI name `{uri}` is not a workload's SPIFFE id: {reason}")]
@@ -32,22 +34,13 @@ pub fn identity_of(certificate: &CertificateDer<'_>) -> Result<Identity, SpiffeE
     identity_in(&parse(certificate)?)
 }
 
-/// The first of the identities that `certificate` states.
-#[cfg(feature = "test-knobs")]
+/// The first of the identities that `certificate` states, whatever else it is named: as ztunnel has it.
 pub fn first_identity_of(certificate: &CertificateDer<'_>) -> Result<Identity, SpiffeError> {
     let certificate = parse(certificate)?;
-    let names = certificate
-        .subject_alternative_name()
-        .map_err(|error| SpiffeError::MalformedNames(error.to_string()))?;
-    let names = names
-        .iter()
-        .flat_map(|extension| &extension.value.general_names);
-    let uris = names.filter_map(|name| match name {
-        GeneralName::URI(uri) => Some(*uri),
-        _ => None,
-    });
-    let mut identities = uris.filter_map(|uri| Identity::parse(uri).ok());
-    identities.next().ok_or(SpiffeError::UriCount(0))
+    let uris = uris(&certificate)?;
+    let short = uris.iter().filter(|uri| uri.len() <= MAX_ID_BYTES);
+    let mut identities = short.filter_map(|uri| Identity::parse(uri).ok());
+    identities.next().ok_or(SpiffeError::NoIdentity(uris.len()))
 }
 
 /// Reads one DER certificate and nothing after it.
@@ -77,6 +70,13 @@ pub(crate) fn identity_in(certificate: &X509Certificate<'_>) -> Result<Identity,
 
 /// The one URI name of a certificate, whatever it says.
 pub(crate) fn only_uri<'a>(certificate: &'a X509Certificate<'_>) -> Result<&'a str, SpiffeError> {
+    match uris(certificate)?.as_slice() {
+        [uri] => Ok(uri),
+        uris => Err(SpiffeError::UriCount(uris.len())),
+    }
+}
+
+fn uris<'a>(certificate: &'a X509Certificate<'_>) -> Result<Vec<&'a str>, SpiffeError> {
     let names = certificate
         .subject_alternative_name()
         .map_err(|error| SpiffeError::MalformedNames(error.to_string()))?;
@@ -91,13 +91,9 @@ pub(crate) fn only_uri<'a>(certificate: &'a X509Certificate<'_>) -> Result<&'a s
             "a name cannot be decoded".into(),
         ));
     }
-    let mut uris = names.iter().filter_map(|name| match name {
+    let uris = names.iter().filter_map(|name| match name {
         GeneralName::URI(uri) => Some(*uri),
         _ => None,
     });
-    match (uris.next(), uris.count()) {
-        (Some(uri), 0) => Ok(uri),
-        (None, _) => Err(SpiffeError::UriCount(0)),
-        (Some(_), more) => Err(SpiffeError::UriCount(more.saturating_add(1))),
-    }
+    Ok(uris.collect())
 }

@@ -16,6 +16,7 @@ mod short_circuit;
 mod slots;
 mod snapshot;
 mod store;
+mod waypoint;
 mod workload;
 
 #[cfg(test)]

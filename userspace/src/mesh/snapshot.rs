@@ -129,9 +129,19 @@ impl Mesh {
 
     /// The policies that apply to a workload, each once: those it lists, those of its namespace, those of the whole mesh.
     pub fn policies_for(&self, workload: &Workload) -> Applicable {
+        self.policies_among(workload, |_| true)
+    }
+
+    /// Of those that the workload lists, only the ones that count.
+    fn policies_among(
+        &self,
+        workload: &Workload,
+        counts: impl Fn(&PolicyName) -> bool,
+    ) -> Applicable {
         let mut applicable = Applicable::default();
         let mut seen = HashSet::new();
-        for name in &workload.authorization_policies {
+        let listed = workload.authorization_policies.iter();
+        for name in listed.filter(|name| counts(name)) {
             if !seen.insert(name) {
                 continue;
             }
@@ -157,6 +167,18 @@ impl Mesh {
     /// Decides about a connection to this workload.
     pub fn authorize(&self, destination: &Workload, connection: &Connection) -> Evaluation {
         evaluate(&self.policies_for(destination), connection, self.strictness)
+    }
+
+    /// Decides about a connection to this workload that is open. Of the policies that the workload lists, those with a selector, only the
+    /// ones that count are asked; those of its namespace and of the whole mesh always are.
+    pub fn authorize_open(
+        &self,
+        destination: &Workload,
+        connection: &Connection,
+        counts: impl Fn(&PolicyName) -> bool,
+    ) -> Evaluation {
+        let applicable = self.policies_among(destination, counts);
+        evaluate(&applicable, connection, self.strictness)
     }
 
     /// The workloads that name this service, in the order of the resources.

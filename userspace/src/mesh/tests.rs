@@ -748,6 +748,21 @@ mod policies {
     }
 
     #[test]
+    fn of_an_open_connection_only_the_listed_policies_that_count_are_asked() {
+        let selector = || policy("ns/selector", Scope::WorkloadSelector, Action::Deny);
+        let listed = || vec![listing("w", &["ns/selector", "ns/unknown"])];
+        let mesh_of = |policies| mesh(listed(), vec![], policies);
+        let none = |_: &PolicyName| false;
+        let alone = mesh_of(vec![selector()]);
+        let decide = |mesh: &Mesh| mesh.authorize_open(only(mesh, "w"), &connection(), none);
+        assert!(!alone.authorize(only(&alone, "w"), &connection()).is_allowed());
+        assert!(decide(&alone).is_allowed());
+        // That of the namespace is asked in any case, also where the workload lists it.
+        let of_namespace = policy("ns/selector", Scope::Namespace, Action::Deny);
+        assert!(!decide(&mesh_of(vec![of_namespace])).is_allowed());
+    }
+
+    #[test]
     fn a_decision_names_the_same_policy_whatever_the_order_of_the_resources() {
         let one = || policy("ns/a", Scope::Namespace, Action::Deny);
         let other = || policy("ns/b", Scope::Namespace, Action::Deny);

@@ -77,7 +77,6 @@ impl Knobs {
                 "skip-chain" => knobs.proxy.tls.skip_chain = true,
                 "skip-server-identity" => knobs.proxy.tls.skip_server_identity = true,
                 "skip-trust-domain" => knobs.proxy.tls.skip_trust_domain = true,
-                "skip-single-name" => knobs.proxy.tls.skip_single_name = true,
                 "skip-revocation-lists" => knobs.proxy.tls.skip_revocation_lists = true,
                 "keep-revoked-tunnels" => knobs.proxy.tls.keep_revoked_tunnels = true,
                 "skip-mesh-wait" => knobs.proxy.skip_mesh_wait = true,

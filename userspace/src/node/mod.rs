@@ -35,7 +35,7 @@ use crate::{
     kernel::{HostProcesses, Kernel, KernelSettings, RoutingSettings, Tables, Verdicts, sys},
     mesh::{MeshDefaults, Revision, ShortCircuitMode, Store},
     policy::{DenyReason, PolicyName, Strictness},
-    proxy::{Context, OpenConnections, Workers, hbone, tls},
+    proxy::{Authority, Context, LaterPolicies, OpenConnections, Workers, hbone, tls},
     telemetry::{AccessLog, Telemetry},
 };
 
@@ -136,6 +136,10 @@ async fn serve(
     crl.count(&telemetry.metrics);
     let peers = tls::PeerChecks {
         revocations: crl.revocations.clone(),
+        names: match config.lenient.about(Leniency::CertificateNames) {
+            true => tls::CertificateNames::FirstOfSeveral,
+            false => tls::CertificateNames::One,
+        },
         knobs: knobs.proxy.tls,
     };
     let certificates = certificates(&config, crl.revocations.clone())?;
@@ -187,20 +191,27 @@ async fn serve(
         });
     }
 
+    let later_policies = match config.lenient.about(Leniency::LaterPolicies) {
+        true => LaterPolicies::Spare,
+        false => LaterPolicies::Apply,
+    };
     let enforcer = Arc::new(Enforcer::new(
         Arc::clone(&tables),
         EnforcerSettings {
             network: config.network.as_str().into(),
             trust_domain: config.trust_domain.as_str().into(),
             direct: config.direct,
+            later_policies,
             skip_sweep: knobs.skip_sweep,
             skip_service_sync: knobs.skip_service_sync,
             keep_foreign_addresses: knobs.keep_foreign_addresses,
             keep_old_verdicts: knobs.keep_old_verdicts,
         },
     )?);
-    let open = Arc::new(OpenConnections::default());
+    let open = Arc::new(OpenConnections::new(later_policies));
     let failed = CancellationToken::new();
+    let handshakes = !config.lenient.about(Leniency::HandshakeDeadlines);
+    let handshake_deadline = handshakes.then_some(hbone::HANDSHAKE_DEADLINE);
     let context = Arc::new(Context {
         mesh: Arc::clone(&store),
         demand,
@@ -211,16 +222,22 @@ async fn serve(
         open: Arc::clone(&open),
         failed: failed.clone(),
         server: hbone::ServerSettings {
+            handshake_deadline,
             grace: config
                 .termination_grace_period
                 .saturating_sub(Duration::from_secs(5)),
             ..hbone::ServerSettings::default()
+        },
+        authority: match config.lenient.about(Leniency::Authority) {
+            true => Authority::OrBehindWaypoint,
+            false => Authority::OwnAddress,
         },
         peers: peers.clone(),
         knobs: knobs.proxy,
     });
     let pool = hbone::PoolSettings {
         max_streams_per_connection: config.pool_max_streams,
+        handshake_deadline,
         ..hbone::PoolSettings::default()
     };
     let threads = usize::try_from(config.threads).unwrap_or(1);

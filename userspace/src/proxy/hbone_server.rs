@@ -11,6 +11,7 @@ use std::{
 use tokio::{net::TcpStream, time::timeout};
 
 use super::{
+    Authority, Context,
     arrival::{Arrival, names_application},
     budget::{Budget, Permit},
     dial,
@@ -21,12 +22,13 @@ use super::{
     tls::{self, RevocationWatch},
 };
 use crate::{
+    mesh::Mesh,
     policy::{Connection, Identity},
     telemetry::{Direction, FlowPath, Reporter, ResponseFlags},
 };
 
-/// From the TCP connection to the end of the TLS handshake.
-const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a client waits for the pod's first certificate.
+const CERTIFICATE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// One connection. It holds `handshake` until its client has proved an identity, then a place among `tunnels`.
 pub(super) async fn handle(
@@ -45,7 +47,7 @@ pub(super) async fn handle(
     };
     // A pod that has just been enrolled may be reached before its first certificate is there.
     let certificate = match timeout(
-        HANDSHAKE_DEADLINE,
+        CERTIFICATE_DEADLINE,
         ours.context.certificates.ready(&ours.pod.identity),
     )
     .await
@@ -71,8 +73,9 @@ pub(super) async fn handle(
             return failed(ResponseFlags::IdentityFailure, error.to_string());
         }
     };
+    let Context { server, peers, .. } = &*ours.context;
     let accepted = tokio::select! {
-        accepted = tls::accept(stream, config, HANDSHAKE_DEADLINE, ours.context.knobs.tls) => accepted,
+        accepted = tls::accept(stream, config, server.handshake_deadline, peers) => accepted,
         () = ours.stop.close.cancelled() => return,
     };
     let accepted = match accepted {
@@ -160,11 +163,11 @@ async fn stream_into_pod(ours: Ours, incoming: Incoming, client: Client, tunnel:
             .map(AsRef::as_ref),
         peer.as_ref(),
     );
-    if !names_application(&ours.pod, target) && ours.context.knobs.checks_authority() {
+    let Some(destination) = application(&ours, &mesh, target, tunnel) else {
         incoming.refuse(Refusal::BadRequest);
         report.refused("the request names an address or port that is not this pod's application");
         return;
-    }
+    };
     // What is open goes on, as it would with a direct flow; a client that is still who it was opens a new tunnel.
     if not_after.is_some_and(|not_after| not_after <= SystemTime::now())
         && ours.context.knobs.refuses_expired_clients()
@@ -176,7 +179,7 @@ async fn stream_into_pod(ours: Ours, incoming: Incoming, client: Client, tunnel:
         );
         return;
     }
-    let connection = Connection::new(peer, source_ip, target);
+    let connection = Connection::new(peer, source_ip, destination);
     drop(mesh);
     let open = match inbound::admit(&ours, &connection, &ours.stop.revoked) {
         Ok((open, policy)) => {
@@ -189,7 +192,7 @@ async fn stream_into_pod(ours: Ours, incoming: Incoming, client: Client, tunnel:
             return;
         }
     };
-    let application = match dial::to_application(&ours.pod, source, target).await {
+    let application = match dial::to_application(&ours.pod, source, destination).await {
         Ok(application) => application,
         Err(error) => {
             incoming.refuse(Refusal::Unavailable);
@@ -209,6 +212,34 @@ async fn stream_into_pod(ours: Ours, incoming: Incoming, client: Client, tunnel:
             report.unreachable(&format!("the client's agent went away: {error}"));
         }
     }
+}
+
+/// Where a request for `target` leads, that came to the pod's address `tunnel`. Never to a port of ours: the connection would come back
+/// here.
+fn application(
+    ours: &Ours,
+    mesh: &Mesh,
+    target: SocketAddr,
+    tunnel: SocketAddr,
+) -> Option<SocketAddr> {
+    let Context {
+        authority,
+        knobs,
+        network,
+        ..
+    } = &*ours.context;
+    if names_application(&ours.pod, target) || !knobs.checks_authority() {
+        return Some(target);
+    }
+    let here = SocketAddr::new(tunnel.ip(), target.port());
+    let is_waypoint = || {
+        let workload = ours.pod.workload(mesh);
+        workload.is_some_and(|workload| mesh.is_waypoint_of(workload, network, target.ip()))
+    };
+    let leads_here = *authority == Authority::OrBehindWaypoint
+        && names_application(&ours.pod, here)
+        && is_waypoint();
+    leads_here.then_some(here)
 }
 
 /// The first `for="address:port"` that is admissible.

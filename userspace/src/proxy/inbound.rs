@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     enrol::LocalPod,
-    mesh::Mesh,
+    mesh::{Mesh, Workload},
     policy::{Connection, Decision, DenyReason, PolicyName},
     telemetry::{Direction, FlowPath, Reporter},
 };
@@ -38,18 +38,25 @@ impl Denial {
     }
 }
 
-/// Asks policy; `Ok` names the policy that allows, if one had to.
+/// Asks policy; `Ok` names the policy that allows, if one had to. With `opened_to` about a connection that is open, which policies leave
+/// alone that the workload did not list then.
 pub(super) fn authorize(
     mesh: &Mesh,
     pod: &LocalPod,
     connection: &Connection,
+    opened_to: Option<&Workload>,
     knobs: ProxyKnobs,
 ) -> Result<Option<PolicyName>, Denial> {
     if !knobs.asks_policy() {
         return Ok(None);
     }
     let workload = pod.workload(mesh).ok_or(Denial::UnknownWorkload)?;
-    let evaluation = mesh.authorize(workload, connection);
+    let evaluation = match opened_to {
+        Some(then) => mesh.authorize_open(workload, connection, |policy| {
+            then.authorization_policies.contains(policy)
+        }),
+        None => mesh.authorize(workload, connection),
+    };
     for policy in &evaluation.would_deny {
         tracing::info!(%policy, source = %connection.source_ip(), destination = %connection.destination(), "a dry-run policy would deny this connection");
     }
@@ -69,8 +76,8 @@ pub(super) fn admit(
         open, mesh, knobs, ..
     } = &*ours.context;
     // In this order: a mesh that replaces the one that is asked here finds the connection among the open ones.
-    let entered = open.enter(&ours.pod, connection, &ours.worker, stop);
-    let policy = authorize(&mesh.load(), &ours.pod, connection, *knobs)?;
+    let entered = open.enter(&ours.pod, &mesh.load(), connection, &ours.worker, stop);
+    let policy = authorize(&mesh.load(), &ours.pod, connection, None, *knobs)?;
     Ok((entered, policy))
 }
 

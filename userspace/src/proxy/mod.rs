@@ -6,6 +6,7 @@
 
 mod arrival;
 mod budget;
+mod deadline;
 mod dial;
 pub mod hbone;
 mod hbone_server;
@@ -26,7 +27,7 @@ use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
 pub use knobs::ProxyKnobs;
-pub use open::OpenConnections;
+pub use open::{LaterPolicies, OpenConnections};
 pub use pod::PodProxy;
 pub use workers::Workers;
 
@@ -48,6 +49,16 @@ pub trait Judge: Send + Sync {
     ) -> Option<Evaluation>;
 }
 
+/// What a request inside a tunnel may name, with any port but ours.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Authority {
+    /// The pod's own addresses.
+    #[default]
+    OwnAddress,
+    /// Those, or what the pod is the waypoint of; the request leads to the pod all the same, at the port that is named.
+    OrBehindWaypoint,
+}
+
 /// What every connection needs.
 pub struct Context {
     pub mesh: Arc<Store>,
@@ -62,6 +73,8 @@ pub struct Context {
     /// Cancelled when a part of the proxy has ended that must not.
     pub failed: CancellationToken,
     pub server: hbone::ServerSettings,
+    /// What requests to this node's pods may name.
+    pub authority: Authority,
     /// What peers' certificates are looked at with.
     pub peers: tls::PeerChecks,
     pub knobs: ProxyKnobs,

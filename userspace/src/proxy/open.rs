@@ -11,7 +11,11 @@ use std::{
 use tokio_util::sync::CancellationToken;
 
 use super::{ProxyKnobs, inbound, report::Cut, workers::Worker};
-use crate::{enrol::LocalPod, mesh::Mesh, policy::Connection};
+use crate::{
+    enrol::LocalPod,
+    mesh::{Mesh, Workload},
+    policy::Connection,
+};
 
 /// Connections that a data thread cuts before it turns to others again, some milliseconds at most.
 const AT_ONCE: usize = 128;
@@ -20,6 +24,17 @@ const AT_ONCE: usize = 128;
 #[derive(Default)]
 pub struct OpenConnections {
     table: Mutex<Table>,
+    later_policies: LaterPolicies,
+}
+
+/// What a policy with a selector means, once it is attached to a workload, for connections that are open.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LaterPolicies {
+    /// The same as for new ones.
+    #[default]
+    Apply,
+    /// Nothing; those attached before go on to apply, also when they change.
+    Spare,
 }
 
 #[derive(Default)]
@@ -32,6 +47,8 @@ struct Table {
 struct Entry {
     pod: Arc<LocalPod>,
     connection: Connection,
+    /// What it was opened to, as that was then: where policies attached later spare it.
+    opened_to: Option<Arc<Workload>>,
     /// Where it runs.
     worker: Worker,
     cancel: CancellationToken,
@@ -53,11 +70,19 @@ pub(super) struct OpenConnection {
 }
 
 impl OpenConnections {
+    pub fn new(later_policies: LaterPolicies) -> Self {
+        Self {
+            table: Mutex::default(),
+            later_policies,
+        }
+    }
+
     /// Enters a connection. To be called before the mesh is loaded that policy is asked of: a change in between is
-    /// then seen by one of the two.
+    /// then seen by one of the two. Policies that the pod's workload does not list in `now` are attached later.
     pub(super) fn enter(
         self: &Arc<Self>,
         pod: &Arc<LocalPod>,
+        now: &Mesh,
         connection: &Connection,
         worker: &Worker,
         parent: &CancellationToken,
@@ -67,6 +92,10 @@ impl OpenConnections {
         let entry = Entry {
             pod: Arc::clone(pod),
             connection: connection.clone(),
+            opened_to: match self.later_policies {
+                LaterPolicies::Apply => None,
+                LaterPolicies::Spare => pod.workload(now).cloned(),
+            },
             worker: worker.clone(),
             cancel: cancel.clone(),
             revoked: Arc::clone(&revoked),
@@ -106,9 +135,11 @@ impl OpenConnections {
         // Connections of one pair are decided once.
         let mut known = HashMap::new();
         let forbidden = table.open.values().filter(|entry| {
-            let question = (entry.pod.cookie(), &entry.connection);
+            let opened_to = entry.opened_to.as_deref();
+            let then = opened_to.map(std::ptr::from_ref::<Workload>);
+            let question = (entry.pod.cookie(), &entry.connection, then);
             let denied = *known.entry(question).or_insert_with(|| {
-                inbound::authorize(mesh, &entry.pod, &entry.connection, knobs).is_err()
+                inbound::authorize(mesh, &entry.pod, &entry.connection, opened_to, knobs).is_err()
             });
             denied && !entry.revoked.swap(true, Ordering::Relaxed)
         });

@@ -70,13 +70,13 @@ pub(super) fn route(
             service: None,
         },
         Destination::Workload(workload) => match &workload.waypoint {
-            Some(gateway) if !is_behind(client, gateway) => {
+            Some(gateway) if !is_waypoint(mesh, client, gateway) => {
                 to_waypoint(mesh, network, gateway, destination, client, None)
             }
             _ => to_workload(workload, destination, network, None),
         },
         Destination::Service(service) => match &service.waypoint {
-            Some(gateway) if !is_behind(client, gateway) => {
+            Some(gateway) if !is_waypoint(mesh, client, gateway) => {
                 let gateway = gateway.clone();
                 to_waypoint(mesh, network, &gateway, destination, client, Some(service))
             }
@@ -208,18 +208,8 @@ fn waypoint(mesh: &Mesh, gateway: &GatewayAddress, client: Option<&Workload>) ->
 }
 
 /// Whether a client is the waypoint itself: what it sends on does not come back to it.
-fn is_behind(client: Option<&Workload>, gateway: &GatewayAddress) -> bool {
-    let Some(client) = client else {
-        return false;
-    };
-    match &gateway.destination {
-        GatewayDestination::Service(name) => {
-            client.services.iter().any(|(service, _)| service == name)
-        }
-        GatewayDestination::Address(address) => {
-            *address.network == *client.network && client.has_address(address.ip)
-        }
-    }
+fn is_waypoint(mesh: &Mesh, client: Option<&Workload>, gateway: &GatewayAddress) -> bool {
+    client.is_some_and(|client| mesh.is_at(gateway, client))
 }
 
 /// Good enough to balance load; not for secrets.

@@ -13,6 +13,7 @@ use culvert_abi::{Endpoint, Pod};
 use super::{
     Enforcer,
     inherited::Inherited,
+    now,
     pairs::{Pair, Source},
     state::State,
     sweep::View,
@@ -117,10 +118,11 @@ impl Enforcer {
         }
         // What a change means for pods that are not back is seen in their flows only.
         let again = std::mem::take(&mut state.dirty) || !state.waiting.is_empty();
+        let now = now();
         let mut pods = std::mem::take(&mut state.pods);
         let mut changed = Vec::new();
         for (cookie, enrolled) in &mut pods {
-            if state.refresh(enrolled, &self.settings) || again {
+            if state.refresh(enrolled, &self.settings, now) || again {
                 changed.push(*cookie);
             }
         }

@@ -4,6 +4,7 @@
 
 mod change;
 mod inherited;
+mod later;
 mod numbers;
 mod pairs;
 mod services;
@@ -26,11 +27,12 @@ use crate::{
     kernel::{EventSocket, FlowName, KernelError, NetnsCookie, OpenFlow, SocketName, Tables, sys},
     mesh::{Mesh, ServiceName},
     policy::{Applicable, Connection, Evaluation, PolicyName},
-    proxy::Judge,
+    proxy::{Judge, LaterPolicies},
     telemetry::FlowEnd,
 };
 use change::wait_for_running_programs;
 use inherited::Inherited;
+use later::Attached;
 use numbers::Numbers;
 use pairs::{Pair, Pairs, Source};
 use services::{Member, Services};
@@ -47,6 +49,8 @@ pub struct EnforcerSettings {
     pub trust_domain: Arc<str>,
     /// Pods may talk to each other directly.
     pub direct: bool,
+    /// What policies that are attached while direct flows are open mean for those.
+    pub later_policies: LaterPolicies,
     /// A test has switched off what follows a change of policy.
     pub skip_sweep: bool,
     /// A test has switched off that a pod's verdicts are bounded in number.
@@ -78,7 +82,7 @@ impl Enforcer {
             tables.vouch()?;
         }
         // Unique over the agents of one boot.
-        let now = u64::try_from(sys::monotonic_now().as_nanos()).unwrap_or(u64::MAX / 2);
+        let now = now();
         let first = inherited.highest_number().saturating_add(1);
         let services = Services::new(Arc::clone(tables.services()), settings.network.clone());
         let state = State {
@@ -161,6 +165,7 @@ impl Enforcer {
             number,
             workload: None,
             applicable: Applicable::default(),
+            attached: Attached::default(),
             endpoints: pod
                 .addresses()
                 .into_iter()
@@ -168,7 +173,7 @@ impl Enforcer {
                 .collect(),
             pod,
         };
-        state.refresh(&mut enrolled, &self.settings);
+        state.refresh(&mut enrolled, &self.settings, now());
         // One that an earlier agent had is left as it was, unless it was removed meanwhile: then it is nobody in particular yet.
         let waiting = state.is_waiting();
         state.dirty |= waiting;
@@ -407,6 +412,11 @@ impl Enforcer {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// In nanoseconds of the boot's monotonic clock, as the kernel part dates flows.
+fn now() -> u64 {
+    u64::try_from(sys::monotonic_now().as_nanos()).unwrap_or(u64::MAX / 2)
 }
 
 impl Judge for Enforcer {

@@ -11,6 +11,7 @@ use culvert_abi::{Endpoint, OWN_PORTS, Pod, Verdict, VerdictKey, action, scope};
 use super::{
     EnforcerSettings,
     inherited::Inherited,
+    later::Attached,
     numbers::Numbers,
     pairs::{Pair, Pairs, Source},
     services::Services,
@@ -21,6 +22,7 @@ use crate::{
     kernel::{NetnsCookie, ServiceTables},
     mesh::{Destination, Mesh, TunnelProtocol, Workload},
     policy::{Applicable, Connection, Decision, Identity, PolicyName},
+    proxy::LaterPolicies,
 };
 
 pub struct State {
@@ -55,6 +57,8 @@ pub struct Enrolled {
     pub number: u32,
     pub workload: Option<Arc<Workload>>,
     pub applicable: Applicable,
+    /// Empty where later policies mean the same for open flows.
+    pub attached: Attached,
     /// One for each address, with the same generation.
     pub endpoints: Vec<(IpAddr, Endpoint)>,
 }
@@ -151,8 +155,14 @@ impl State {
         Some(Decided { key, pair, verdict })
     }
 
-    /// Reads a pod's workload and policies anew; true if anything that verdicts depend on is different.
-    pub fn refresh(&mut self, enrolled: &mut Enrolled, settings: &EnforcerSettings) -> bool {
+    /// Reads a pod's workload and policies anew; true if anything that verdicts depend on is different. `now` is in nanoseconds of the
+    /// boot's monotonic clock, as flows are dated.
+    pub fn refresh(
+        &mut self,
+        enrolled: &mut Enrolled,
+        settings: &EnforcerSettings,
+        now: u64,
+    ) -> bool {
         let workload = enrolled.pod.workload(&self.mesh).cloned();
         let applicable = workload
             .as_ref()
@@ -202,6 +212,15 @@ impl State {
             endpoint.workload = workload.as_ref().map_or(0, |workload| {
                 self.workloads.of(&(Arc::clone(&workload.uid), *ip))
             });
+        }
+        // A workload that was not known had no flows that policy had let in.
+        if settings.later_policies == LaterPolicies::Spare
+            && let (Some(before), Some(after)) = (&enrolled.workload, &workload)
+        {
+            let before = &before.authorization_policies;
+            enrolled
+                .attached
+                .change(before, &after.authorization_policies, now);
         }
         enrolled.workload = workload;
         enrolled.applicable = applicable;
@@ -332,6 +351,12 @@ impl State {
                         (Arc::clone(&enrolled.pod), enrolled.workload.clone()),
                     )
                 })
+                .collect(),
+            attached: self
+                .pods
+                .iter()
+                .filter(|(_, enrolled)| enrolled.attached.differ())
+                .map(|(cookie, enrolled)| (*cookie, enrolled.attached.clone()))
                 .collect(),
         })
     }

@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::later::Attached;
 use crate::{
     enrol::LocalPod,
     kernel::{Asked, Fate, FlowName, NetnsCookie, OpenFlow, Outcome, SocketName},
@@ -72,12 +73,14 @@ impl Cuts {
 pub struct View {
     pub mesh: Arc<Mesh>,
     pub pods: HashMap<NetnsCookie, (Arc<LocalPod>, Option<Arc<Workload>>)>,
+    /// Since when which policies are attached, of pods whose flows that makes a difference for.
+    pub attached: HashMap<NetnsCookie, Attached>,
     /// Pods that cannot be served yet: who they are, and which addresses are theirs.
     pub waiting: HashMap<NetnsCookie, (Identity, Vec<IpAddr>)>,
 }
 
 /// What a decision depends on: flows of one pair are decided once.
-type Question = (u64, IpAddr, u64, SocketAddr);
+type Question = (u64, IpAddr, u64, SocketAddr, Option<u64>);
 
 /// Decides flows under one [`View`].
 pub struct Decisions<'a> {
@@ -113,7 +116,17 @@ impl View {
             },
         };
         let connection = Connection::new(source, address, flow.server());
-        self.mesh.authorize(workload, &connection).is_allowed()
+        let evaluation = match self.attached(flow) {
+            Some(attached) => self.mesh.authorize_open(workload, &connection, |policy| {
+                attached.counts(policy, flow.flow.opened_ns)
+            }),
+            None => self.mesh.authorize(workload, &connection),
+        };
+        evaluation.is_allowed()
+    }
+
+    fn attached(&self, flow: &OpenFlow) -> Option<&Attached> {
+        self.attached.get(&NetnsCookie(flow.flow.server_netns))
     }
 
     /// Destroys both ends of each: each application is told at once, also when segments between them are lost. Returns which
@@ -196,6 +209,7 @@ impl Decisions<'_> {
             flow.client().ip(),
             flow.flow.server_netns,
             flow.server(),
+            self.view.attached(flow).map(|_| flow.flow.opened_ns),
         );
         *self
             .known

@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use super::*;
 use crate::identity::{DevCa, WorkloadCertificate};
 use crate::policy::Identity;
-use crate::proxy::tls::{self, ExpectedServer, PeerChecks, TestKnobs};
+use crate::proxy::tls::{self, ExpectedServer, PeerChecks};
 
 pub(crate) const DAY: Duration = Duration::from_secs(24 * 3600);
 
@@ -84,9 +84,13 @@ impl Server {
                     tunnels.spawn(async move {
                         let config =
                             tls::server_config(&certificate, &PeerChecks::default()).unwrap();
-                        let accepted =
-                            tls::accept(tcp, config, Duration::from_secs(5), TestKnobs::default())
-                                .await;
+                        let accepted = tls::accept(
+                            tcp,
+                            config,
+                            Some(Duration::from_secs(5)),
+                            &PeerChecks::default(),
+                        )
+                        .await;
                         let Ok(accepted) = accepted else { return };
                         handshakes.fetch_add(1, Ordering::SeqCst);
                         let end = serve(accepted.stream, settings, stop, handler).await;

@@ -21,5 +21,5 @@ pub use error::HboneError;
 pub use pool::{Pool, PoolKey};
 pub use request::{ConnectRequest, Incoming, IncomingConnect, Refusal};
 pub use server::{ServeEnd, Stop, serve};
-pub use settings::{Limits, PoolSettings, ServerSettings};
+pub use settings::{HANDSHAKE_DEADLINE, Limits, PoolSettings, ServerSettings};
 pub use stream::HboneStream;

@@ -24,6 +24,7 @@ use super::stream::HboneStream;
 use super::tunnel::{Session, Slot, Tunnel, Unopened};
 use crate::identity::WorkloadCertificate;
 use crate::policy::Identity;
+use crate::proxy::deadline::within;
 use crate::proxy::tls::{ExpectedServer, PeerChecks};
 
 /// Who talks to whom through a tunnel.
@@ -165,13 +166,14 @@ impl Pool {
             }
         };
         // Others may take the places of a tunnel that was waited for, and again: the handshake's own deadline is not enough.
-        timeout(deadline.saturating_mul(2), search)
-            .await
-            .unwrap_or(Err(HboneError::Deadline {
+        let deadline = deadline.map(|deadline| deadline.saturating_mul(2));
+        within(deadline, search).await.unwrap_or_else(|deadline| {
+            Err(HboneError::Deadline {
                 destination: key.destination,
                 waited_for: "a place in a tunnel",
-                deadline: deadline.saturating_mul(2),
-            }))
+                deadline,
+            })
+        })
     }
 
     /// Ends tunnels and their streams at once: their pod or identity has gone.
@@ -330,7 +332,7 @@ impl Inner {
             .await
         };
         let opened = tokio::select! {
-            opened = timeout(deadline, handshake) => opened.unwrap_or(Err(HboneError::Deadline {
+            opened = within(deadline, handshake) => opened.unwrap_or_else(|deadline| Err(HboneError::Deadline {
                 destination,
                 waited_for: "the handshake",
                 deadline,

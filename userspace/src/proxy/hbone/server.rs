@@ -18,6 +18,7 @@ use tracing::debug;
 
 use super::request::{Incoming, IncomingConnect, Refusal, answer};
 use super::settings::ServerSettings;
+use crate::proxy::deadline::within;
 
 /// The ways to end a tunnel from our side.
 #[derive(Debug, Clone, Default)]
@@ -58,7 +59,7 @@ where
     H: Fn(Incoming) -> F,
     F: Future<Output = ()> + Send + 'static,
 {
-    let handshake = timeout(
+    let handshake = within(
         settings.handshake_deadline,
         settings.limits.server().handshake::<_, Bytes>(io),
     );
@@ -66,7 +67,7 @@ where
         result = handshake => match result {
             Ok(Ok(connection)) => connection,
             Ok(Err(error)) => return ServeEnd::Failed(error),
-            Err(_) => return ServeEnd::Deadline("HTTP/2 preface", settings.handshake_deadline),
+            Err(deadline) => return ServeEnd::Deadline("HTTP/2 preface", deadline),
         },
         () = stop.close.cancelled() => return ServeEnd::Stopped,
         () = stop.revoked.cancelled() => return ServeEnd::Revoked,
@@ -111,7 +112,11 @@ where
 {
     async fn run(&mut self, stop: &Stop) -> ServeEnd {
         let mut busy = false;
-        let mut quiet = Instant::now() + self.settings.handshake_deadline;
+        let first = self
+            .settings
+            .handshake_deadline
+            .unwrap_or(self.settings.idle);
+        let mut quiet = Instant::now() + first;
         let mut leaving = false;
         let mut drained_by: Option<(Instant, ServeEnd)> = None;
         loop {
@@ -154,7 +159,7 @@ where
                 }
                 () = sleep_until(quiet), if wait_quiet => {
                     if !busy {
-                        return ServeEnd::Deadline("request", self.settings.handshake_deadline);
+                        return ServeEnd::Deadline("request", first);
                     }
                     self.connection.graceful_shutdown();
                     drained_by = Some((Instant::now() + self.settings.grace, ServeEnd::Idle));

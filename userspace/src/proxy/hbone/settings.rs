@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+/// What peers have for each part of a handshake.
+pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
+
 const KIB: u32 = 1024;
 const MIB: u32 = 1024 * KIB;
 
@@ -83,8 +86,8 @@ pub struct PoolSettings {
     pub limits: Limits,
     /// `POOL_MAX_STREAMS_PER_CONNECTION`. A peer that allows fewer gets fewer.
     pub max_streams_per_connection: u32,
-    /// TCP connect, TLS and HTTP/2 together.
-    pub handshake_deadline: Duration,
+    /// TCP connect, TLS and HTTP/2 together. Without one only the first of them has a limit, of its own.
+    pub handshake_deadline: Option<Duration>,
     /// From CONNECT to its answer.
     pub answer_deadline: Duration,
     /// How long a tunnel without streams is kept.
@@ -96,7 +99,7 @@ impl Default for PoolSettings {
         Self {
             limits: Limits::default(),
             max_streams_per_connection: 100,
-            handshake_deadline: Duration::from_secs(10),
+            handshake_deadline: Some(HANDSHAKE_DEADLINE),
             answer_deadline: Duration::from_secs(20),
             idle: Duration::from_secs(60),
         }
@@ -107,8 +110,9 @@ impl Default for PoolSettings {
 #[derive(Debug, Clone, Copy)]
 pub struct ServerSettings {
     pub limits: Limits,
-    /// The HTTP/2 preface, and then the first request, must each come within this.
-    pub handshake_deadline: Duration,
+    /// TLS, then the HTTP/2 preface, and then the first request must each come within this. Without one only the request has a
+    /// limit, [`Self::idle`].
+    pub handshake_deadline: Option<Duration>,
     /// A tunnel that had no stream for this long is closed.
     pub idle: Duration,
     /// How long streams may go on once a tunnel drains.
@@ -119,7 +123,7 @@ impl Default for ServerSettings {
     fn default() -> Self {
         Self {
             limits: Limits::default(),
-            handshake_deadline: Duration::from_secs(10),
+            handshake_deadline: Some(HANDSHAKE_DEADLINE),
             idle: Duration::from_secs(300),
             grace: Duration::from_secs(25),
         }

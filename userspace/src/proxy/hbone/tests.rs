@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use super::fixture::*;
 use super::*;
 use crate::proxy::tls::{
-    self, ExpectedServer, HandshakeError, PeerChecks, PeerRejection, TestKnobs,
+    self, ExpectedServer, HandshakeError, PeerChecks, PeerRejection,
 };
 
 mod peers;

@@ -82,12 +82,18 @@ impl Tunnel {
         let watch = RevocationWatch::begin(checks, &certificate);
         let config = tls::client_config(&certificate, expected, checks)
             .map_err(|error| HboneError::Config(Arc::new(error)))?;
-        let connected = tls::connect(io, config, destination.ip(), settings.handshake_deadline)
-            .await
-            .map_err(|error| HboneError::Tls {
-                destination,
-                error: Arc::new(error),
-            })?;
+        let connected = tls::connect(
+            io,
+            config,
+            destination.ip(),
+            settings.handshake_deadline,
+            checks,
+        )
+        .await
+        .map_err(|error| HboneError::Tls {
+            destination,
+            error: Arc::new(error),
+        })?;
         let peer_revoked = Box::pin(watch.peer_revoked(connected.stream.get_ref().1));
         let failure = Failure::default();
         let io = Watched {

@@ -1,4 +1,4 @@
-//! The handshake with a deadline, and the identity it proved.
+//! The handshake, with a deadline unless there is to be none, and the identity it proved.
 //!
 //! Invariant: what these functions return speaks HTTP/2 and has an identity that the verifier admitted.
 
@@ -9,13 +9,13 @@ use std::time::{Duration, SystemTime};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, CommonState, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
 use super::config::ALPN_HTTP2;
-use super::{HandshakeError, PeerRejection, TestKnobs};
+use super::{HandshakeError, PeerChecks, PeerRejection};
 use crate::identity::{Validity, spiffe};
 use crate::policy::Identity;
+use crate::proxy::deadline::within;
 
 /// An authenticated connection from a client.
 #[derive(Debug)]
@@ -39,19 +39,20 @@ pub struct Connected<S> {
 pub async fn accept<S>(
     io: S,
     config: Arc<ServerConfig>,
-    deadline: Duration,
-    knobs: TestKnobs,
+    deadline: Option<Duration>,
+    checks: &PeerChecks,
 ) -> Result<Accepted<S>, HandshakeError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let stream = timeout(deadline, TlsAcceptor::from(config).accept(io))
+    let stream = within(deadline, TlsAcceptor::from(config).accept(io))
         .await
-        .map_err(|_| HandshakeError::Deadline(deadline))?
+        .map_err(HandshakeError::Deadline)?
         .map_err(HandshakeError::from_io)?;
     let state = stream.get_ref().1;
     require_http2(state)?;
-    let peer = match peer_identity(state, knobs) {
+    let knobs = checks.knobs;
+    let peer = match peer_identity(state, checks) {
         Ok(peer) => Some(peer),
         Err(HandshakeError::NoCertificate) if !knobs.client_certificate_required() => None,
         Err(error) => return Err(error),
@@ -73,27 +74,28 @@ pub async fn connect<S>(
     io: S,
     config: Arc<ClientConfig>,
     address: IpAddr,
-    deadline: Duration,
+    deadline: Option<Duration>,
+    checks: &PeerChecks,
 ) -> Result<Connected<S>, HandshakeError>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let name = ServerName::IpAddress(address.into());
-    let stream = timeout(deadline, TlsConnector::from(config).connect(name, io))
+    let stream = within(deadline, TlsConnector::from(config).connect(name, io))
         .await
-        .map_err(|_| HandshakeError::Deadline(deadline))?
+        .map_err(HandshakeError::Deadline)?
         .map_err(HandshakeError::from_io)?;
     let state = stream.get_ref().1;
     require_http2(state)?;
-    let peer = peer_identity(state, TestKnobs::default())?;
+    let peer = peer_identity(state, checks)?;
     Ok(Connected { stream, peer })
 }
 
 /// The identity a finished handshake has proved.
-pub fn peer_identity(state: &CommonState, knobs: TestKnobs) -> Result<Identity, HandshakeError> {
+fn peer_identity(state: &CommonState, checks: &PeerChecks) -> Result<Identity, HandshakeError> {
     let chain = state.peer_certificates().unwrap_or_default();
     let leaf = chain.first().ok_or(HandshakeError::NoCertificate)?;
-    knobs
+    checks
         .identity_of(leaf)
         .map_err(|error| HandshakeError::Peer(PeerRejection::Identity(error)))
 }

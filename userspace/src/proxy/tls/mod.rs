@@ -18,7 +18,7 @@ use crate::identity::spiffe::{self, SpiffeError};
 use crate::policy::Identity;
 
 pub use config::{ConfigError, ExpectedServer, client_config, server_config};
-pub use handshake::{Accepted, Connected, accept, connect, peer_identity};
+pub use handshake::{Accepted, Connected, accept, connect};
 pub use rejection::{HandshakeError, PeerRejection};
 pub use revoked::RevocationWatch;
 
@@ -26,7 +26,27 @@ pub use revoked::RevocationWatch;
 #[derive(Debug, Clone, Default)]
 pub struct PeerChecks {
     pub revocations: Revocations,
+    pub names: CertificateNames,
     pub knobs: TestKnobs,
+}
+
+/// What a peer's certificate may be named, beside names that are no URIs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum CertificateNames {
+    /// One SPIFFE id and no other URI.
+    #[default]
+    One,
+    /// Several URIs, of which the first that is a workload's SPIFFE id counts.
+    FirstOfSeveral,
+}
+
+impl PeerChecks {
+    fn identity_of(&self, leaf: &CertificateDer<'_>) -> Result<Identity, SpiffeError> {
+        match self.names {
+            CertificateNames::One => spiffe::identity_of(leaf),
+            CertificateNames::FirstOfSeveral => spiffe::first_identity_of(leaf),
+        }
+    }
 }
 
 /// Switches single checks off, so that a test can show that it would see their absence. Passed in, never global. Has no fields, and so
@@ -45,9 +65,6 @@ pub struct TestKnobs {
     /// The server admits clients of other trust domains.
     #[cfg(feature = "test-knobs")]
     pub skip_trust_domain: bool,
-    /// Of several URI names in a certificate the first counts.
-    #[cfg(feature = "test-knobs")]
-    pub skip_single_name: bool,
     /// Revocation lists are not asked in a handshake.
     #[cfg(feature = "test-knobs")]
     pub skip_revocation_lists: bool,
@@ -81,14 +98,6 @@ impl TestKnobs {
     fn trust_domain_verified(self) -> bool {
         !self.skip_trust_domain
     }
-
-    fn identity_of(self, leaf: &CertificateDer<'_>) -> Result<Identity, SpiffeError> {
-        if self.skip_single_name {
-            spiffe::first_identity_of(leaf)
-        } else {
-            spiffe::identity_of(leaf)
-        }
-    }
 }
 
 #[cfg(not(feature = "test-knobs"))]
@@ -115,9 +124,5 @@ impl TestKnobs {
 
     const fn trust_domain_verified(self) -> bool {
         true
-    }
-
-    fn identity_of(self, leaf: &CertificateDer<'_>) -> Result<Identity, SpiffeError> {
-        spiffe::identity_of(leaf)
     }
 }

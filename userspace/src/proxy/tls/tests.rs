@@ -149,12 +149,18 @@ type Outcome = (
 async fn handshake(
     server: Arc<ServerConfig>,
     client: Arc<ClientConfig>,
-    knobs: TestKnobs,
+    checks: PeerChecks,
 ) -> Outcome {
     let (near, far) = tokio::io::duplex(64 * 1024);
     tokio::join!(
-        accept(near, server, DEADLINE, knobs),
-        connect(far, client, Ipv4Addr::LOCALHOST.into(), DEADLINE)
+        accept(near, server, Some(DEADLINE), &checks),
+        connect(
+            far,
+            client,
+            Ipv4Addr::LOCALHOST.into(),
+            Some(DEADLINE),
+            &checks
+        )
     )
 }
 
@@ -162,10 +168,10 @@ async fn handshake(
 async fn judged_by_server(
     ca: &Ca,
     client: Arc<ClientConfig>,
-    knobs: TestKnobs,
+    checks: PeerChecks,
 ) -> Result<Option<Identity>, HandshakeError> {
-    let server = server_config(&ca.issue("server"), &checks(knobs)).unwrap();
-    handshake(server, client, knobs)
+    let server = server_config(&ca.issue("server"), &checks).unwrap();
+    handshake(server, client, checks)
         .await
         .0
         .map(|accepted| accepted.peer)
@@ -175,15 +181,15 @@ async fn judged_by_server(
 async fn judged_by_client(
     ca: &Ca,
     server: Arc<ServerConfig>,
-    knobs: TestKnobs,
+    checks: PeerChecks,
 ) -> Result<Identity, HandshakeError> {
     let client = client_config(
         &ca.issue("client"),
         &ExpectedServer::one(identity("server")),
-        &checks(knobs),
+        &checks,
     )
     .unwrap();
-    handshake(server, client, knobs)
+    handshake(server, client, checks)
         .await
         .1
         .map(|connected| connected.peer)
@@ -224,8 +230,12 @@ fn dated(ca: &Ca, service_account: &str, not_before: SystemTime) -> Pair {
 async fn both_sides_learn_each_others_identity() {
     let ca = Ca::new("cluster.local");
     let server = server_config(&ca.issue("server"), &PeerChecks::default()).unwrap();
-    let (accepted, connected) =
-        handshake(server, client_of(&ca.issue("client")), TestKnobs::default()).await;
+    let (accepted, connected) = handshake(
+        server,
+        client_of(&ca.issue("client")),
+        PeerChecks::default(),
+    )
+    .await;
     let (mut accepted, mut connected) = (accepted.unwrap(), connected.unwrap());
     assert_eq!(accepted.peer, Some(identity("client")));
     assert_eq!(connected.peer, identity("server"));
@@ -251,7 +261,7 @@ async fn both_sides_learn_each_others_identity() {
 #[tokio::test]
 async fn a_client_without_certificate_is_refused() {
     let ca = Ca::new("cluster.local");
-    let error = judged_by_server(&ca, hostile_client(None), TestKnobs::default())
+    let error = judged_by_server(&ca, hostile_client(None), PeerChecks::default())
         .await
         .unwrap_err();
     assert!(matches!(error, HandshakeError::NoCertificate), "{error}");
@@ -263,7 +273,7 @@ async fn a_client_of_a_foreign_root_is_refused() {
     // One that does not check us: its own check would end the handshake first.
     let client = hostile_client(Some(theirs.names(&[uri(&identity("client").to_string())])));
     assert_eq!(
-        rejected(judged_by_server(&ours, client, TestKnobs::default()).await),
+        rejected(judged_by_server(&ours, client, PeerChecks::default()).await),
         PeerRejection::UnknownIssuer
     );
 }
@@ -273,7 +283,7 @@ async fn an_expired_client_is_refused() {
     let ca = Ca::new("cluster.local");
     let client = hostile_client(Some(dated(&ca, "client", SystemTime::now() - 2 * DAY)));
     assert_eq!(
-        rejected(judged_by_server(&ca, client, TestKnobs::default()).await),
+        rejected(judged_by_server(&ca, client, PeerChecks::default()).await),
         PeerRejection::Expired
     );
 }
@@ -283,7 +293,7 @@ async fn a_client_from_the_future_is_refused() {
     let ca = Ca::new("cluster.local");
     let client = hostile_client(Some(dated(&ca, "client", SystemTime::now() + DAY)));
     assert_eq!(
-        rejected(judged_by_server(&ca, client, TestKnobs::default()).await),
+        rejected(judged_by_server(&ca, client, PeerChecks::default()).await),
         PeerRejection::NotYetValid
     );
 }
@@ -296,7 +306,7 @@ async fn a_client_with_two_uri_names_is_refused() {
         uri(&identity("admin").to_string()),
     ];
     let client = hostile_client(Some(ca.names(&names)));
-    let rejection = rejected(judged_by_server(&ca, client, TestKnobs::default()).await);
+    let rejection = rejected(judged_by_server(&ca, client, PeerChecks::default()).await);
     assert!(rejection.to_string().contains("carries 2"), "{rejection}");
 }
 
@@ -306,7 +316,7 @@ async fn a_client_with_only_a_dns_name_is_refused() {
     let client = hostile_client(Some(
         ca.names(&[SanType::DnsName("client.shop".try_into().unwrap())]),
     ));
-    let rejection = rejected(judged_by_server(&ca, client, TestKnobs::default()).await);
+    let rejection = rejected(judged_by_server(&ca, client, PeerChecks::default()).await);
     assert!(rejection.to_string().contains("carries 0"), "{rejection}");
 }
 
@@ -318,7 +328,7 @@ async fn a_client_whose_uri_is_no_spiffe_id_is_refused() {
         "spiffe://cluster.local/shop/client",
     ] {
         let client = hostile_client(Some(ca.names(&[uri(name)])));
-        let rejection = rejected(judged_by_server(&ca, client, TestKnobs::default()).await);
+        let rejection = rejected(judged_by_server(&ca, client, PeerChecks::default()).await);
         assert!(
             matches!(rejection, PeerRejection::Identity(_)),
             "{rejection}"
@@ -332,7 +342,7 @@ async fn a_client_of_another_trust_domain_is_refused() {
     let client = hostile_client(Some(
         ca.names(&[uri("spiffe://other.example/ns/shop/sa/client")]),
     ));
-    let rejection = rejected(judged_by_server(&ca, client, TestKnobs::default()).await);
+    let rejection = rejected(judged_by_server(&ca, client, PeerChecks::default()).await);
     assert!(
         matches!(rejection, PeerRejection::TrustDomain { .. }),
         "{rejection}"
@@ -345,7 +355,7 @@ async fn a_client_that_offers_no_http2_is_refused() {
     for offered in [vec![], vec![b"http/1.1".to_vec()]] {
         let mut client = Arc::unwrap_or_clone(client_of(&ca.issue("client")));
         client.alpn_protocols = offered;
-        let error = judged_by_server(&ca, Arc::new(client), TestKnobs::default())
+        let error = judged_by_server(&ca, Arc::new(client), PeerChecks::default())
             .await
             .unwrap_err();
         assert!(matches!(error, HandshakeError::NoHttp2), "{error}");
@@ -360,8 +370,8 @@ async fn a_client_that_says_nothing_runs_into_the_deadline() {
     let error = accept(
         near,
         server,
-        Duration::from_millis(20),
-        TestKnobs::default(),
+        Some(Duration::from_millis(20)),
+        &PeerChecks::default(),
     )
     .await
     .unwrap_err();
@@ -376,7 +386,7 @@ async fn noise_instead_of_a_handshake_is_an_error() {
         .await
         .unwrap();
     let server = server_config(&ca.issue("server"), &PeerChecks::default()).unwrap();
-    let error = accept(near, server, DEADLINE, TestKnobs::default())
+    let error = accept(near, server, Some(DEADLINE), &PeerChecks::default())
         .await
         .unwrap_err();
     assert!(matches!(error, HandshakeError::Protocol(_)), "{error}");
@@ -386,7 +396,7 @@ async fn noise_instead_of_a_handshake_is_an_error() {
 async fn another_pods_server_is_refused() {
     let ca = Ca::new("cluster.local");
     let server = server_config(&ca.issue("imposter"), &PeerChecks::default()).unwrap();
-    let rejection = rejected(judged_by_client(&ca, server, TestKnobs::default()).await);
+    let rejection = rejected(judged_by_client(&ca, server, PeerChecks::default()).await);
     assert!(
         matches!(&rejection, PeerRejection::NotExpected { peer, .. } if *peer == identity("imposter")),
         "{rejection}"
@@ -398,7 +408,7 @@ async fn a_server_of_a_foreign_root_is_refused() {
     let (ours, theirs) = (Ca::new("cluster.local"), Ca::new("cluster.local"));
     let server = hostile_server(theirs.names(&[uri(&identity("server").to_string())]));
     assert_eq!(
-        rejected(judged_by_client(&ours, server, TestKnobs::default()).await),
+        rejected(judged_by_client(&ours, server, PeerChecks::default()).await),
         PeerRejection::UnknownIssuer
     );
 }
@@ -408,12 +418,12 @@ async fn an_expired_or_future_server_is_refused() {
     let ca = Ca::new("cluster.local");
     let past = hostile_server(dated(&ca, "server", SystemTime::now() - 2 * DAY));
     assert_eq!(
-        rejected(judged_by_client(&ca, past, TestKnobs::default()).await),
+        rejected(judged_by_client(&ca, past, PeerChecks::default()).await),
         PeerRejection::Expired
     );
     let future = hostile_server(dated(&ca, "server", SystemTime::now() + DAY));
     assert_eq!(
-        rejected(judged_by_client(&ca, future, TestKnobs::default()).await),
+        rejected(judged_by_client(&ca, future, PeerChecks::default()).await),
         PeerRejection::NotYetValid
     );
 }
@@ -425,7 +435,7 @@ async fn a_server_with_two_uri_names_is_refused() {
         uri(&identity("server").to_string()),
         uri(&identity("other").to_string()),
     ]));
-    let rejection = rejected(judged_by_client(&ca, server, TestKnobs::default()).await);
+    let rejection = rejected(judged_by_client(&ca, server, PeerChecks::default()).await);
     assert!(rejection.to_string().contains("carries 2"), "{rejection}");
 }
 
@@ -433,7 +443,7 @@ async fn a_server_with_two_uri_names_is_refused() {
 async fn a_server_with_the_right_dns_name_only_is_refused() {
     let ca = Ca::new("cluster.local");
     let server = hostile_server(ca.names(&[SanType::IpAddress(Ipv4Addr::LOCALHOST.into())]));
-    let rejection = rejected(judged_by_client(&ca, server, TestKnobs::default()).await);
+    let rejection = rejected(judged_by_client(&ca, server, PeerChecks::default()).await);
     assert!(
         matches!(rejection, PeerRejection::Identity(_)),
         "{rejection}"
@@ -456,7 +466,7 @@ async fn a_client_that_expects_nobody_accepts_nobody_and_several_any_of_them() {
             &PeerChecks::default(),
         )
         .unwrap();
-        let (_, connected) = handshake(server, client, TestKnobs::default()).await;
+        let (_, connected) = handshake(server, client, PeerChecks::default()).await;
         assert_eq!(connected.is_ok(), accepted);
     }
 }
@@ -467,7 +477,7 @@ async fn the_refused_client_is_told_by_alert() {
     let server = server_config(&ca.issue("server"), &PeerChecks::default()).unwrap();
     let client = hostile_client(Some(dated(&ca, "client", SystemTime::now() - 2 * DAY)));
     // In TLS 1.3 the client is done before the server has judged it: the alert comes with the first read.
-    let (_, connected) = handshake(server, client, TestKnobs::default()).await;
+    let (_, connected) = handshake(server, client, PeerChecks::default()).await;
     let error = connected.unwrap().stream.read_u8().await.unwrap_err();
     let error = HandshakeError::from_io(error);
     assert!(
@@ -506,9 +516,60 @@ async fn an_expired_own_certificate_is_not_presented() {
     while !brief.validity().expired(SystemTime::now()) {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let (accepted, connected) =
-        handshake(server, client_of(&ca.issue("client")), TestKnobs::default()).await;
+    let (accepted, connected) = handshake(
+        server,
+        client_of(&ca.issue("client")),
+        PeerChecks::default(),
+    )
+    .await;
     assert!(accepted.is_err() && connected.is_err());
+}
+
+fn first_of_several() -> PeerChecks {
+    PeerChecks {
+        names: CertificateNames::FirstOfSeveral,
+        ..PeerChecks::default()
+    }
+}
+
+#[tokio::test]
+async fn where_several_names_are_taken_the_first_spiffe_id_counts() {
+    let ca = Ca::new("cluster.local");
+    let pair = |first: &str, second: &str| {
+        let ids = [first, second].map(|account| uri(&identity(account).to_string()));
+        let [first, second] = ids;
+        ca.names(&[uri("https://example.com/a"), first, second])
+    };
+    let client = hostile_client(Some(pair("client", "other")));
+    let peer = judged_by_server(&ca, client, first_of_several()).await;
+    assert_eq!(peer.unwrap(), Some(identity("client")));
+    let server = hostile_server(pair("server", "other"));
+    let peer = judged_by_client(&ca, server, first_of_several()).await;
+    assert_eq!(peer.unwrap(), identity("server"));
+    // Not the second, though it would be the expected one.
+    let server = hostile_server(pair("other", "server"));
+    let rejection = rejected(judged_by_client(&ca, server, first_of_several()).await);
+    assert!(
+        matches!(&rejection, PeerRejection::NotExpected { peer, .. } if *peer == identity("other")),
+        "{rejection}"
+    );
+}
+
+#[tokio::test]
+async fn where_several_names_are_taken_one_must_be_a_spiffe_id() {
+    let ca = Ca::new("cluster.local");
+    let names = [
+        uri("https://example.com/a"),
+        uri("spiffe://cluster.local/x"),
+    ];
+    let client = hostile_client(Some(ca.names(&names)));
+    let rejection = rejected(judged_by_server(&ca, client, first_of_several()).await);
+    assert!(
+        rejection
+            .to_string()
+            .contains("none of the certificate's 2"),
+        "{rejection}"
+    );
 }
 
 #[cfg(feature = "test-knobs")]
@@ -523,7 +584,7 @@ mod twins {
             ..TestKnobs::default()
         };
         assert_eq!(
-            judged_by_server(&ca, hostile_client(None), knobs)
+            judged_by_server(&ca, hostile_client(None), checks(knobs))
                 .await
                 .unwrap(),
             None
@@ -541,14 +602,16 @@ mod twins {
         let expired = dated(&ours, "client", SystemTime::now() - 2 * DAY);
         let future = dated(&ours, "client", SystemTime::now() + DAY);
         for pair in [foreign, expired, future] {
-            let peer = judged_by_server(&ours, hostile_client(Some(pair)), knobs)
+            let peer = judged_by_server(&ours, hostile_client(Some(pair)), checks(knobs))
                 .await
                 .unwrap();
             assert_eq!(peer, Some(identity("client")));
         }
         let server = hostile_server(theirs.names(&[uri(&identity("server").to_string())]));
         assert_eq!(
-            judged_by_client(&ours, server, knobs).await.unwrap(),
+            judged_by_client(&ours, server, checks(knobs))
+                .await
+                .unwrap(),
             identity("server")
         );
     }
@@ -562,7 +625,7 @@ mod twins {
         };
         let server = server_config(&ca.issue("imposter"), &checks(knobs)).unwrap();
         assert_eq!(
-            judged_by_client(&ca, server, knobs).await.unwrap(),
+            judged_by_client(&ca, server, checks(knobs)).await.unwrap(),
             identity("imposter")
         );
     }

@@ -32,7 +32,9 @@ impl Chain {
         now: UnixTime,
         usage: KeyUsage,
     ) -> Result<Identity, PeerRejection> {
-        let PeerChecks { revocations, knobs } = &self.checks;
+        let PeerChecks {
+            revocations, knobs, ..
+        } = &self.checks;
         if knobs.chain_verified() {
             let lists = match knobs.revocation_lists_asked() {
                 true => revocations.current(),
@@ -47,7 +49,7 @@ impl Chain {
                     }
                 })?;
         }
-        Ok(knobs.identity_of(leaf)?)
+        Ok(self.checks.identity_of(leaf)?)
     }
 }
 

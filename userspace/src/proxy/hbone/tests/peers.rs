@@ -17,7 +17,7 @@ where
         for number in 0.. {
             let (tcp, _) = listener.accept().await.unwrap();
             let config = tls::server_config(&certificate, &PeerChecks::default()).unwrap();
-            let accepted = tls::accept(tcp, config, SOON, TestKnobs::default())
+            let accepted = tls::accept(tcp, config, Some(SOON), &PeerChecks::default())
                 .await
                 .unwrap();
             connections.spawn(script(number, accepted.stream));
@@ -143,7 +143,7 @@ async fn a_peer_that_allows_fewer_streams_gets_fewer() {
 #[tokio::test]
 async fn a_peer_that_never_answers_runs_into_the_deadlines() {
     let quick = PoolSettings {
-        handshake_deadline: Duration::from_millis(200),
+        handshake_deadline: Some(Duration::from_millis(200)),
         answer_deadline: Duration::from_millis(200),
         ..PoolSettings::default()
     };

@@ -128,7 +128,7 @@ async fn a_client_that_opens_and_resets_without_end_is_bounded() {
 #[tokio::test]
 async fn a_client_that_sends_nothing_is_closed() {
     let settings = ServerSettings {
-        handshake_deadline: Duration::from_millis(50),
+        handshake_deadline: Some(Duration::from_millis(50)),
         ..ServerSettings::default()
     };
     let (near, _far): (DuplexStream, _) = tokio::io::duplex(1024);
