@@ -57,6 +57,11 @@ pub struct Setting {
     pub iptables: bool,
 }
 
+/// The environment in which these are lenient; nothing, unless something is named.
+pub fn lenient(names: &str) -> Vec<(&'static str, String)> {
+    vec![("CULVERT_LENIENT", names.to_owned())]
+}
+
 pub fn principal(account: &str) -> String {
     format!("cluster.local/ns/{NAMESPACE}/sa/{account}")
 }

@@ -18,6 +18,7 @@ mod control_plane;
 mod crl;
 mod expiry;
 mod identities;
+mod lenient;
 mod limits;
 mod mesh_file;
 mod on_demand;

@@ -755,7 +755,11 @@ mod policies {
         let none = |_: &PolicyName| false;
         let alone = mesh_of(vec![selector()]);
         let decide = |mesh: &Mesh| mesh.authorize_open(only(mesh, "w"), &connection(), none);
-        assert!(!alone.authorize(only(&alone, "w"), &connection()).is_allowed());
+        assert!(
+            !alone
+                .authorize(only(&alone, "w"), &connection())
+                .is_allowed()
+        );
         assert!(decide(&alone).is_allowed());
         // That of the namespace is asked in any case, also where the workload lists it.
         let of_namespace = policy("ns/selector", Scope::Namespace, Action::Deny);

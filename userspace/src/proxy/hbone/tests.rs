@@ -16,9 +16,7 @@ use tokio::time::timeout;
 
 use super::fixture::*;
 use super::*;
-use crate::proxy::tls::{
-    self, ExpectedServer, HandshakeError, PeerChecks, PeerRejection,
-};
+use crate::proxy::tls::{self, ExpectedServer, HandshakeError, PeerChecks, PeerRejection};
 
 mod peers;
 mod server;
