@@ -34,3 +34,53 @@ impl Mesh {
         gateway.is_some_and(|gateway| self.is_at(gateway, workload))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{MeshDefaults, MeshResources, NetworkAddress, PortMap, WorkloadSpec};
+    use super::*;
+
+    fn gateway(destination: GatewayDestination) -> Option<GatewayAddress> {
+        Some(GatewayAddress {
+            destination,
+            hbone_mtls_port: 15008,
+        })
+    }
+
+    fn workload(uid: &str, ip: &str, waypoint: Option<GatewayAddress>) -> WorkloadSpec {
+        WorkloadSpec {
+            uid: uid.into(),
+            namespace: "ns".into(),
+            addresses: vec![ip.parse().unwrap()],
+            waypoint,
+            ..WorkloadSpec::default()
+        }
+    }
+
+    #[test]
+    fn a_workload_is_the_waypoint_of_what_names_it_or_its_service_and_of_nothing_else() {
+        let service: ServiceName = "ns/waypoint".parse().unwrap();
+        let address = NetworkAddress::new("", "10.0.0.9".parse().unwrap());
+        let by_name = gateway(GatewayDestination::Service(service.clone()));
+        let by_address = gateway(GatewayDestination::Address(address));
+        let resources = MeshResources {
+            workloads: vec![
+                WorkloadSpec {
+                    services: vec![(service, PortMap::default())],
+                    ..workload("waypoint", "10.0.0.9", None)
+                },
+                workload("by-name", "10.0.0.1", by_name),
+                workload("by-address", "10.0.0.2", by_address),
+                workload("other", "10.0.0.3", None),
+            ],
+            ..MeshResources::default()
+        };
+        let mesh = Mesh::build(resources, &MeshDefaults::default()).unwrap();
+        let of = |uid: &str| {
+            let workload = mesh.workload_by_uid(uid).unwrap();
+            [1, 2, 3, 4].map(|last| mesh.is_waypoint_of(workload, "", [10, 0, 0, last].into()))
+        };
+        assert_eq!(of("waypoint"), [true, true, false, false]);
+        assert_eq!(of("other"), [false; 4]);
+    }
+}

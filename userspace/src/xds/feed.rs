@@ -82,6 +82,7 @@ impl Feed {
             remove(&mut draft, kind, name);
         }
         let (mut accepted, mut refused) = (Vec::with_capacity(resources.len()), Vec::new());
+        let mut adapted = Vec::new();
         for resource in resources {
             let (name, version) = (resource.name.clone(), resource.version.clone());
             match put(
@@ -91,12 +92,18 @@ impl Feed {
                 resource,
                 self.is_lenient,
             ) {
-                Ok(name) => accepted.push((name, version)),
+                Ok((name, is_adapted)) => {
+                    adapted.extend(is_adapted.then(|| Arc::clone(&name)));
+                    accepted.push((name, version));
+                }
                 Err(error) => refused.push(Refused {
                     name,
                     reason: error.to_string(),
                 }),
             }
+        }
+        if let Some(example) = adapted.first() {
+            tracing::warn!(resources = adapted.len(), such_as = %example, "resources were taken although not all of them can be read");
         }
         let mesh = draft.finish();
         for (known, answered) in ResourceType::ALL.iter().zip(&mut self.answered) {
@@ -160,19 +167,15 @@ fn remove(draft: &mut Draft<'_>, kind: ResourceType, name: &str) {
     }
 }
 
-/// Returns the name, as the mesh holds it.
+/// Returns the name, as the mesh holds it, and whether not all of the resource could be read.
 fn put(
     draft: &mut Draft<'_>,
     shared: &mut Shared,
     kind: ResourceType,
     resource: Resource,
     is_lenient: bool,
-) -> Result<Arc<str>, ResourceError> {
-    let adapt = |changes: usize| {
-        if changes > 0 {
-            tracing::warn!(resource = ?resource.name, changes, "a resource was taken although not all of it can be read");
-        }
-    };
+) -> Result<(Arc<str>, bool), ResourceError> {
+    let mut changes = 0;
     let content = resource.resource.ok_or(ResourceError::Missing("content"))?;
     if content.type_url != kind.url() {
         return Err(ResourceError::OtherType {
@@ -180,41 +183,42 @@ fn put(
             found: content.type_url,
         });
     }
-    match kind {
+    let name = match kind {
         ResourceType::Address => {
             let address: workload::Address = message("workload or service", &content.value)?;
             match address.r#type {
                 Some(Type::Workload(mut message)) => {
                     if is_lenient {
-                        adapt(decode::lenient::workload(&mut message));
+                        changes = decode::lenient::workload(&mut message);
                     }
                     check_name(&resource.name, &message.uid)?;
                     let spec = decode::workload(message, shared)?;
-                    Ok(Arc::clone(&draft.put_workload(spec)?.uid))
+                    Arc::clone(&draft.put_workload(spec)?.uid)
                 }
                 Some(Type::Service(mut message)) => {
                     if is_lenient {
-                        adapt(decode::lenient::service(&mut message));
+                        changes = decode::lenient::service(&mut message);
                     }
                     let service = decode::service(message, shared)?;
                     check_name(&resource.name, service.id.as_str())?;
                     draft.put_service(service);
-                    Ok(shared.text(&resource.name))
+                    shared.text(&resource.name)
                 }
-                None => Err(ResourceError::Missing("workload or service")),
+                None => return Err(ResourceError::Missing("workload or service")),
             }
         }
         ResourceType::Authorization => {
             let mut message: security::Authorization = message("policy", &content.value)?;
             if is_lenient {
-                adapt(decode::lenient::policy(&mut message));
+                changes = decode::lenient::policy(&mut message);
             }
             let policy = decode::policy(message)?;
             check_name(&resource.name, policy.name.as_str())?;
             draft.put_policy(policy);
-            Ok(shared.text(&resource.name))
+            shared.text(&resource.name)
         }
-    }
+    };
+    Ok((name, changes > 0))
 }
 
 fn message<M: Message + Default>(expected: &'static str, bytes: &[u8]) -> Result<M, ResourceError> {

@@ -141,7 +141,11 @@ fn a_workloads_waypoint_is_for_who_addresses_the_workload() {
 
 #[test]
 fn the_waypoint_itself_goes_straight_on() {
-    for gateway in [by_name("ns/waypoint"), by_address("10.0.0.2")] {
+    for gateway in [
+        by_name("ns/waypoint"),
+        by_address("10.96.0.2"),
+        by_address("10.0.0.2"),
+    ] {
         let mesh = mesh(gateway.clone(), gateway);
         for destination in ["10.96.0.1:80", "10.0.0.1:80"] {
             let expected = (

@@ -137,9 +137,17 @@ async fn a_client_that_sends_nothing_is_closed() {
         matches!(end, ServeEnd::Deadline("HTTP/2 preface", _)),
         "{end}"
     );
-    let (_send, _tasks, serving) = raw(settings).await;
-    let end = soon(serving).await.unwrap();
-    assert!(matches!(end, ServeEnd::Deadline("request", _)), "{end}");
+    let endless = ServerSettings {
+        handshake_deadline: None,
+        idle: Duration::from_millis(50),
+        ..settings
+    };
+    // Also without a deadline for handshakes the first request has one.
+    for settings in [settings, endless] {
+        let (_send, _tasks, serving) = raw(settings).await;
+        let end = soon(serving).await.unwrap();
+        assert!(matches!(end, ServeEnd::Deadline("request", _)), "{end}");
+    }
 }
 
 #[tokio::test]
