@@ -104,6 +104,18 @@ fn says(held: &Proc, word: &str) -> Result<()> {
     Ok(())
 }
 
+/// Connections of the client's to both servers, of which the first is direct, and which have carried something: a connect is over before the
+/// other node's agent has been asked.
+fn open_to_both(scene: &Scene) -> Result<[Proc; 2]> {
+    scene.warm(&scene.client, &scene.server_a)?;
+    let open = [
+        hold(&scene.client, &scene.server_a)?,
+        hold(&scene.client, &scene.server_b)?,
+    ];
+    open.iter().try_for_each(|held| says(held, "open"))?;
+    Ok(open)
+}
+
 fn is_cut(held: &Proc) -> Result<()> {
     let end = held.wait_for_event("end", SOON)?;
     // The agent resets what goes through it; of a direct flow it has the kernel destroy both sockets.
@@ -120,11 +132,7 @@ fn a_later_policy_cuts_open_connections_unless_that_is_lenient() -> Result<()> {
             serve(&scene.server_a, "echo")?,
             serve(&scene.server_b, "echo")?,
         );
-        scene.warm(&scene.client, &scene.server_a)?;
-        let open = [
-            hold(&scene.client, &scene.server_a)?,
-            hold(&scene.client, &scene.server_b)?,
-        ];
+        let open = open_to_both(&scene)?;
         let later = not_the_client("later").selector();
         attach(&mut scene, &later, true)?;
         for server in [&scene.server_a, &scene.server_b] {
@@ -152,11 +160,7 @@ fn a_policy_that_was_attached_before_cuts_when_it_changes_however_lenient() -> R
     let mut before = not_the_client("before").selector();
     before.rules.clear();
     attach(&mut scene, &before, true)?;
-    scene.warm(&scene.client, &scene.server_a)?;
-    let open = [
-        hold(&scene.client, &scene.server_a)?,
-        hold(&scene.client, &scene.server_b)?,
-    ];
+    let open = open_to_both(&scene)?;
     scene.change_mesh(|mesh| mesh.policies = vec![not_the_client("before").selector()])?;
     open.iter().try_for_each(is_cut)
 }
