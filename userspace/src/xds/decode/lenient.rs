@@ -1,6 +1,6 @@
 //! What ztunnel makes of values that this agent refuses: the message that it would have read, which then is decoded as strictly as any.
 //!
-//! Facts about ztunnel are those of istio/ztunnel, 2026-08. What it refuses as well stays as it is and is refused: an unknown value of any
+//! Facts about ztunnel are those of its public sources in 2026. What it refuses as well stays as it is and is refused: an unknown value of any
 //! enumeration but a service's visibility, an address of a workload, service or gateway that is none, a name without its namespace. Called by
 //! `feed` for each resource where the operator asked for it (`CULVERT_LENIENT`).
 
