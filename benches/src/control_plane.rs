@@ -123,7 +123,7 @@ pub fn measure(size: Size) -> Result<Report> {
             figure("first_push", "s", first.as_secs_f64(), Some(2.0)),
             figure("memory_before", "MB", before, None),
             figure("memory_after", "MB", after, Some(150.0)),
-            figure("memory_peak", "MB", peak, None),
+            figure("memory_peak", "MB", peak, Some(150.0)),
             figure("change_p50", "ms", at(50).context("no change")?, Some(1.0)),
             figure("change_p99", "ms", at(99).context("no change")?, None),
             figure("quiet_rr_p50", "us", quiet.p50, None),

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use bytes::Bytes;
 use culvert::wire::envoy::service::discovery::v3::{Content, Resource};
 use culvert::wire::istio::workload::{Address, Locality, Port, PortList, Workload, address::Type};
 use culvert_harness::{Pod, Workload as Described};
@@ -17,7 +18,7 @@ const DEPLOYMENTS: u32 = 1_000;
 const NODES: u32 = 500;
 
 /// Workload `number`, as it is after so many changes.
-pub fn workload(number: u32, changes: u32) -> Resource {
+pub fn workload(number: u32, changes: u32) -> Bytes {
     let deployment = number % DEPLOYMENTS;
     let namespace = format!("namespace-{}", deployment % NAMESPACES);
     let name = format!("deployment-{deployment}");
@@ -59,7 +60,7 @@ pub fn workload(number: u32, changes: u32) -> Resource {
 }
 
 /// A pod that exists, as it always is.
-pub fn of_pod(pod: &Pod) -> Resource {
+pub fn of_pod(pod: &Pod) -> Bytes {
     let IpAddr::V4(address) = pod.address() else {
         unreachable!("pods of the harness have IPv4 addresses first");
     };
@@ -78,12 +79,13 @@ pub fn of_pod(pod: &Pod) -> Resource {
     resource(workload, 0)
 }
 
-fn resource(workload: Workload, changes: u32) -> Resource {
+/// A resource, encoded.
+fn resource(workload: Workload, changes: u32) -> Bytes {
     let name = workload.uid.clone();
     let address = Address {
         r#type: Some(Type::Workload(workload)),
     };
-    Resource {
+    let resource = Resource {
         name,
         version: changes.to_string(),
         resource: Some(Content {
@@ -91,5 +93,6 @@ fn resource(workload: Workload, changes: u32) -> Resource {
             value: address.encode_to_vec().into(),
         }),
         ..Resource::default()
-    }
+    };
+    resource.encode_to_vec().into()
 }

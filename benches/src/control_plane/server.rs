@@ -7,14 +7,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail, ensure};
+use bytes::Bytes;
 use culvert::dev_control_plane::server::{accept, tls_config};
 use culvert::identity::DevCa;
 use culvert::wire::envoy::service::discovery::v3::aggregated_discovery_service_server::{
     AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
 };
-use culvert::wire::envoy::service::discovery::v3::{
-    DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource,
-};
+use culvert::wire::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use culvert_harness::{Node, Pod};
 use rustls_pki_types::pem::PemObject as _;
 use tokio::net::TcpListener;
@@ -42,8 +41,8 @@ pub struct Server {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Resources to send, as many as one wants.
-type Push = Vec<Resource>;
+/// Resources to send, encoded, as many as one wants.
+type Push = Vec<Bytes>;
 
 /// What came of a push: how long it took, or why it was refused.
 type Outcome = Result<Duration, String>;
@@ -241,7 +240,7 @@ async fn tell(
     }
 }
 
-fn response(type_url: String, nonce: u64, resources: Vec<Resource>) -> DeltaDiscoveryResponse {
+fn response(type_url: String, nonce: u64, resources: Vec<Bytes>) -> DeltaDiscoveryResponse {
     DeltaDiscoveryResponse {
         type_url,
         nonce: nonce.to_string(),

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use super::access::accepted_from;
-use super::peer::{attempt, genuine, identity, mesh_ca};
+use super::peer::{TUNNEL_PORT, attempt, genuine, identity, mesh_ca};
 use super::server::Impostor;
 use anyhow::Result;
-use culvert_harness::{Pod, Service, Workload};
+use culvert_harness::{Pod, Service, Workload, wait_until};
 use culvert_tests::scene::{
     NAMESPACE, PORT, SOON, Scene, Setting, answered, connect_to, echo, only, principal, serve,
     text, was_reset,
@@ -213,6 +213,45 @@ fn a_waypoint_is_told_where_the_client_wanted_to_go() -> Result<()> {
         assert_eq!(text(&report, "data"), destination, "{report}");
         assert_eq!(text(&report, "peer"), destination, "{report}");
     }
+    Ok(())
+}
+
+#[test]
+fn of_several_waypoints_each_gets_its_share() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let waypoint = behind_a_waypoint(&mut scene)?;
+    let canary = scene.node2.pod("canary")?;
+    scene.change_mesh(|mesh| {
+        let end = Workload::of_pod(&canary, NAMESPACE, "canary");
+        mesh.workloads.push(end);
+        let weighted = |pod: &Pod, weight: u32| json!({"destination": format!("/{}", pod.address()), "weight": weight});
+        for service in &mut mesh.services {
+            let both = json!([weighted(&waypoint, 4), weighted(&canary, 1)]);
+            service.extra.insert("weightedWaypoints".to_owned(), both);
+        }
+    })?;
+    let ca = mesh_ca(&scene)?;
+    let _servers = (
+        Impostor::telling(&waypoint, &ca, &identity("waypoint")?)?,
+        Impostor::telling(&canary, &ca, &identity("canary")?)?,
+    );
+    for _ in 0..50 {
+        let report = connect_to(&scene.client, &format!("{VIP}:80"), &["--read-all"])?;
+        assert_eq!(text(&report, "data"), format!("{VIP}:80"), "{report}");
+    }
+    let through = |pod: &Pod| -> Result<usize> {
+        let address = pod.at(TUNNEL_PORT);
+        let lines = scene.agent1.access_log().into_iter();
+        let lines = lines.filter(|line| line.field("dst.addr").as_deref() == Some(&address));
+        Ok(lines.count())
+    };
+    let (mut usual, mut rest) = (0, 0);
+    wait_until(SOON, "a line for each connection", || {
+        (usual, rest) = (through(&waypoint)?, through(&canary)?);
+        Ok((usual + rest == 50).then_some(()))
+    })?;
+    // One in five: fewer than 1 or more than 25 of 50 would be a miracle.
+    assert!((1..=25).contains(&rest), "{rest} of 50 through the canary");
     Ok(())
 }
 

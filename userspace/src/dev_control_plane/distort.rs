@@ -6,7 +6,7 @@ use prost::Message as _;
 
 use super::behaviour::XdsFault;
 use super::snapshot::{Entry, Kind, Snapshot};
-use crate::wire::envoy::service::discovery::v3::DeltaDiscoveryResponse;
+use crate::wire::envoy::service::discovery::v3::{DeltaDiscoveryResponse, Resource};
 use crate::wire::istio::security::{self, Authorization};
 use crate::wire::istio::workload::{self, Address, address::Type};
 
@@ -51,8 +51,11 @@ pub fn response(response: &mut DeltaDiscoveryResponse, faults: &[XdsFault]) {
         response.type_url = WRONG_TYPE.to_owned();
     }
     if faults.contains(&XdsFault::WrongVersion) {
-        for resource in &mut response.resources {
-            resource.version = WRONG_VERSION.to_owned();
+        for encoded in &mut response.resources {
+            if let Ok(mut resource) = Resource::decode(encoded.clone()) {
+                resource.version = WRONG_VERSION.to_owned();
+                *encoded = resource.encode_to_vec().into();
+            }
         }
     }
 }

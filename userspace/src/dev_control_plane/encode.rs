@@ -12,7 +12,7 @@ mod tests;
 
 use crate::mesh::{
     self, GatewayDestination, Health, HealthPolicy, IpFamilies, LoadBalancer, LoadBalancerMode,
-    LocalityScope, NetworkCidr, PortMap, TunnelProtocol, Workload,
+    LocalityScope, NetworkCidr, PortMap, TunnelProtocol, WeightedWaypoint, Workload,
 };
 use crate::policy::{self, Authorization};
 use crate::wire::istio::security;
@@ -78,6 +78,12 @@ pub fn service(service: &mesh::Service) -> wire::Address {
         IpFamilies::Ipv6Only => wire::IpFamilies::Ipv6Only,
         IpFamilies::Dual => wire::IpFamilies::Dual,
     };
+    // One alone needs no weight, and clients that know of none read it.
+    let (waypoint, weighted_waypoints) = match &*service.waypoints {
+        [] => (None, Vec::new()),
+        [only] => (Some(gateway(&only.gateway)), Vec::new()),
+        several => (None, several.iter().map(weighted).collect()),
+    };
     let service = wire::Service {
         name: service.name.to_string(),
         namespace: service.namespace().to_owned(),
@@ -89,11 +95,11 @@ pub fn service(service: &mesh::Service) -> wire::Address {
             .iter()
             .map(ToString::to_string)
             .collect(),
-        waypoint: service.waypoint.as_ref().map(gateway),
+        waypoint,
         load_balancing: load_balancing(&service.load_balancer),
         ip_families: ip_families.into(),
         canonical: service.canonical,
-        weighted_waypoints: Vec::new(),
+        weighted_waypoints,
         visibility: wire::Visibility::Public.into(),
     };
     wire::Address {
@@ -138,6 +144,13 @@ fn port_list(ports: &PortMap) -> wire::PortList {
     };
     wire::PortList {
         ports: ports.iter().map(port).collect(),
+    }
+}
+
+fn weighted(waypoint: &WeightedWaypoint) -> wire::WeightedWaypoint {
+    wire::WeightedWaypoint {
+        destination: Some(gateway(&waypoint.gateway)),
+        weight: waypoint.weight.get(),
     }
 }
 

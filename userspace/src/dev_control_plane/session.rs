@@ -7,6 +7,9 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
+use bytes::Bytes;
+use prost::Message as _;
+
 #[cfg(test)]
 mod tests;
 
@@ -250,7 +253,7 @@ impl Delta {
     }
 
     /// Takes as much as one response may hold, and one item at least. What is gone first: its address may be another's by now.
-    fn part(&mut self) -> (Vec<Resource>, Vec<String>) {
+    fn part(&mut self) -> (Vec<Bytes>, Vec<String>) {
         let mut room = MOST_BYTES;
         let mut fits = |bytes: usize| {
             let first = room == MOST_BYTES;
@@ -274,8 +277,8 @@ impl Delta {
     }
 }
 
-fn resource(name: &str, entry: &Entry) -> Resource {
-    Resource {
+fn resource(name: &str, entry: &Entry) -> Bytes {
+    let resource = Resource {
         version: entry.version.clone(),
         resource: Some(Content {
             type_url: entry.type_url.clone(),
@@ -283,5 +286,6 @@ fn resource(name: &str, entry: &Entry) -> Resource {
         }),
         name: name.to_owned(),
         aliases: entry.aliases.clone(),
-    }
+    };
+    resource.encode_to_vec().into()
 }

@@ -20,7 +20,9 @@ use super::*;
 use crate::identity::certificate::PROVIDER;
 use crate::identity::{Roots, Validity, WorkloadCertificate, spiffe};
 use crate::wire::envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
-use crate::wire::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
+use crate::wire::envoy::service::discovery::v3::{
+    DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource,
+};
 use crate::wire::istio::v1::auth::istio_certificate_service_client::IstioCertificateServiceClient;
 use crate::wire::istio::v1::auth::{IstioCertificateRequest, IstioCertificateResponse};
 use crate::wire::istio::workload::{self, address::Type};
@@ -185,6 +187,7 @@ impl Agent {
 /// Name and node of the workloads in a response.
 fn workloads(response: &DeltaDiscoveryResponse) -> Vec<(String, String)> {
     let resources = response.resources.iter().map(|resource| {
+        let resource = Resource::decode(resource.clone()).unwrap();
         let any = resource.resource.as_ref().unwrap();
         assert_eq!(any.type_url, ADDRESS);
         let address = workload::Address::decode(&*any.value).unwrap();
@@ -349,7 +352,8 @@ async fn xds_misbehaves_as_told_and_then_no_more() {
     plane.misbehave("xds: [{garbage: web}]");
     let spoilt = agent.next().await.unwrap().resources;
     assert_eq!(spoilt.len(), 1);
-    let value = &spoilt[0].resource.as_ref().unwrap().value;
+    let spoilt = Resource::decode(spoilt[0].clone()).unwrap();
+    let value = &spoilt.resource.as_ref().unwrap().value;
     assert!(workload::Address::decode(&**value).is_err());
     plane.misbehave("");
     let whole = [("web".to_owned(), "n1".to_owned())];
@@ -369,7 +373,7 @@ async fn xds_misbehaves_as_told_and_then_no_more() {
     assert!(
         late.resources
             .iter()
-            .all(|resource| resource.version == "0")
+            .all(|resource| Resource::decode(resource.clone()).unwrap().version == "0")
     );
 
     // Four responses were sent.

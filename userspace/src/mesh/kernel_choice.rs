@@ -77,7 +77,7 @@ impl Mesh {
                 .len()
                 .saturating_mul(service.ports.len())
                 > MOST_LOOKS;
-        if service.waypoint.is_some() || too_many || addresses.is_empty() {
+        if !service.waypoints.is_empty() || too_many || addresses.is_empty() {
             return Vec::new();
         }
         let mut choices = Vec::new();

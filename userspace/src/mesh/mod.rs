@@ -32,6 +32,7 @@ pub use kernel_choice::{ClientView, KernelChoice, MOST_ENDPOINTS};
 pub use namespaces::{NamespaceAnnotations, Namespaces};
 pub use service::{
     HealthPolicy, IpFamilies, LoadBalancer, LoadBalancerMode, LocalityScope, Service,
+    WeightedWaypoint,
 };
 pub use short_circuit::{
     ShortCircuit, ShortCircuitAnnotation, ShortCircuitError, ShortCircuitMode,

@@ -1,6 +1,7 @@
 //! A service: a name and virtual addresses in front of workloads, and the rules to choose among them.
 
 use std::net::IpAddr;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use super::{GatewayAddress, NetworkCidr, PortMap, ServiceName};
@@ -18,14 +19,33 @@ pub struct Service {
     pub ports: PortMap,
     /// Identities that its endpoints may have beside their own.
     pub subject_alt_names: Vec<Arc<str>>,
-    /// What connections to it pass through first.
-    pub waypoint: Option<GatewayAddress>,
+    /// Where there are any, each connection to it passes through one of them first.
+    pub waypoints: Vec<WeightedWaypoint>,
     /// How an endpoint is chosen.
     pub load_balancer: LoadBalancer,
     /// Which of its endpoints' addresses may be used.
     pub ip_families: IpFamilies,
     /// Preferred over others of the same address or hostname.
     pub canonical: bool,
+}
+
+/// One of a service's waypoints.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WeightedWaypoint {
+    /// Which one.
+    pub gateway: GatewayAddress,
+    /// Its share of the service's connections in relation to the other waypoints.
+    pub weight: NonZeroU32,
+}
+
+impl From<GatewayAddress> for WeightedWaypoint {
+    /// The only one.
+    fn from(gateway: GatewayAddress) -> Self {
+        Self {
+            gateway,
+            weight: NonZeroU32::MIN,
+        }
+    }
 }
 
 /// How an endpoint is chosen.

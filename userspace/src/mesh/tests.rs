@@ -33,7 +33,7 @@ fn service(id: &str, vips: &[&str]) -> Service {
         vips: vips.iter().map(|vip| vip.parse().unwrap()).collect(),
         ports: [(80, 8080)].into_iter().collect(),
         subject_alt_names: vec![],
-        waypoint: None,
+        waypoints: Vec::new(),
         load_balancer: LoadBalancer::default(),
         ip_families: IpFamilies::default(),
         canonical: false,

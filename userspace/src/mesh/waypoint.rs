@@ -2,7 +2,9 @@
 
 use std::net::IpAddr;
 
-use super::{Destination, GatewayAddress, GatewayDestination, Mesh, ServiceName, Workload};
+use super::{
+    Destination, GatewayAddress, GatewayDestination, Mesh, Service, ServiceName, Workload,
+};
 
 impl Mesh {
     /// Whether a workload is what a gateway's address leads to: it has the address, or is an endpoint of the service that is named or
@@ -26,12 +28,20 @@ impl Mesh {
     /// Whether a workload is the waypoint of the service, or else of the workload, that has this address on this network.
     pub fn is_waypoint_of(&self, workload: &Workload, network: &str, ip: IpAddr) -> bool {
         let found = self.lookup(network, ip, Some(workload));
-        let gateway = match &found {
-            Destination::Service(service) => service.waypoint.as_ref(),
-            Destination::Workload(behind) => behind.waypoint.as_ref(),
-            Destination::Unknown => None,
-        };
-        gateway.is_some_and(|gateway| self.is_at(gateway, workload))
+        match &found {
+            Destination::Service(service) => self.is_waypoint_of_service(workload, service),
+            Destination::Workload(behind) => {
+                let gateway = behind.waypoint.as_ref();
+                gateway.is_some_and(|gateway| self.is_at(gateway, workload))
+            }
+            Destination::Unknown => false,
+        }
+    }
+
+    /// Whether a workload is one of the service's waypoints.
+    pub fn is_waypoint_of_service(&self, workload: &Workload, service: &Service) -> bool {
+        let mut waypoints = service.waypoints.iter();
+        waypoints.any(|one| self.is_at(&one.gateway, workload))
     }
 }
 

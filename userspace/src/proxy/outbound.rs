@@ -16,7 +16,7 @@ use super::{
     tls::ExpectedServer,
 };
 use crate::{
-    mesh::{Destination, GatewayDestination, Revision, Workload},
+    mesh::{Destination, GatewayAddress, GatewayDestination, Revision, Workload},
     policy::{Decision, DenyReason},
     telemetry::{Direction, FlowPath, Reporter, ResponseFlags},
     xds::DemandError,
@@ -119,18 +119,23 @@ async fn learn(context: &Context, destination: SocketAddr) -> Result<(), DemandE
         .mesh
         .load()
         .lookup(&context.network, destination.ip(), None);
-    let gateway = match found {
-        Destination::Service(service) => service.waypoint.clone(),
-        Destination::Workload(workload) => workload.waypoint.clone(),
-        Destination::Unknown => None,
-    };
-    match gateway.map(|gateway| gateway.destination) {
-        Some(GatewayDestination::Service(name)) => demand.service(&name).await,
-        Some(GatewayDestination::Address(address)) => {
-            demand.address(&address.network, address.ip).await
+    let gateways: Vec<GatewayAddress> = match found {
+        Destination::Service(service) => {
+            let waypoints = service.waypoints.iter();
+            waypoints.map(|one| one.gateway.clone()).collect()
         }
-        None => Ok(()),
+        Destination::Workload(workload) => workload.waypoint.iter().cloned().collect(),
+        Destination::Unknown => Vec::new(),
+    };
+    for gateway in gateways {
+        match gateway.destination {
+            GatewayDestination::Service(name) => demand.service(&name).await?,
+            GatewayDestination::Address(address) => {
+                demand.address(&address.network, address.ip).await?;
+            }
+        }
     }
+    Ok(())
 }
 
 /// Carries a connection through a tunnel.

@@ -13,7 +13,7 @@ use culvert_abi::{HBONE_PORT, OWN_PORTS};
 
 use crate::mesh::{
     Destination, GatewayAddress, GatewayDestination, LoadBalancerMode, Mesh, Service,
-    TunnelProtocol, Workload,
+    TunnelProtocol, WeightedWaypoint, Workload,
 };
 
 #[cfg(test)]
@@ -71,17 +71,20 @@ pub(super) fn route(
         },
         Destination::Workload(workload) => match &workload.waypoint {
             Some(gateway) if !is_waypoint(mesh, client, gateway) => {
-                to_waypoint(mesh, network, gateway, destination, client, None)
+                to_waypoint(waypoint(mesh, gateway, client), network, destination, None)
             }
             _ => to_workload(workload, destination, network, None),
         },
-        Destination::Service(service) => match &service.waypoint {
-            Some(gateway) if !is_waypoint(mesh, client, gateway) => {
-                let gateway = gateway.clone();
-                to_waypoint(mesh, network, &gateway, destination, client, Some(service))
+        Destination::Service(service) => {
+            let is_waypoint =
+                client.is_some_and(|client| mesh.is_waypoint_of_service(client, &service));
+            if service.waypoints.is_empty() || is_waypoint {
+                to_service(mesh, network, service, destination, client, chosen)
+            } else {
+                let end = one_of(mesh, &service.waypoints, client);
+                to_waypoint(end, network, destination, Some(service))
             }
-            _ => to_service(mesh, network, service, destination, client, chosen),
-        },
+        }
     }
 }
 
@@ -146,14 +149,12 @@ fn to_workload(
 
 /// Through the waypoint in front of the destination, which is told where the client wanted to go.
 fn to_waypoint(
-    mesh: &Mesh,
+    end: Option<TunnelEnd>,
     network: &str,
-    gateway: &GatewayAddress,
     destination: SocketAddr,
-    client: Option<&Workload>,
     service: Option<Arc<Service>>,
 ) -> Route {
-    let Some(end) = waypoint(mesh, gateway, client) else {
+    let Some(end) = end else {
         return Route::Nowhere(
             "the waypoint of the destination is not known, or has no healthy endpoint".into(),
         );
@@ -167,6 +168,30 @@ fn to_waypoint(
         service,
         is_waypoint: true,
     })
+}
+
+/// By weight, of those that can be reached.
+fn one_of(
+    mesh: &Mesh,
+    waypoints: &[WeightedWaypoint],
+    client: Option<&Workload>,
+) -> Option<TunnelEnd> {
+    let mut left: Vec<&WeightedWaypoint> = waypoints.iter().collect();
+    loop {
+        let weight = |one: &WeightedWaypoint| u64::from(one.weight.get());
+        let all: u64 = left.iter().map(|one| weight(one)).sum();
+        let mut at = random().checked_rem(all)?;
+        let chosen = left.iter().position(|one| {
+            let found = at < weight(one);
+            at = at.saturating_sub(weight(one));
+            found
+        })?;
+        let chosen = left.swap_remove(chosen);
+        let end = waypoint(mesh, &chosen.gateway, client);
+        if end.is_some() {
+            return end;
+        }
+    }
 }
 
 /// One of the waypoint's workloads.

@@ -301,19 +301,20 @@ impl XdsClient {
         if push.resources.len() <= FEW
             && let Ok(mut feed) = self.feed.try_lock()
         {
-            let taken = feed.take(push);
+            let taken = feed.take(push)?;
             return Ok((taken, feed.in_force()));
         }
         let feed = Arc::clone(&self.feed);
         let work = tokio::task::spawn_blocking(move || {
             let mut feed = feed.lock().ok()?;
             let taken = feed.take(push);
-            Some((taken, feed.in_force()))
+            Some(taken.map(|taken| (taken, feed.in_force())))
         });
         let done = work
             .await
             .map_err(|error| Ended::Internal(error.to_string()))?;
-        done.ok_or_else(|| Ended::Internal("the mesh is not there".to_owned()))
+        let taken = done.ok_or_else(|| Ended::Internal("the mesh is not there".to_owned()))?;
+        Ok(taken?)
     }
 
     fn found(&self) {

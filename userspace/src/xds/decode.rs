@@ -6,6 +6,7 @@
 
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -13,8 +14,8 @@ use ipnet::IpNet;
 use crate::mesh::{
     AddressError, GatewayAddress, GatewayDestination, Health, HealthPolicy, IpFamilies,
     LoadBalancer, LoadBalancerMode, Locality, LocalityScope, MeshError, NetworkAddress,
-    NetworkCidr, PortMap, Service, ServiceName, ServiceNameError, TunnelProtocol, WorkloadSpec,
-    canonical_net,
+    NetworkCidr, PortMap, Service, ServiceName, ServiceNameError, TunnelProtocol, WeightedWaypoint,
+    WorkloadSpec, canonical_net,
 };
 use crate::policy::{PolicyName, PolicyNameError};
 use crate::wire::istio::workload as wire;
@@ -250,7 +251,7 @@ pub fn service(message: wire::Service, shared: &mut Shared) -> Result<Service, R
             .iter()
             .map(|name| shared.text(name))
             .collect(),
-        waypoint: waypoint_of(message.waypoint, message.weighted_waypoints, shared)?,
+        waypoints: waypoints(message.waypoint, message.weighted_waypoints, shared)?,
         load_balancer: message
             .load_balancing
             .map(load_balancer)
@@ -267,23 +268,30 @@ pub fn service(message: wire::Service, shared: &mut Shared) -> Result<Service, R
     })
 }
 
-/// Of several waypoints by weight, the heaviest: a service's connections must go through one of them.
-fn waypoint_of(
-    waypoint: Option<wire::GatewayAddress>,
+/// Those by weight, or else the one without. A service whose waypoints all have no weight would be reached past them: it is refused.
+fn waypoints(
+    only: Option<wire::GatewayAddress>,
     weighted: Vec<wire::WeightedWaypoint>,
     shared: &mut Shared,
-) -> Result<Option<GatewayAddress>, ResourceError> {
+) -> Result<Vec<WeightedWaypoint>, ResourceError> {
     few("waypoints", weighted.len())?;
-    let heaviest = weighted
-        .into_iter()
-        .filter(|one| one.weight > 0)
-        .max_by_key(|one| one.weight)
-        .map(|one| one.destination.ok_or(ResourceError::Missing("waypoint")))
-        .transpose()?;
-    waypoint
-        .or(heaviest)
-        .map(|it| gateway(it, shared))
-        .transpose()
+    let is_weighted = !weighted.is_empty();
+    let mut waypoints = Vec::new();
+    for one in weighted {
+        let destination = one.destination.ok_or(ResourceError::Missing("waypoint"))?;
+        let gateway = gateway(destination, shared)?;
+        if let Some(weight) = NonZeroU32::new(one.weight) {
+            waypoints.push(WeightedWaypoint { gateway, weight });
+        }
+    }
+    if waypoints.is_empty() {
+        let only = only.map(|it| gateway(it, shared)).transpose()?;
+        waypoints.extend(only.map(WeightedWaypoint::from));
+        if is_weighted && waypoints.is_empty() {
+            return Err(ResourceError::Missing("waypoint with a weight"));
+        }
+    }
+    Ok(waypoints)
 }
 
 fn load_balancer(message: wire::LoadBalancing) -> Result<LoadBalancer, ResourceError> {

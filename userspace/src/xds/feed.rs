@@ -11,7 +11,7 @@ use std::time::SystemTime;
 use prost::Message;
 
 use super::decode::{self, ResourceError, Shared};
-use super::session::{Push, Refused, ResourceType, Taken};
+use super::session::{ProtocolError, Push, Refused, ResourceType, Taken};
 use crate::mesh::{Draft, Mesh, MeshDefaults, Namespaces, Revision, SharedTraits, Store};
 use crate::policy::PolicyName;
 use crate::wire::envoy::service::discovery::v3::Resource;
@@ -68,7 +68,10 @@ impl Feed {
     }
 
     /// Takes a push; the answer is to be sent. Takes some microseconds for each resource.
-    pub fn take(&mut self, push: Push) -> Taken {
+    ///
+    /// # Errors
+    /// A resource cannot even be decoded. Nothing of the push is in force then.
+    pub fn take(&mut self, push: Push) -> Result<Taken, ProtocolError> {
         let Push {
             kind,
             resources,
@@ -84,7 +87,10 @@ impl Feed {
         let (mut accepted, mut refused) = (Vec::with_capacity(resources.len()), Vec::new());
         let mut adapted = Vec::new();
         for resource in resources {
-            let (name, version) = (resource.name.clone(), resource.version.clone());
+            let resource = Resource::decode(resource)
+                .map_err(|error| ProtocolError::Resource(kind.url(), error))?;
+            let name = resource.name.clone();
+            let version = self.shared.text(&resource.version);
             match put(
                 &mut draft,
                 &mut self.shared,
@@ -110,13 +116,13 @@ impl Feed {
             *answered |= *known == kind;
         }
         self.put_in_force(mesh);
-        Taken {
+        Ok(Taken {
             kind,
             nonce,
             removed,
             accepted,
             refused,
-        }
+        })
     }
 
     /// Takes what annotations are said of namespaces and pods, in the place of those before, also for what comes later. Returns how many
@@ -134,10 +140,10 @@ impl Feed {
         changed
     }
 
-    /// With what is held back.
-    fn newest(&mut self) -> Mesh {
-        match self.held_back.take() {
-            Some(mesh) => mesh,
+    /// With what is held back. What is not changed is shared.
+    fn newest(&self) -> Mesh {
+        match &self.held_back {
+            Some(mesh) => mesh.clone(),
             None => Mesh::clone(&self.store.load()),
         }
     }
@@ -145,6 +151,7 @@ impl Feed {
     fn put_in_force(&mut self, mesh: Mesh) {
         if !self.awaits_annotations && self.answered.iter().all(|answered| *answered) {
             self.in_force = Some((self.store.replace(mesh), SystemTime::now()));
+            self.held_back = None;
         } else {
             self.held_back = Some(mesh);
         }

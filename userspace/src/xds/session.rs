@@ -6,11 +6,10 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
-use super::decode::Shared;
+use bytes::Bytes;
+
 use crate::wire::envoy::config::core::v3::Node;
-use crate::wire::envoy::service::discovery::v3::{
-    DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource,
-};
+use crate::wire::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use crate::wire::google::rpc::Status;
 
 /// The status code of gRPC for what was sent but cannot be used.
@@ -49,8 +48,8 @@ impl ResourceType {
 pub struct Push {
     /// What it is about.
     pub kind: ResourceType,
-    /// What is new or different.
-    pub resources: Vec<Resource>,
+    /// What is new or different, encoded.
+    pub resources: Vec<Bytes>,
     /// The names of what is gone.
     pub removed: Vec<String>,
     /// What the answer names.
@@ -75,6 +74,9 @@ pub enum ProtocolError {
     /// It cannot be answered.
     #[error("it sent a response of the type {0:?} without a nonce")]
     Nonce(&'static str),
+    /// It is not even known what is refused.
+    #[error("it sent a resource of the type {0:?} that cannot be decoded: {1}")]
+    Resource(&'static str, prost::DecodeError),
 }
 
 /// What is known, over all connections.
@@ -84,7 +86,6 @@ pub struct Session {
     known: HashMap<ResourceType, Known>,
     /// The addresses that are asked for by name; none asks for everything.
     on_demand: Option<BTreeSet<String>>,
-    shared: Shared,
 }
 
 /// Of one type.
@@ -103,7 +104,6 @@ impl Session {
             node,
             known: HashMap::new(),
             on_demand: on_demand.then(BTreeSet::new),
-            shared: Shared::default(),
         }
     }
 
@@ -169,10 +169,7 @@ impl Session {
         for name in &push.removed {
             known.versions.remove(name.as_str());
         }
-        for (name, version) in push.accepted {
-            let version = self.shared.text(&version);
-            known.versions.insert(name, version);
-        }
+        known.versions.extend(push.accepted);
         DeltaDiscoveryRequest {
             type_url: push.kind.url().to_owned(),
             response_nonce: push.nonce,
@@ -201,7 +198,7 @@ pub struct Taken {
     /// The names of what is gone.
     pub removed: Vec<String>,
     /// The names of what is in force, with versions.
-    pub accepted: Vec<(Arc<str>, String)>,
+    pub accepted: Vec<(Arc<str>, Arc<str>)>,
     /// What is not.
     pub refused: Vec<Refused>,
 }

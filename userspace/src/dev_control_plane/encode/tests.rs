@@ -37,6 +37,7 @@ services:
     vips: [net1/10.96.0.1, net1/10.97.0.0/16]
     ports: {80: 8080}
     subjectAltNames: [spiffe://mesh.local/ns/shop/sa/other]
+    weightedWaypoints: [{destination: shop/a.shop, weight: 9}, {destination: shop/b.shop, weight: 1}]
     loadBalancer: {routingPreferences: [REGION, ZONE], mode: Failover, healthPolicy: AllowAll}
     ipFamilies: IPv4
     canonical: true
@@ -136,6 +137,16 @@ fn a_service_keeps_every_field() {
         address: Bytes::copy_from_slice(&address),
         length,
     };
+    let waypoint = |hostname: &str, weight| wire::WeightedWaypoint {
+        destination: Some(wire::GatewayAddress {
+            hbone_mtls_port: 15008,
+            destination: Some(Destination::Hostname(wire::NamespacedHostname {
+                namespace: "shop".into(),
+                hostname: hostname.into(),
+            })),
+        }),
+        weight,
+    };
     let expected = wire::Service {
         name: "web".into(),
         namespace: "shop".into(),
@@ -157,6 +168,7 @@ fn a_service_keeps_every_field() {
         }),
         ip_families: wire::IpFamilies::Ipv4Only.into(),
         canonical: true,
+        weighted_waypoints: vec![waypoint("a.shop", 9), waypoint("b.shop", 1)],
         ..wire::Service::default()
     };
     assert_eq!(address.r#type, Some(Type::Service(expected)));

@@ -61,7 +61,10 @@ fn request(type_url: &str, subscribe: &[&str], unsubscribe: &[&str]) -> DeltaDis
 fn told(session: &mut Session) -> Vec<(Vec<String>, Vec<String>)> {
     std::iter::from_fn(|| session.response())
         .map(|response| {
-            let names = response.resources.into_iter().map(|one| one.name);
+            let names = response
+                .resources
+                .into_iter()
+                .map(|one| Resource::decode(one).unwrap().name);
             (names.collect(), response.removed_resources)
         })
         .collect()
@@ -83,8 +86,9 @@ fn the_first_request_for_everything_is_answered_with_everything_of_that_type() {
         assert_eq!(response.type_url, ADDRESS);
         assert_eq!(response.nonce, "1");
         assert_eq!(response.resources.len(), 2);
-        assert_eq!(response.resources[0].name, "a");
-        assert_eq!(response.resources[0].aliases, ["/10.0.0.1"]);
+        let first = Resource::decode(response.resources[0].clone()).unwrap();
+        assert_eq!(first.name, "a");
+        assert_eq!(first.aliases, ["/10.0.0.1"]);
         assert_eq!(session.response(), None);
     }
 }
@@ -182,7 +186,7 @@ fn who_asks_for_a_service_is_told_of_its_endpoints() {
         vips: Vec::new(),
         ports: PortMap::from_iter([(80, 8080)]),
         subject_alt_names: Vec::new(),
-        waypoint: None,
+        waypoints: Vec::new(),
         load_balancer: LoadBalancer::default(),
         ip_families: IpFamilies::default(),
         canonical: false,

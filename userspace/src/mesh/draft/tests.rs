@@ -41,7 +41,7 @@ fn service(number: u8, vips: &[u8]) -> Service {
         vips: vips.iter().map(vip).collect(),
         ports: PortMap::default(),
         subject_alt_names: Vec::new(),
-        waypoint: None,
+        waypoints: Vec::new(),
         load_balancer: Default::default(),
         ip_families: Default::default(),
         canonical: false,

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::super::{
     GatewayAddress, GatewayDestination, Health, IpFamilies, LoadBalancer, LoadBalancerMode,
-    LocalityScope, MeshDefaults, MeshResources, PortMap, WorkloadSpec,
+    LocalityScope, MeshDefaults, MeshResources, PortMap, WeightedWaypoint, WorkloadSpec,
 };
 use super::*;
 
@@ -32,7 +32,7 @@ fn service(vips: &[&str]) -> Service {
         vips: vips.iter().map(|vip| vip.parse().unwrap()).collect(),
         ports: [(80, 8080)].into_iter().collect(),
         subject_alt_names: vec![],
-        waypoint: None,
+        waypoints: Vec::new(),
         load_balancer: LoadBalancer::default(),
         ip_families: IpFamilies::default(),
         canonical: false,
@@ -114,10 +114,10 @@ fn an_address_that_services_share_is_the_agents() {
 #[test]
 fn waypoints_and_services_that_choose_nothing_are_the_agents() {
     let behind = Service {
-        waypoint: Some(GatewayAddress {
+        waypoints: vec![WeightedWaypoint::from(GatewayAddress {
             destination: GatewayDestination::Service("ns/waypoint".parse().unwrap()),
             hbone_mtls_port: 15008,
-        }),
+        })],
         ..service(&["/10.96.0.1"])
     };
     assert!(one(behind).is_empty());

@@ -34,7 +34,7 @@ fn service(id: &str, vip: &str, port: u16) -> Service {
         vips: vec![format!("/{vip}").parse().unwrap()],
         ports: [(port, port)].into_iter().collect::<PortMap>(),
         subject_alt_names: Vec::new(),
-        waypoint: None,
+        waypoints: Vec::new(),
         load_balancer: Default::default(),
         ip_families: Default::default(),
         canonical: false,
@@ -57,6 +57,11 @@ fn by_address(ip: &str) -> Option<GatewayAddress> {
 
 /// `web` at 10.0.0.1 behind the service at 10.96.0.1, `waypoint` at 10.0.0.2 behind the one at 10.96.0.2, and a client.
 fn mesh(of_service: Option<GatewayAddress>, of_workload: Option<GatewayAddress>) -> Mesh {
+    let waypoints = of_service.map(WeightedWaypoint::from);
+    mesh_behind(waypoints.into_iter().collect(), of_workload)
+}
+
+fn mesh_behind(waypoints: Vec<WeightedWaypoint>, of_workload: Option<GatewayAddress>) -> Mesh {
     let resources = MeshResources {
         workloads: vec![
             WorkloadSpec {
@@ -68,7 +73,7 @@ fn mesh(of_service: Option<GatewayAddress>, of_workload: Option<GatewayAddress>)
         ],
         services: vec![
             Service {
-                waypoint: of_service,
+                waypoints,
                 ..service("ns/web", "10.96.0.1", 80)
             },
             service("ns/waypoint", "10.96.0.2", 15008),
@@ -115,6 +120,32 @@ fn a_services_waypoint_is_told_the_services_address() {
             true,
         );
         assert_eq!(tunnel(route), expected);
+    }
+}
+
+#[test]
+fn of_several_waypoints_each_has_its_share_and_one_that_is_not_there_has_none() {
+    let weighted = |gateway: Option<GatewayAddress>, weight: u32| WeightedWaypoint {
+        gateway: gateway.unwrap(),
+        weight: weight.try_into().unwrap(),
+    };
+    let waypoints = vec![
+        weighted(by_name("ns/waypoint"), 3),
+        weighted(by_address("10.0.0.3"), 1),
+        weighted(by_name("ns/nobody"), 1000),
+    ];
+    let mesh = mesh_behind(waypoints, None);
+    let ways = (0..4000).map(|_| tunnel(taken(&mesh, "web", "10.96.0.1:80")));
+    let (first, second): (Vec<_>, Vec<_>) =
+        ways.partition(|(end, ..)| *end == at("10.0.0.2:15008"));
+    assert!(second.iter().all(|(end, ..)| *end == at("10.0.0.3:15008")));
+    // Ten standard deviations around 3000.
+    assert!((2726..=3274).contains(&first.len()), "{}", first.len());
+    // Each of them goes straight on.
+    for waypoint in ["waypoint", "client"] {
+        let (end, _, target, is_waypoint) = tunnel(taken(&mesh, waypoint, "10.96.0.1:80"));
+        assert_eq!((end, target), (at("10.0.0.1:15008"), at("10.0.0.1:80")));
+        assert!(!is_waypoint);
     }
 }
 

@@ -22,7 +22,10 @@ pub fn workload(message: &mut wire::Workload) -> Changes {
 /// Ports are what their lowest 16 bits say; an address with an impossible prefix stands for itself alone; who may see it is not looked at.
 pub fn service(message: &mut wire::Service) -> Changes {
     let mut changes = ports(&mut message.ports);
-    changes += message.waypoint.iter_mut().map(gateway).sum::<Changes>();
+    let weighted = message.weighted_waypoints.iter_mut();
+    let weighted = weighted.filter_map(|one| one.destination.as_mut());
+    let gateways = message.waypoint.iter_mut().chain(weighted).map(gateway);
+    changes += gateways.sum::<Changes>();
     for address in &mut message.addresses {
         let bits = address.address.len().saturating_mul(8);
         let fits = |length: u32| usize::try_from(length).is_ok_and(|length| length <= bits);

@@ -182,22 +182,32 @@ fn a_range_of_addresses_is_a_services() {
 }
 
 #[test]
-fn of_several_waypoints_the_heaviest_is_taken_and_none_with_no_weight() {
+fn of_waypoints_by_weight_those_with_one_are_taken_and_never_none() {
     let weighted = |weight, port| wire::WeightedWaypoint {
         destination: Some(gateway_at(port)),
         weight,
     };
-    let message = wire::Service {
-        weighted_waypoints: vec![weighted(10, 1), weighted(90, 2), weighted(0, 3)],
-        ..host()
+    let read = |only, weighted_waypoints: &[wire::WeightedWaypoint]| {
+        let message = wire::Service {
+            waypoint: only,
+            weighted_waypoints: weighted_waypoints.to_vec(),
+            ..host()
+        };
+        let waypoints = service(message, &mut Shared::default())?
+            .waypoints
+            .into_iter();
+        let found = waypoints.map(|one| (one.gateway.hbone_mtls_port, one.weight.get()));
+        Ok::<_, ResourceError>(found.collect::<Vec<_>>())
     };
-    let read = |message| service(message, &mut Shared::default()).unwrap().waypoint;
-    assert_eq!(read(message).unwrap().hbone_mtls_port, 2);
-    let none = wire::Service {
-        weighted_waypoints: vec![weighted(0, 3)],
-        ..host()
-    };
-    assert_eq!(read(none), None);
+    let all = [weighted(10, 1), weighted(90, 2), weighted(0, 3)];
+    let only = || Some(gateway_at(4));
+    assert_eq!(read(None, &all).unwrap(), [(1, 10), (2, 90)]);
+    assert_eq!(read(only(), &all).unwrap(), [(1, 10), (2, 90)]);
+    assert_eq!(read(only(), &all[2..]).unwrap(), [(4, 1)]);
+    assert_eq!(read(only(), &[]).unwrap(), [(4, 1)]);
+    assert!(read(None, &[]).unwrap().is_empty());
+    let refused = ResourceError::Missing("waypoint with a weight");
+    assert_eq!(read(None, &all[2..]), Err(refused));
 }
 
 fn pattern(kind: security::string_match::MatchType) -> security::StringMatch {

@@ -73,10 +73,14 @@ fn policy(name: &str) -> Resource {
     resource(POLICY, &format!("ns/{name}"), &policy)
 }
 
+fn encoded(resource: &Resource) -> bytes::Bytes {
+    resource.encode_to_vec().into()
+}
+
 fn push(kind: ResourceType, resources: Vec<Resource>, removed: &[&str]) -> Push {
     Push {
         kind,
-        resources,
+        resources: resources.iter().map(encoded).collect(),
         removed: removed.iter().map(|name| (*name).to_owned()).collect(),
         nonce: "n".to_owned(),
     }
@@ -85,8 +89,9 @@ fn push(kind: ResourceType, resources: Vec<Resource>, removed: &[&str]) -> Push 
 /// Both types answered.
 fn settled() -> (Feed, Arc<Store>) {
     let (mut feed, store) = feed();
-    feed.take(push(POLICY, vec![], &[]));
-    feed.take(push(ADDRESS, vec![workload("web", 1)], &[]));
+    feed.take(push(POLICY, vec![], &[])).unwrap();
+    feed.take(push(ADDRESS, vec![workload("web", 1)], &[]))
+        .unwrap();
     (feed, store)
 }
 
@@ -112,11 +117,11 @@ fn beyond_ports() -> Resource {
 fn a_resource_that_cannot_be_read_is_refused_unless_that_is_to_be_lenient() {
     let name: PolicyName = "ns/deny".parse().unwrap();
     let (mut feed, store) = settled();
-    let taken = feed.take(push(POLICY, vec![beyond_ports()], &[]));
+    let taken = feed.take(push(POLICY, vec![beyond_ports()], &[])).unwrap();
     assert_eq!((taken.accepted.len(), taken.refused.len()), (0, 1));
     assert!(store.load().policy(&name).is_none());
     feed.be_lenient();
-    let taken = feed.take(push(POLICY, vec![beyond_ports()], &[]));
+    let taken = feed.take(push(POLICY, vec![beyond_ports()], &[])).unwrap();
     assert_eq!((taken.accepted.len(), taken.refused.len()), (1, 0));
     let mesh = store.load();
     let rules = &mesh.policy(&name).unwrap().rules;
@@ -124,12 +129,34 @@ fn a_resource_that_cannot_be_read_is_refused_unless_that_is_to_be_lenient() {
 }
 
 #[test]
+fn of_a_push_that_cannot_be_decoded_nothing_is_in_force() {
+    let (mut feed, store) = settled();
+    let before = store.revision();
+    let good = encoded(&workload("db", 2));
+    let broken = push(ADDRESS, Vec::new(), &["web"]);
+    let broken = Push {
+        resources: vec![good.slice(..), good.slice(..good.len() - 1)],
+        ..broken
+    };
+    let error = feed.take(broken).unwrap_err();
+    assert!(matches!(error, ProtocolError::Resource(..)), "{error}");
+    assert_eq!(store.revision(), before);
+    assert!(store.load().workload_by_uid("web").is_some());
+    assert!(store.load().workload_by_uid("db").is_none());
+    feed.take(push(ADDRESS, vec![workload("db", 2)], &[]))
+        .unwrap();
+    assert_eq!(store.load().workloads().len(), 2);
+}
+
+#[test]
 fn nothing_is_in_force_before_every_type_was_answered() {
     let (mut feed, store) = feed();
-    let taken = feed.take(push(ADDRESS, vec![workload("web", 1)], &[]));
+    let taken = feed
+        .take(push(ADDRESS, vec![workload("web", 1)], &[]))
+        .unwrap();
     assert_eq!(taken.accepted.len(), 1);
     assert_eq!((store.revision(), feed.in_force()), (Revision(0), None));
-    feed.take(push(POLICY, vec![policy("deny")], &[]));
+    feed.take(push(POLICY, vec![policy("deny")], &[])).unwrap();
     let mesh = store.load();
     assert_eq!((mesh.workloads().len(), mesh.policies().len()), (1, 1));
     let web = mesh.workload_by_uid("web").unwrap();
@@ -145,7 +172,9 @@ fn the_good_of_a_push_is_in_force_and_the_bad_is_named_and_stays_as_it_was() {
         ..pod("web", 9)
     };
     let bad = named("web", Type::Workload(bad));
-    let taken = feed.take(push(ADDRESS, vec![bad, workload("db", 2)], &[]));
+    let taken = feed
+        .take(push(ADDRESS, vec![bad, workload("db", 2)], &[]))
+        .unwrap();
     let [refused] = taken.refused.as_slice() else {
         panic!("{taken:?}")
     };
@@ -202,7 +231,7 @@ fn what_is_no_resource_is_refused_for_what_it_is() {
         ),
     ];
     for (resource, words) in cases {
-        let taken = feed.take(push(ADDRESS, vec![resource], &[]));
+        let taken = feed.take(push(ADDRESS, vec![resource], &[])).unwrap();
         assert!(taken.accepted.is_empty());
         let [refused] = taken.refused.as_slice() else {
             panic!("{taken:?}")
@@ -214,13 +243,16 @@ fn what_is_no_resource_is_refused_for_what_it_is() {
 #[test]
 fn what_is_removed_goes_whether_it_is_a_workload_or_a_service() {
     let (mut feed, store) = settled();
-    feed.take(push(ADDRESS, vec![service("h", &[10, 96, 0, 1])], &[]));
+    feed.take(push(ADDRESS, vec![service("h", &[10, 96, 0, 1])], &[]))
+        .unwrap();
     assert_eq!(store.load().services().len(), 1);
-    feed.take(push(ADDRESS, vec![], &["ns/h", "web", "never-seen"]));
+    feed.take(push(ADDRESS, vec![], &["ns/h", "web", "never-seen"]))
+        .unwrap();
     let mesh = store.load();
     assert_eq!((mesh.services().len(), mesh.workloads().len()), (0, 0));
-    feed.take(push(POLICY, vec![policy("p")], &[]));
-    feed.take(push(POLICY, vec![], &["ns/p", "no name"]));
+    feed.take(push(POLICY, vec![policy("p")], &[])).unwrap();
+    feed.take(push(POLICY, vec![], &["ns/p", "no name"]))
+        .unwrap();
     assert_eq!(store.load().policies().len(), 0);
 }
 
@@ -230,10 +262,10 @@ fn an_address_goes_to_who_comes_with_it_in_whichever_order_the_end_of_the_old_is
         let (mut feed, store) = settled();
         let new = vec![workload("next", 1)];
         if together {
-            feed.take(push(ADDRESS, new, &["web"]));
+            feed.take(push(ADDRESS, new, &["web"])).unwrap();
         } else {
-            feed.take(push(ADDRESS, new, &[]));
-            feed.take(push(ADDRESS, vec![], &["web"]));
+            feed.take(push(ADDRESS, new, &[])).unwrap();
+            feed.take(push(ADDRESS, vec![], &["web"])).unwrap();
         }
         let mesh = store.load();
         let found = mesh.workload_by_ip("", [10, 0, 0, 1].into()).unwrap();
@@ -248,11 +280,13 @@ fn a_workload_without_addresses_is_known_by_its_name() {
         addresses: Vec::new(),
         ..pod("bare", 0)
     };
-    let taken = feed.take(push(
-        ADDRESS,
-        vec![named("bare", Type::Workload(bare))],
-        &[],
-    ));
+    let taken = feed
+        .take(push(
+            ADDRESS,
+            vec![named("bare", Type::Workload(bare))],
+            &[],
+        ))
+        .unwrap();
     assert!(taken.refused.is_empty());
     assert!(store.load().workload_by_uid("bare").is_some());
 }
@@ -288,13 +322,15 @@ fn annotations_are_in_force_at_once_and_for_what_comes_later() {
         ADDRESS,
         vec![workload("web", 7), workload("db", 2)],
         &[],
-    ));
+    ))
+    .unwrap();
     assert!(!direct(&store, "web") && direct(&store, "db"));
     feed.annotate(off("db"));
     assert!(direct(&store, "web") && !direct(&store, "db"));
     // A workload that leaves and comes back is the same again.
-    feed.take(push(ADDRESS, vec![], &["db"]));
-    feed.take(push(ADDRESS, vec![workload("db", 2)], &[]));
+    feed.take(push(ADDRESS, vec![], &["db"])).unwrap();
+    feed.take(push(ADDRESS, vec![workload("db", 2)], &[]))
+        .unwrap();
     assert!(!direct(&store, "db"));
 }
 
@@ -307,8 +343,9 @@ fn nothing_is_in_force_before_annotations_that_are_awaited() {
         if annotations_first {
             annotate(&mut feed);
         }
-        feed.take(push(POLICY, vec![], &[]));
-        feed.take(push(ADDRESS, vec![workload("web", 1)], &[]));
+        feed.take(push(POLICY, vec![], &[])).unwrap();
+        feed.take(push(ADDRESS, vec![workload("web", 1)], &[]))
+            .unwrap();
         if !annotations_first {
             assert_eq!((store.revision(), feed.in_force()), (Revision(0), None));
             annotate(&mut feed);

@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -14,7 +15,7 @@ use super::super::scalars::{Name, Pattern, Port, Principal, ServiceAccount, Targ
 use crate::mesh::{
     self, GatewayDestination, Health, HealthPolicy, IpFamilies, LoadBalancerMode, LocalityScope,
     MeshResources, NetworkCidr, PortMap, ServiceName, ServiceNameError, TunnelProtocol,
-    WorkloadSpec,
+    WeightedWaypoint, WorkloadSpec,
 };
 use crate::policy::{self, Authorization, PolicyName, PolicyNameError};
 
@@ -130,6 +131,15 @@ struct Gateway {
     hbone_mtls_port: Text<Port>,
 }
 
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct WeightedGateway {
+    destination: Text<GatewayDestination>,
+    #[serde(default = "hbone_port")]
+    hbone_mtls_port: Text<Port>,
+    weight: NonZeroU32,
+}
+
 fn hbone_port() -> Text<Port> {
     Text(Port(15008))
 }
@@ -151,6 +161,9 @@ struct ServiceKeys {
     #[serde(default)]
     subject_alt_names: Vec<String>,
     waypoint: Option<Gateway>,
+    /// In place of the one.
+    #[serde(default)]
+    weighted_waypoints: Vec<WeightedGateway>,
     load_balancer: Option<LoadBalancer>,
     #[serde(default)]
     ip_families: Families,
@@ -392,17 +405,38 @@ impl Gateway {
     }
 }
 
+impl WeightedGateway {
+    fn into_waypoint(self) -> WeightedWaypoint {
+        let gateway = Gateway {
+            destination: self.destination,
+            hbone_mtls_port: self.hbone_mtls_port,
+        };
+        WeightedWaypoint {
+            gateway: gateway.into_address(),
+            weight: self.weight,
+        }
+    }
+}
+
 impl TryFrom<ServiceKeys> for Service {
     type Error = ServiceNameError;
 
     fn try_from(keys: ServiceKeys) -> Result<Self, ServiceNameError> {
+        let only = keys.waypoint.map(Gateway::into_address);
+        let waypoints = match keys.weighted_waypoints {
+            none if none.is_empty() => only.map(WeightedWaypoint::from).into_iter().collect(),
+            weighted => weighted
+                .into_iter()
+                .map(WeightedGateway::into_waypoint)
+                .collect(),
+        };
         Ok(Self(mesh::Service {
             id: ServiceName::new(&keys.namespace.0.0, &keys.hostname.0.0)?,
             name: keys.name.0.0.into(),
             vips: unwrapped(keys.vips),
             ports: port_map(keys.ports),
             subject_alt_names: keys.subject_alt_names.into_iter().map(Into::into).collect(),
-            waypoint: keys.waypoint.map(Gateway::into_address),
+            waypoints,
             load_balancer: keys
                 .load_balancer
                 .map(LoadBalancer::into_rules)

@@ -69,7 +69,10 @@ services:
     vips: [net1/10.96.0.1, "net1/10.97.0.0/16", "/fd00::96"]
     ports: {80: 8080, 443: 0}
     subjectAltNames: ["spiffe://td.example/ns/web/sa/front"]
-    waypoint: {destination: "/10.0.0.9"}
+    waypoint: {destination: "/10.0.0.8"}
+    weightedWaypoints:
+      - {destination: "/10.0.0.9", weight: 1}
+      - {destination: web/canary.example, hboneMtlsPort: 15018, weight: 3}
     loadBalancer:
       routingPreferences: [NETWORK, REGION, ZONE, SUBZONE, NODE, CLUSTER]
       mode: Failover
@@ -157,6 +160,14 @@ fn every_documented_key_is_read() {
     assert_eq!(*workload, expected);
 
     let service = &resources.services[0];
+    let weighted = |name, port, weight: u32| WeightedWaypoint {
+        gateway: gateway(name, port).unwrap(),
+        weight: weight.try_into().unwrap(),
+    };
+    let waypoints = vec![
+        weighted("/10.0.0.9", 15008, 1),
+        weighted("web/canary.example", 15018, 3),
+    ];
     let expected = Service {
         id: "web/front.example".parse().unwrap(),
         name: "front".into(),
@@ -165,7 +176,7 @@ fn every_documented_key_is_read() {
             .to_vec(),
         ports: ports(&[(80, 8080), (443, 0)]),
         subject_alt_names: vec!["spiffe://td.example/ns/web/sa/front".into()],
-        waypoint: gateway("/10.0.0.9", 15008),
+        waypoints,
         load_balancer: LoadBalancer {
             routing_preferences: vec![
                 LocalityScope::Network,

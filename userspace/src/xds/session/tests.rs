@@ -23,7 +23,7 @@ fn taken(nonce: &str, accepted: &[(&str, &str)], removed: &[&str]) -> Taken {
         removed: removed.iter().map(|name| (*name).to_owned()).collect(),
         accepted: accepted
             .iter()
-            .map(|(name, version)| ((*name).into(), (*version).to_owned()))
+            .map(|(name, version)| ((*name).into(), (*version).into()))
             .collect(),
         refused: Vec::new(),
     }

@@ -188,7 +188,7 @@ fn service(id: &str, vip: &str) -> Service {
         vips: vec![vip.parse().unwrap()],
         ports: [(80, 8080)].into_iter().collect(),
         subject_alt_names: vec![],
-        waypoint: None,
+        waypoints: Vec::new(),
         load_balancer: LoadBalancer::default(),
         ip_families: IpFamilies::default(),
         canonical: false,
