@@ -34,6 +34,10 @@ pub fn workload(spec: &Workload) -> wire::Address {
         Health::Healthy => wire::WorkloadStatus::Healthy,
         Health::Unhealthy => wire::WorkloadStatus::Unhealthy,
     };
+    let network_mode = match spec.host_network {
+        false => wire::NetworkMode::Standard,
+        true => wire::NetworkMode::HostNetwork,
+    };
     let workload = wire::Workload {
         uid: spec.uid.to_string(),
         name: spec.name.to_string(),
@@ -62,7 +66,7 @@ pub fn workload(spec: &Workload) -> wire::Address {
         status: status.into(),
         cluster_id: spec.cluster_id.to_string(),
         locality: locality(&spec.locality),
-        network_mode: wire::NetworkMode::Standard.into(),
+        network_mode: network_mode.into(),
         capacity: spec.capacity,
     };
     wire::Address {

@@ -14,6 +14,7 @@ workloads:
     trustDomain: mesh.local
     workloadIps: [10.1.2.3, "fd00::1"]
     network: net1
+    networkMode: HostNetwork
     protocol: HBONE
     node: n1
     hostname: web.example
@@ -121,6 +122,7 @@ fn a_workload_keeps_every_field() {
             zone: "z".into(),
             subzone: "s".into(),
         }),
+        network_mode: wire::NetworkMode::HostNetwork.into(),
         capacity: Some(7),
         ..wire::Workload::default()
     };
