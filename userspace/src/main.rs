@@ -55,7 +55,7 @@ fn run_node(args: &NodeArgs, environment: &Environment) -> ExitCode {
         .enable_all()
         .build();
     let outcome = match runtime {
-        Ok(runtime) => runtime.block_on(node::run(config, cgroup_mount, log.access_log())),
+        Ok(runtime) => runtime.block_on(node::run(config, cgroup_mount, &log)),
         Err(error) => return fail(&error, EXIT_FAILED),
     };
     drop(log);

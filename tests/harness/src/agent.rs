@@ -220,6 +220,11 @@ impl Agent {
         Ok(sum_samples(&self.metrics()?, name, labels))
     }
 
+    /// Changes what is logged, through the admin port's `/logging`.
+    pub fn set_logging(&self, query: &str) -> Result<Response> {
+        self.request("POST", ADMIN_PORT, &format!("/logging?{query}"))
+    }
+
     /// The text of the admin port's `/config_dump`.
     pub fn config_dump(&self) -> Result<Response> {
         self.get(ADMIN_PORT, "/config_dump")

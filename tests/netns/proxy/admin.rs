@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::Result;
-use culvert_harness::{Agent, culvert_binary};
+use culvert_harness::{Agent, culvert_binary, wait_until};
 use culvert_tests::scene::{SOON, Scene, answered, echo, serve, status};
 use serde_json::Value;
 
@@ -71,6 +71,39 @@ fn only_root_is_answered() -> Result<()> {
 fn twin_anybody_is_answered_when_credentials_are_not_checked() -> Result<()> {
     assert!(nobody_is_answered("skip-peer-credentials")?);
     Ok(())
+}
+
+#[test]
+fn what_is_logged_is_changed_while_the_agent_runs() -> Result<()> {
+    let scene = Scene::new()?;
+    let _server = serve(&scene.server_b, "echo")?;
+    let agent = &scene.agent1;
+    let logs = |begins: &str| -> Result<()> {
+        let mark = agent.log().mark();
+        assert!(answered(&echo(&scene.client, &scene.server_b)?));
+        agent.wait_for_access(mark, &[("direction", "outbound")], SOON)?;
+        let levels = agent.set_logging("")?;
+        assert!(levels.body.starts_with(begins), "{levels:?}");
+        Ok(())
+    };
+    logs("current log level is info")?;
+    assert_eq!(agent.set_logging("level=loud")?.status, 400);
+    logs("current log level is info")?;
+    assert_eq!(agent.set_logging("level=access:off,debug")?.status, 200);
+    let before = agent.access_log().len();
+    let mark = agent.log().mark();
+    let closed = || agent.metric("istio_tcp_connections_closed_total", &[]);
+    let closed_before = closed()?;
+    assert!(answered(&echo(&scene.client, &scene.server_b)?));
+    // Its line would be written now.
+    wait_until(SOON, "the connection to be counted", || {
+        Ok((closed()? > closed_before).then_some(()))
+    })?;
+    assert_eq!(agent.set_logging("reset")?.status, 200);
+    assert!(answered(&echo(&scene.client, &scene.server_b)?));
+    agent.wait_for_access(mark, &[("direction", "outbound")], SOON)?;
+    assert_eq!(agent.access_log().len(), before + 1);
+    logs("current log level is info")
 }
 
 fn say(agent: &Agent, line: &[u8]) -> Result<String> {

@@ -108,6 +108,8 @@ fn without_its_control_plane_an_agent_goes_on_and_says_so() -> Result<()> {
     }
     scene.control_plane()?.stop(Signal::SIGKILL)?;
     wait_for_status(&scene.agent1, "lost for")?;
+    let connected = |agent: &Agent| agent.metric("culvert_control_plane_connected", &[]);
+    assert_eq!(connected(&scene.agent1)?, 0.0);
     let warnings = status(&scene.agent1)?["warnings"].to_string();
     assert!(
         warnings.contains("the control plane has been gone for"),
@@ -121,6 +123,7 @@ fn without_its_control_plane_an_agent_goes_on_and_says_so() -> Result<()> {
     scene.mesh.write(&scene.mesh_file())?;
     scene.control_plane()?.restart()?;
     wait_for_status(&scene.agent1, "connected")?;
+    assert_eq!(connected(&scene.agent1)?, 1.0);
     wait_until(
         SOON,
         "the change to reach the other pod of the node",

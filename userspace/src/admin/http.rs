@@ -1,5 +1,5 @@
 //! The agent's HTTP endpoints: 15020 `/metrics` and `/stats/prometheus`, 15021 `/healthz/ready`, and on the loopback
-//! 15000 `/config_dump` and `/quitquitquit`. Each server has its own bound on connections, so that scrapers cannot keep
+//! 15000 `/config_dump`, `/logging` and `/quitquitquit`. Each server has its own bound on connections, so that scrapers cannot keep
 //! a probe out; a connection has a deadline for its headers and for its whole life; request bodies are never read.
 
 use std::convert::Infallible;
@@ -12,11 +12,14 @@ use http_body_util::Full;
 use hyper::body::{Body, Bytes, Incoming};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use percent_encoding::percent_decode_str;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+
+use crate::telemetry::LevelError;
 
 /// What the endpoints show and do.
 pub trait HttpState: Send + Sync + 'static {
@@ -26,6 +29,13 @@ pub trait HttpState: Send + Sync + 'static {
     fn pending(&self) -> Vec<String>;
     /// Configuration and state, without secrets.
     fn config_dump(&self) -> serde_json::Value;
+    /// What is logged.
+    fn log_levels(&self) -> String;
+    /// Adds levels to what is logged or, with `reset`, to what the configuration says; returns what is logged then.
+    ///
+    /// # Errors
+    /// They are none.
+    fn change_log_levels(&self, levels: &str, reset: bool) -> Result<String, LevelError>;
     /// Begins the shutdown, as SIGTERM does.
     fn quit(&self);
 }
@@ -221,6 +231,7 @@ async fn connection<S: HttpState>(
             endpoint,
             request.method(),
             request.uri().path(),
+            request.uri().query().unwrap_or_default(),
             state.as_ref(),
         );
         if !request.body().is_end_stream() {
@@ -242,6 +253,7 @@ fn answer<S: HttpState>(
     endpoint: Endpoint,
     method: &Method,
     path: &str,
+    query: &str,
     state: &S,
 ) -> Response<Full<Bytes>> {
     const TEXT: &str = "text/plain; charset=utf-8";
@@ -270,15 +282,45 @@ fn answer<S: HttpState>(
             state.quit();
             response(StatusCode::OK, TEXT, "shutting down\n".to_owned())
         }
-        (Endpoint::Admin, "/quitquitquit") => refused(StatusCode::METHOD_NOT_ALLOWED, "use POST"),
+        (Endpoint::Admin, "/logging") if method == Method::POST => match logging(query, state) {
+            Ok(levels) => response(
+                StatusCode::OK,
+                TEXT,
+                format!("current log level is {levels}\n"),
+            ),
+            Err(reason) => refused(StatusCode::BAD_REQUEST, &reason),
+        },
+        (Endpoint::Admin, "/logging" | "/quitquitquit") => {
+            refused(StatusCode::METHOD_NOT_ALLOWED, "use POST")
+        }
         _ if !reads => refused(StatusCode::METHOD_NOT_ALLOWED, "use GET"),
         (Endpoint::Stats, _) => refused(StatusCode::NOT_FOUND, "try /metrics"),
         (Endpoint::Readiness, _) => refused(StatusCode::NOT_FOUND, "try /healthz/ready"),
         (Endpoint::Admin, _) => refused(
             StatusCode::NOT_FOUND,
-            "try /config_dump, or POST /quitquitquit",
+            "try /config_dump, or POST /logging?level=info or /quitquitquit",
         ),
     }
+}
+
+/// `level=` with levels, and `reset`, in any order; neither of them only asks. What they are in return, or what is wrong.
+fn logging<S: HttpState>(query: &str, state: &S) -> Result<String, String> {
+    let (mut levels, mut reset) = (None, false);
+    for part in query.split('&').filter(|part| !part.is_empty()) {
+        match part.split_once('=') {
+            Some(("level", value)) => {
+                let value = percent_decode_str(value).decode_utf8();
+                levels = Some(value.map_err(|_| "level is not UTF-8".to_owned())?);
+            }
+            None | Some((_, "")) if part.trim_end_matches('=') == "reset" => reset = true,
+            _ => return Err("expected level=… and reset".to_owned()),
+        }
+    }
+    if levels.is_none() && !reset {
+        return Ok(state.log_levels());
+    }
+    let changed = state.change_log_levels(&levels.unwrap_or_default(), reset);
+    changed.map_err(|error| error.to_string())
 }
 
 fn refused(status: StatusCode, hint: &str) -> Response<Full<Bytes>> {

@@ -67,11 +67,13 @@ pub enum ConfigError {
         /// What would be valid.
         expected: String,
     },
-    /// A variable of a family, such as `XDS_HEADER_*`, with bytes that are not Unicode.
-    #[error("environment variable {name} is not Unicode text; mend or unset it")]
+    /// A variable of a family, such as `XDS_HEADER_*`.
+    #[error("environment variable {name} is not {expected}; mend or unset it")]
     Prefixed {
         /// The variable.
         name: String,
+        /// What would be valid.
+        expected: &'static str,
     },
     /// Two settings of which there can be one.
     #[error("{one} and {other} are both set; unset {variable} or {other_variable}")]

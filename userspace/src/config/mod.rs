@@ -291,9 +291,15 @@ impl Config {
         let ca_root_ca = layers.or(&settings::CA_ROOT_CA, RootSource::parse, roots());
         let alt_ca_hostname = layers.take(&settings::ALT_CA_HOSTNAME, values::host);
         let crl_path = layers.take(&settings::CRL_PATH, values::path);
-        let mut with = |prefix| layers.beginning_with(environment, prefix);
-        let (xds_headers, ca_headers) = (with("XDS_HEADER_").into(), with("CA_HEADER_").into());
-        let node_metadata = with("ISTIO_META_").into_iter().collect();
+        let mut headers = |prefix| {
+            let expected = "a header of HTTP, named by what follows the prefix, of printable ASCII";
+            layers.beginning_with(environment, prefix, expected, Headers::can_be)
+        };
+        let (xds_headers, ca_headers) =
+            (headers("XDS_HEADER_").into(), headers("CA_HEADER_").into());
+        let node_metadata =
+            layers.beginning_with(environment, "ISTIO_META_", "Unicode text", |_, _| true);
+        let node_metadata = node_metadata.into_iter().collect();
         let secret_ttl = layers.or(
             &settings::SECRET_TTL,
             |text| values::duration_within(text, 10, 365 * DAY),

@@ -151,11 +151,13 @@ impl Resolver {
         });
     }
 
-    /// The variables that begin so, without that beginning.
+    /// The variables that begin so, without that beginning. `accepts` looks at the rest of the name and the value.
     pub fn beginning_with(
         &mut self,
         environment: &Environment,
         prefix: &'static str,
+        expected: &'static str,
+        accepts: impl Fn(&str, &str) -> bool,
     ) -> Vec<(String, String)> {
         let mut found = Vec::new();
         for name in environment.variables.keys() {
@@ -164,10 +166,14 @@ impl Resolver {
             };
             match environment.variable(name) {
                 Variable::Unset => {}
-                Variable::Text(text) => found.push((rest.to_owned(), text)),
-                Variable::NotUnicode => self
-                    .errors
-                    .push(ConfigError::Prefixed { name: quoted(name) }),
+                Variable::Text(text) if accepts(rest, &text) => found.push((rest.to_owned(), text)),
+                // The value may be a secret.
+                Variable::Text(_) | Variable::NotUnicode => {
+                    self.errors.push(ConfigError::Prefixed {
+                        name: quoted(name),
+                        expected,
+                    });
+                }
             }
         }
         found

@@ -562,6 +562,19 @@ fn wrong_values_of_ztunnels_variables_are_named() {
         ("INSTANCE_IP", "node"),
         ("SECRET_TTL", "-1"),
         ("INPOD_UDS", "relative.sock"),
+        ("XDS_HEADER_NOT A NAME", "value"),
+        ("XDS_HEADER_X-KEY", "no\nvalue"),
+        ("CA_HEADER_X-KEY", "\u{7f}"),
+        ("XDS_ROOT_CA", "-----BEGIN CERTIFICATE-----\nnone"),
+        (
+            "CA_ROOT_CA",
+            "-----BEGIN PRIVATE KEY-----\n-----END PRIVATE KEY-----",
+        ),
+        ("CRL_PATH", "relative.pem"),
+        ("POOL_MAX_STREAMS_PER_CONNECTION", "0"),
+        ("TERMINATION_GRACE_PERIOD_SECONDS", "soon"),
+        ("IPV6_ENABLED", "6"),
+        ("ENABLE_ORIG_SRC", "perhaps"),
     ] {
         let errors = errors(&Flags::default(), &environment(&[(name, value)]));
         assert!(

@@ -102,6 +102,11 @@ pub trait TokenSource: Send + Sync {
 pub struct Headers(Vec<(String, String)>);
 
 impl Headers {
+    /// Whether a header of this name and value can be sent.
+    pub fn can_be(name: &str, value: &str) -> bool {
+        header(name, value).is_some()
+    }
+
     /// Names and values.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         self.0.iter().map(|(name, value)| (&**name, &**value))
@@ -220,9 +225,7 @@ impl ControlChannel {
     pub async fn metadata(&self) -> Result<MetadataMap, ChannelError> {
         let mut metadata = MetadataMap::new();
         let mut add = |name: &str, value: &str, sensitive: bool| {
-            let key = MetadataKey::<Ascii>::from_bytes(name.to_ascii_lowercase().as_bytes());
-            let value = MetadataValue::try_from(value);
-            let (Ok(key), Ok(mut value)) = (key, value) else {
+            let Some((key, mut value)) = header(name, value) else {
                 return Err(ChannelError::Header(name.to_owned()));
             };
             value.set_sensitive(sensitive);
@@ -260,6 +263,11 @@ impl ControlChannel {
         let name = self.server_name.as_ref().unwrap_or(&self.address.host);
         ServerName::try_from(name.clone()).map_err(|_| ChannelError::ServerName(name.clone()))
     }
+}
+
+fn header(name: &str, value: &str) -> Option<(MetadataKey<Ascii>, MetadataValue<Ascii>)> {
+    let key = MetadataKey::from_bytes(name.to_ascii_lowercase().as_bytes());
+    key.ok().zip(MetadataValue::try_from(value).ok())
 }
 
 /// An error with what caused it: tonic's own say little.

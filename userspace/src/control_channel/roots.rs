@@ -57,14 +57,16 @@ impl RootSource {
         match text.trim() {
             "" => None,
             "SYSTEM" => Some(Self::System),
-            pem if pem.starts_with("-----BEGIN") => Some(Self::Pem(pem.to_owned())),
+            pem if pem.starts_with("-----BEGIN") => {
+                let source = Self::Pem(pem.to_owned());
+                source.store().is_ok().then_some(source)
+            }
             path if path.chars().any(char::is_control) => None,
             path => Some(Self::File(PathBuf::from(path))),
         }
     }
 
-    /// What a client authenticates its server by, HTTP/2 only. Blocks.
-    pub(super) fn client_config(&self) -> Result<Arc<ClientConfig>, RootError> {
+    fn store(&self) -> Result<RootCertStore, RootError> {
         let mut store = RootCertStore::empty();
         for root in self.certificates()? {
             store.add(root).map_err(|error| self.content(error))?;
@@ -72,6 +74,12 @@ impl RootSource {
         if store.is_empty() {
             return Err(self.content("there is no certificate"));
         }
+        Ok(store)
+    }
+
+    /// What a client authenticates its server by, HTTP/2 only. Blocks.
+    pub(super) fn client_config(&self) -> Result<Arc<ClientConfig>, RootError> {
+        let store = self.store()?;
         let mut config = ClientConfig::builder_with_provider(Arc::clone(&PROVIDER))
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(|error| RootError::Internal(error.to_string()))?

@@ -29,10 +29,12 @@ fn addresses_are_https_with_a_port() {
 #[test]
 fn roots_are_a_path_or_system_or_pem() {
     assert_eq!(RootSource::parse("SYSTEM"), Some(RootSource::System));
+    let ca = rcgen::generate_simple_self_signed([]).unwrap();
     assert!(matches!(
-        RootSource::parse("-----BEGIN CERTIFICATE-----\n"),
+        RootSource::parse(&ca.cert.pem()),
         Some(RootSource::Pem(_))
     ));
+    assert_eq!(RootSource::parse("-----BEGIN CERTIFICATE-----\n"), None);
     assert_eq!(
         RootSource::parse("./root.pem"),
         Some(RootSource::File("./root.pem".into()))
@@ -94,11 +96,17 @@ async fn what_is_missing_is_named() {
         error.contains("/nowhere/root.pem") && error.contains("XDS_ROOT_CA"),
         "{error}"
     );
+    let file = tempfile::NamedTempFile::new().unwrap();
     let pem = "-----BEGIN CERTIFICATE-----\nnothing\n-----END CERTIFICATE-----";
-    let error = channel(Ok(None), pem)
+    std::fs::write(file.path(), pem).unwrap();
+    let path = file.path().to_str().unwrap();
+    let error = channel(Ok(None), path)
         .connect()
         .await
         .unwrap_err()
         .to_string();
-    assert!(error.contains("the given PEM"), "{error}");
+    assert!(
+        error.contains(path) && error.contains("holds no roots"),
+        "{error}"
+    );
 }

@@ -210,16 +210,19 @@ impl Certificates {
 
     fn begin_due(&self, requests: &mut JoinSet<Fetched>, now: Now) {
         let mut slots = self.slots();
-        for (identity, slot) in slots.iter_mut() {
-            if requests.len() >= self.inner.settings.concurrent_requests {
-                break;
-            }
-            if slot.renewal.begin(now) {
-                let (inner, identity) = (Arc::clone(&self.inner), identity.clone());
-                requests.spawn(async move {
-                    let result = inner.fetch(&identity, now.wall).await;
-                    (identity, result)
-                });
+        // Who has none to present first, and always with some places for them: renewals have half of a certificate's life.
+        for (is_new, most) in self.inner.settings.places() {
+            for (identity, slot) in slots.iter_mut() {
+                if requests.len() >= most {
+                    break;
+                }
+                if slot.renewal.usable(now.wall).is_none() == is_new && slot.renewal.begin(now) {
+                    let (inner, identity) = (Arc::clone(&self.inner), identity.clone());
+                    requests.spawn(async move {
+                        let result = inner.fetch(&identity, now.wall).await;
+                        (identity, result)
+                    });
+                }
             }
         }
     }

@@ -37,6 +37,19 @@ pub struct RenewalSettings {
     pub request_deadline: Duration,
     /// Requests under way at once.
     pub concurrent_requests: usize,
+    /// Of those, how many are kept for identities that have no certificate to present.
+    pub kept_for_new: usize,
+}
+
+impl RenewalSettings {
+    /// For those without a certificate to present and for the others, in the order of their turns: up to how many requests under way another one begins.
+    pub(super) fn places(&self) -> [(bool, usize); 2] {
+        let all = self.concurrent_requests;
+        [
+            (true, all),
+            (false, all.saturating_sub(self.kept_for_new).max(1)),
+        ]
+    }
 }
 
 impl Default for RenewalSettings {
@@ -47,6 +60,7 @@ impl Default for RenewalSettings {
             backoff_most: Duration::from_secs(60),
             request_deadline: Duration::from_secs(20),
             concurrent_requests: 16,
+            kept_for_new: 4,
         }
     }
 }

@@ -22,7 +22,7 @@ use crate::{
     identity::Certificates,
     kernel::{KernelError, ShortCircuit, Tables},
     mesh::Store,
-    telemetry::{Follower, Telemetry},
+    telemetry::{Follower, LevelError, LogLevels, Telemetry},
 };
 
 /// What a [`Handler`] shows.
@@ -33,6 +33,7 @@ pub struct HandlerParts {
     pub store: Arc<Store>,
     pub certificates: Certificates,
     pub telemetry: Arc<Telemetry>,
+    pub log_levels: LogLevels,
     pub readiness: Arc<Readiness>,
     pub crl: Crl,
     pub tables: Arc<Tables>,
@@ -198,6 +199,16 @@ impl HttpState for Handler {
 
     fn config_dump(&self) -> serde_json::Value {
         serde_json::json!({ "config": self.parts.config, "pods": self.list(), "certificates": self.held() })
+    }
+
+    fn log_levels(&self) -> String {
+        self.parts.log_levels.current()
+    }
+
+    fn change_log_levels(&self, levels: &str, reset: bool) -> Result<String, LevelError> {
+        let now = self.parts.log_levels.change(levels, reset)?;
+        tracing::info!(levels = %now, "what is logged was changed through /logging");
+        Ok(now)
     }
 
     fn quit(&self) {

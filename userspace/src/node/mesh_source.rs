@@ -18,7 +18,7 @@ use crate::{
     config::{Config, Leniency, settings, show_duration},
     control_channel::ControlChannel,
     mesh::{MeshDefaults, Store},
-    telemetry::Telemetry,
+    telemetry::{MeshFreshness, Telemetry},
     watched_file::FileStatus,
     wire::envoy::config::core::v3::Node,
     xds::{
@@ -224,9 +224,27 @@ impl MeshSource {
         }
     }
 
+    fn freshness(&self) -> MeshFreshness {
+        match self {
+            Self::File(status) => MeshFreshness {
+                connected: None,
+                changed_at: status.borrow().loaded_at,
+            },
+            Self::ControlPlane(status, _) => {
+                let status = status.borrow();
+                MeshFreshness {
+                    connected: Some(status.lost_at.is_none()),
+                    changed_at: status.in_force.map(|(_, at)| at),
+                }
+            }
+        }
+    }
+
     /// Counts what comes and what is refused, until `control`.
     pub async fn count(self, telemetry: Arc<Telemetry>, control: CancellationToken) {
         let metrics = &telemetry.metrics;
+        let source = self.clone();
+        metrics.set_freshness_source(move || source.freshness());
         match self {
             Self::File(status) => count_file(status, &telemetry, &control).await,
             Self::ControlPlane(mut status, annotations) => {

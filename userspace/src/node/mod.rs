@@ -36,7 +36,7 @@ use crate::{
     mesh::{MeshDefaults, Revision, ShortCircuitMode, Store},
     policy::{DenyReason, PolicyName, Strictness},
     proxy::{Authority, Context, LaterPolicies, OpenConnections, Workers, hbone, tls},
-    telemetry::{AccessLog, Telemetry},
+    telemetry::{Telemetry, logging::LogGuard},
 };
 
 use crl::Crl;
@@ -63,14 +63,10 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 /// tells of its pods is kubelet's, which would start it anew, and it would take over from its successor, and so on: it stays, and
 /// does nothing, until the signal.
 ///
-/// `access_log` is where connections are logged.
-pub async fn run(
-    config: Config,
-    cgroup_mount: PathBuf,
-    access_log: AccessLog,
-) -> Result<(), NodeError> {
+/// `log` is where connections are logged.
+pub async fn run(config: Config, cgroup_mount: PathBuf, log: &LogGuard) -> Result<(), NodeError> {
     let is_kubelet_s = config.inpod_uds.is_some();
-    let end = serve(config, cgroup_mount, access_log).await?;
+    let end = serve(config, cgroup_mount, log).await?;
     if let End::TakenOver(mut signals) = end
         && is_kubelet_s
     {
@@ -90,11 +86,7 @@ enum End {
     TakenOver(Signals),
 }
 
-async fn serve(
-    config: Config,
-    cgroup_mount: PathBuf,
-    access_log: AccessLog,
-) -> Result<End, NodeError> {
+async fn serve(config: Config, cgroup_mount: PathBuf, log: &LogGuard) -> Result<End, NodeError> {
     let started = Instant::now();
     limits::raise_open_files();
     sys::keep_no_large_blocks();
@@ -130,7 +122,7 @@ async fn serve(
     // Before the kernel part: another agent's pods must not be taken over by one that cannot be reached.
     let admin = AdminSocket::bind(&config.admin_socket, knobs.admin)?;
 
-    let telemetry = Arc::new(Telemetry::logging_to(access_log));
+    let telemetry = Arc::new(Telemetry::logging_to(log.access_log()));
     // Before anybody is believed.
     let crl = Crl::start(&config, &control, &mut tasks)?;
     crl.count(&telemetry.metrics);
@@ -328,6 +320,7 @@ async fn serve(
         store,
         certificates,
         telemetry,
+        log_levels: log.levels(),
         readiness,
         crl,
         tables: Arc::clone(&tables),

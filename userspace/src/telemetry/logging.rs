@@ -9,10 +9,11 @@ use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::{EnvFilter, Layer};
+use tracing_subscriber::{EnvFilter, Layer, reload};
 
 use super::access_log::AccessLog;
 use super::line::{Line, Value};
+use super::log_levels::LogLevels;
 use super::writer::{LineSink, LogWriter};
 use crate::config::{LogFilter, LogFormat};
 
@@ -40,9 +41,15 @@ pub enum LoggingError {
 pub struct LogGuard {
     writer: LogWriter,
     format: LogFormat,
+    levels: LogLevels,
 }
 
 impl LogGuard {
+    /// What is logged, to be changed.
+    pub fn levels(&self) -> LogLevels {
+        self.levels.clone()
+    }
+
     /// Where connections are logged.
     pub fn access_log(&self) -> AccessLog {
         AccessLog::new(self.writer.clone(), self.format)
@@ -61,10 +68,13 @@ impl Drop for LogGuard {
 /// See [`LoggingError`].
 pub fn start(filter: &LogFilter, format: LogFormat) -> Result<LogGuard, LoggingError> {
     let writer = LogWriter::start(std::io::stdout()).map_err(LoggingError::Thread)?;
-    subscriber(filter, format, writer.clone())?
-        .try_init()
-        .map_err(|_| LoggingError::Twice)?;
-    Ok(LogGuard { writer, format })
+    let (subscriber, levels) = subscriber(filter, format, writer.clone())?;
+    subscriber.try_init().map_err(|_| LoggingError::Twice)?;
+    Ok(LogGuard {
+        writer,
+        format,
+        levels,
+    })
 }
 
 /// The same to any sink.
@@ -72,14 +82,16 @@ pub(super) fn subscriber(
     filter: &LogFilter,
     format: LogFormat,
     sink: impl LineSink,
-) -> Result<impl Subscriber + Send + Sync + 'static, LoggingError> {
+) -> Result<(impl Subscriber + Send + Sync + 'static, LogLevels), LoggingError> {
     let invalid = |_| LoggingError::Filter(filter.as_str().to_owned());
-    let filter = EnvFilter::builder()
+    let directives = EnvFilter::builder()
         .parse(filter.as_str())
         .map_err(invalid)?;
-    Ok(tracing_subscriber::registry()
-        .with(filter)
-        .with(Lines { format, sink }))
+    let (directives, handle) = reload::Layer::new(directives);
+    let subscriber = tracing_subscriber::registry()
+        .with(directives)
+        .with(Lines { format, sink });
+    Ok((subscriber, LogLevels::new(handle, filter.clone())))
 }
 
 /// Turns events into lines.
@@ -172,7 +184,7 @@ mod tests {
     fn logged(filter: &str, format: LogFormat, log: impl FnOnce()) -> Vec<String> {
         let kept = Kept::default();
         let filter = LogFilter::parse(filter).unwrap();
-        let subscriber = subscriber(&filter, format, kept.clone()).unwrap();
+        let (subscriber, _) = subscriber(&filter, format, kept.clone()).unwrap();
         tracing::subscriber::with_default(subscriber, log);
         let lines = kept.0.lock().unwrap();
         lines.clone()

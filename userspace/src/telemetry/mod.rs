@@ -6,6 +6,7 @@ pub mod access_log;
 pub mod flows;
 mod hub;
 mod line;
+pub mod log_levels;
 pub mod logging;
 pub mod metrics;
 mod party;
@@ -16,8 +17,10 @@ pub use access_log::AccessLog;
 pub use flows::{Feed, FlowEvent, Follower, Next};
 pub use hub::Telemetry;
 pub(crate) use hub::milliseconds;
+pub use log_levels::{LevelError, LogLevels};
 pub use metrics::{
-    KernelCounters, Metrics, OpenFlow, PairSeries, RevocationCounters, ShortCircuited,
+    KernelCounters, MeshFreshness, Metrics, OpenFlow, PairSeries, RevocationCounters,
+    ShortCircuited,
 };
 pub use record::{
     Direction, FlowEnd, FlowPath, FlowRecord, Party, Reporter, ResponseFlags, Security, ServiceName,

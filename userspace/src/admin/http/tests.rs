@@ -26,6 +26,15 @@ impl HttpState for Node {
     fn config_dump(&self) -> serde_json::Value {
         serde_json::json!({"config": {"nodeName": "n"}, "pods": []})
     }
+    fn log_levels(&self) -> String {
+        "info".to_owned()
+    }
+    fn change_log_levels(&self, levels: &str, reset: bool) -> Result<String, LevelError> {
+        match levels {
+            "loud" => Err(LevelError::Directive(levels.to_owned())),
+            _ => Ok(format!("{levels} {reset}")),
+        }
+    }
     fn quit(&self) {
         self.quit.store(true, Ordering::Relaxed);
     }
@@ -44,6 +53,35 @@ fn serve(limits: Limits) -> (Addresses, Arc<Node>, CancellationToken) {
     let shutdown = CancellationToken::new();
     tokio::spawn(servers.serve(node.clone(), shutdown.clone()));
     (addresses, node, shutdown)
+}
+
+#[tokio::test]
+async fn what_is_logged_is_asked_for_and_changed() {
+    let (at, ..) = serve(Limits::default());
+    for (query, said) in [
+        ("", "200 info"),
+        ("?level=debug", "200 debug false"),
+        (
+            "?level=a%3A%3Ab:trace,warn&reset",
+            "200 a::b:trace,warn true",
+        ),
+        ("?reset=", "200  true"),
+        ("?level=loud", "400"),
+        ("?level=%ff", "400"),
+        ("?loud", "400"),
+    ] {
+        let answer = ask(at.admin, "POST", &format!("/logging{query}")).await;
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        let (status, text) = said.split_once(' ').unwrap_or((said, ""));
+        assert!(head.starts_with(&format!("HTTP/1.1 {status}")), "{answer}");
+        if status == "200" {
+            assert_eq!(body, format!("current log level is {text}\n"));
+        }
+    }
+    let answer = ask(at.admin, "GET", "/logging").await;
+    assert!(answer.starts_with("HTTP/1.1 405"), "{answer}");
+    let answer = ask(at.stats, "POST", "/logging?level=debug").await;
+    assert!(answer.starts_with("HTTP/1.1 405"), "{answer}");
 }
 
 /// Sends bytes and returns all that comes until the server closes.

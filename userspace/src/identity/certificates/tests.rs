@@ -38,7 +38,11 @@ struct Running {
 
 impl Running {
     fn start(issuer: Arc<dyn Issuer>) -> Self {
-        let store = Certificates::new(issuer, quick(), Revocations::default());
+        Self::with(issuer, quick())
+    }
+
+    fn with(issuer: Arc<dyn Issuer>, settings: RenewalSettings) -> Self {
+        let store = Certificates::new(issuer, settings, Revocations::default());
         let shutdown = CancellationToken::new();
         let task = tokio::spawn({
             let (store, shutdown) = (store.clone(), shutdown.clone());
@@ -222,6 +226,80 @@ async fn an_issuer_that_hangs_runs_into_the_deadline_and_does_not_hold_up_shutdo
     let error = running.store.ready(&who).await.unwrap_err();
     assert!(error.to_string().contains("did not answer"), "{error}");
     running.stop().await;
+}
+
+/// Issues for each identity once, certificates that are due at once; after that it says nothing.
+struct Once {
+    ca: Arc<DevCa>,
+    asked: Mutex<Vec<Identity>>,
+}
+
+impl Issuer for Once {
+    fn issue<'a>(&'a self, identity: &'a Identity, now: SystemTime) -> Issuing<'a> {
+        Box::pin(async move {
+            let again = {
+                let mut asked = self.asked.lock().unwrap();
+                let again = asked.contains(identity);
+                asked.push(identity.clone());
+                again
+            };
+            if again {
+                std::future::pending::<()>().await;
+            }
+            // Back-dating puts it past half of its life.
+            Ok(self.ca.issue(identity, Duration::from_secs(30), now)?)
+        })
+    }
+
+    fn roots(&self) -> Roots {
+        self.ca.roots().clone()
+    }
+}
+
+/// Whether a new pod has its certificate while more renewals hang than there are places.
+async fn is_served_beside_renewals(kept_for_new: usize) -> bool {
+    let (_directory, ca) = ca();
+    let issuer = Arc::new(Once {
+        ca,
+        asked: Mutex::default(),
+    });
+    let settings = RenewalSettings {
+        request_deadline: Duration::from_secs(60),
+        kept_for_new,
+        ..quick()
+    };
+    let places = settings.concurrent_requests;
+    let running = Running::with(issuer.clone(), settings);
+    let old: Vec<_> = (0..2 * places)
+        .map(|at| identity(&format!("old-{at}")))
+        .collect();
+    for who in &old {
+        running.store.acquire(who);
+    }
+    for who in &old {
+        running.store.ready(who).await.unwrap();
+    }
+    let all_hang = async {
+        while issuer.asked.lock().unwrap().len() < old.len() + places - kept_for_new {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), all_hang)
+        .await
+        .unwrap();
+    let new = identity("new");
+    running.store.acquire(&new);
+    let ready = running.store.ready(&new);
+    let served = tokio::time::timeout(Duration::from_secs(2), ready).await;
+    running.stop().await;
+    served.is_ok_and(|ready| ready.is_ok())
+}
+
+#[tokio::test]
+async fn renewals_that_hang_do_not_hold_up_a_new_pod() {
+    let kept = RenewalSettings::default().kept_for_new;
+    assert!(is_served_beside_renewals(kept).await);
+    assert!(!is_served_beside_renewals(0).await);
 }
 
 #[tokio::test]

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, NoLabelSet};
@@ -67,6 +67,16 @@ pub struct RevocationCounters {
     pub certificates: u64,
 }
 
+/// How fresh the mesh is, read at every scrape.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct MeshFreshness {
+    /// Whether there is a connection to the control plane; none where the mesh does not come from one.
+    pub connected: Option<bool>,
+    /// Since when what is in force is so; none before there is a mesh.
+    pub changed_at: Option<SystemTime>,
+}
+
+type FreshnessSource = Box<dyn Fn() -> MeshFreshness + Send + Sync>;
 type RevocationSource = Box<dyn Fn() -> RevocationCounters + Send + Sync>;
 type KernelSource = Box<dyn Fn() -> KernelCounters + Send + Sync>;
 
@@ -157,6 +167,7 @@ struct State {
     lost_log_lines: OnceLock<Arc<AtomicU64>>,
     kernel: OnceLock<KernelSource>,
     revocation: OnceLock<RevocationSource>,
+    freshness: OnceLock<FreshnessSource>,
 }
 
 /// The metrics of this agent. Cheap to clone.
@@ -283,6 +294,11 @@ impl Metrics {
         let _ = self.state.revocation.set(Box::new(read));
     }
 
+    /// Where it is known how fresh the mesh is.
+    pub fn set_freshness_source(&self, read: impl Fn() -> MeshFreshness + Send + Sync + 'static) {
+        let _ = self.state.freshness.set(Box::new(read));
+    }
+
     /// Where the log counts its lost lines.
     pub fn set_lost_log_lines(&self, lost: Arc<AtomicU64>) {
         let _ = self.state.lost_log_lines.set(lost);
@@ -383,6 +399,23 @@ impl Collector for Exposition {
         put(&reference::DECISIONS, words(kernel.decisions))?;
         put(&reference::LOST_EVENTS, single(kernel.lost_events))?;
         put(&reference::MESH_UPDATES, state.mesh_updates.rows())?;
+        if let Some(read) = state.freshness.get() {
+            let MeshFreshness {
+                connected,
+                changed_at,
+            } = read();
+            let seconds = changed_at.and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+            let connected = connected.map(u64::from);
+            put(
+                &reference::CONNECTED,
+                connected.map_or_else(Vec::new, single),
+            )?;
+            let seconds = seconds.map(|at| at.as_secs());
+            put(
+                &reference::MESH_CHANGED,
+                seconds.map_or_else(Vec::new, single),
+            )?;
+        }
         let lost = state.lost_log_lines.get();
         put(
             &reference::LOST_LOG_LINES,

@@ -108,6 +108,8 @@ metrics! {
     DECISIONS = Counter "culvert_kernel_decisions" &["reason"], "What the hooks of the kernel part decided, by reason; the reasons are below.";
     LOST_EVENTS = Counter "culvert_flow_events_lost" &[], "Flow events that the kernel could not hand over; their connections are missing from the log; their bytes and numbers are in the metrics all the same.";
     MESH_UPDATES = Counter "culvert_mesh_updates" &["result"], "Attempts to take over a changed mesh; `rejected` ones left the old state.";
+    CONNECTED = Gauge "culvert_control_plane_connected" &[], "1 while there is a connection to the control plane, 0 while there is none and the mesh stays as it was; absent where the mesh comes from a file.";
+    MESH_CHANGED = Gauge "culvert_mesh_changed_timestamp_seconds" &[], "When what is in force of the mesh came into force, in seconds since 1970; absent before.";
     LOST_LOG_LINES = Counter "culvert_log_lines_lost" &[], "Log lines dropped because the log is not read fast enough.";
     SERIES = Gauge "culvert_traffic_series" &[], "Label sets held for the istio_tcp metrics.";
     SERIES_OVERFLOW = Counter "culvert_traffic_series_overflow" &[], "Connections counted under the labels `overflow`, because there are too many label sets.";

@@ -228,6 +228,10 @@ fn what_is_exposed_is_what_is_listed() {
         lists: 1,
         certificates: 2,
     });
+    metrics.set_freshness_source(|| MeshFreshness {
+        connected: Some(true),
+        changed_at: Some(UNIX_EPOCH),
+    });
     metrics.ended(FlowPath::Direct, FlowEnd::Fin, 1);
     metrics.retransmits(FlowPath::Direct, 1);
     metrics.short_circuited("entered");
