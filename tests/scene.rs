@@ -310,9 +310,13 @@ pub fn echo(from: &Pod, to: &Pod) -> Result<Value> {
 
 /// A held connection, for driving a live flow step by step.
 pub fn hold(from: &Pod, to: &Pod) -> Result<Proc> {
+    hold_to(from, &to.at(PORT))
+}
+
+pub fn hold_to(from: &Pod, to: &str) -> Result<Proc> {
     let held = from
         .probe()?
-        .args(["connect", "--to", &to.at(PORT), "--hold"])
+        .args(["connect", "--to", to, "--hold"])
         .stdin()
         .spawn()?;
     let connected = held.wait_for_event("connected", SOON)?;

@@ -1,5 +1,5 @@
-//! An agent on a node, started as an operator would: `culvert node` as a process of its own, told what it needs by
-//! environment and flags, and spoken to through its admin socket and HTTP ports.
+//! An agent on a node, started as an operator or a DaemonSet would: `culvert node` or `culvert proxy ztunnel` as a process of its own,
+//! told what it needs by environment and flags, and spoken to through its admin socket and HTTP ports.
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -25,11 +25,25 @@ const STEP: Duration = Duration::from_secs(5);
 const COMMAND: Duration = Duration::from_secs(20);
 const READY: Duration = Duration::from_secs(30);
 
+/// As what an agent is started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Subcommand {
+    /// `culvert node`.
+    #[default]
+    Node,
+    /// `culvert proxy ztunnel`: it is told by `env` and `directory` where mesh and certificates are, and nothing by flags.
+    ProxyZtunnel,
+}
+
 /// How to start an agent. The default is what most tests want.
 #[derive(Clone, Debug, Default)]
 pub struct AgentOptions {
     /// The program; by default [`culvert_binary`].
     pub binary: Option<PathBuf>,
+    /// As what it is started.
+    pub subcommand: Subcommand,
+    /// Its working directory, where Istio's files are looked for; by default the caller's.
+    pub directory: Option<PathBuf>,
     /// The mesh file. Without it, and without `dev_ca`, the agent gets mesh and certificates from the fabric's control plane, if there is
     /// one ([`ControlPlane::of_fabric`](crate::ControlPlane::of_fabric)), else from [`Agent::default_mesh_file`], which all share.
     pub mesh_file: Option<PathBuf>,
@@ -70,13 +84,18 @@ impl Agent {
                 .with_context(|| format!("making {}", parent.display()))?;
         }
         let own_files = options.mesh_file.is_some() || options.dev_ca.is_some();
-        let mut command = node.agent_command(&binary).arg("node");
-        command = match node.inner.control_plane.get() {
-            Some(told) if !own_files => command.envs(told.clone()),
-            _ => {
+        let mut command = node.agent_command(&binary);
+        if let Some(directory) = &options.directory {
+            command = command.directory(directory);
+        }
+        command = match (options.subcommand, node.inner.control_plane.get()) {
+            (Subcommand::ProxyZtunnel, _) => command.args(["proxy", "ztunnel"]),
+            (Subcommand::Node, Some(told)) if !own_files => command.arg("node").envs(told.clone()),
+            (Subcommand::Node, _) => {
                 let mesh_file = options.mesh_file;
                 let dev_ca = options.dev_ca;
                 command
+                    .arg("node")
                     .arg("--dev-ca")
                     .arg(dev_ca.unwrap_or_else(|| Self::default_dev_ca(node)))
                     .env(

@@ -40,7 +40,7 @@ pub mod ways;
 mod yaml;
 pub mod zds;
 
-pub use agent::{AccessLine, Agent, AgentOptions};
+pub use agent::{AccessLine, Agent, AgentOptions, Subcommand};
 pub use capture::Capture;
 pub use cleanup::clean_stale;
 pub use control_plane::ControlPlane;

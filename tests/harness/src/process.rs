@@ -84,6 +84,12 @@ impl Launch {
         self
     }
 
+    /// Starts it in this directory instead of the caller's.
+    pub fn directory(mut self, directory: impl AsRef<Path>) -> Self {
+        self.command.current_dir(directory);
+        self
+    }
+
     /// Gives the program a pipe to read from ([`Proc::send_line`]) instead of nothing.
     pub fn stdin(mut self) -> Self {
         self.stdin = true;

@@ -10,12 +10,14 @@
 mod access;
 mod admin;
 mod annotations;
+mod as_ztunnel;
 mod authority;
 mod certificates;
 mod cni_rules;
 mod configuration;
 mod control_plane;
 mod crl;
+mod enrolment_under_load;
 mod expiry;
 mod identities;
 mod lenient;

@@ -7,7 +7,9 @@ use culvert_harness::{
     Agent, AgentOptions, Fabric, Mesh, Node, Pod, Proc, Workload, ZdsAgent, ZdsPod, ZdsServer,
     wait_until, zds::add_message,
 };
-use culvert_tests::scene::{NAMESPACE, SOON, answered, connect, echo, hold, serve, text};
+use culvert_tests::scene::{
+    NAMESPACE, PORT, SOON, answered, connect, echo, hold, serve, status, text,
+};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -20,7 +22,7 @@ struct Stage {
     cni: ZdsServer,
     node: Node,
     // Last, so that it takes everything down when all else is gone.
-    _fabric: Fabric,
+    fabric: Fabric,
 }
 
 fn socket(node: &Node) -> PathBuf {
@@ -66,7 +68,7 @@ impl Stage {
             client,
             cni,
             node,
-            _fabric: fabric,
+            fabric,
         })
     }
 
@@ -129,7 +131,7 @@ impl Stage {
     }
 }
 
-fn goes_on(held: &Proc, word: &str) -> Result<()> {
+pub fn goes_on(held: &Proc, word: &str) -> Result<()> {
     let mark = held.log().mark();
     held.send_line(word)?;
     let data = held.wait_for_event_after(mark, "data", SOON)?;
@@ -394,6 +396,64 @@ fn an_agent_that_comes_back_takes_its_pods_back_when_they_are_named() -> Result<
     let rules = stage.client.command("ip").args(["rule"]).run(SOON)?;
     assert!(!rules.success()?.contains("fwmark"));
     Ok(())
+}
+
+#[test]
+fn tunnels_of_an_agent_in_an_upgrade_carry_until_its_drain_ends() -> Result<()> {
+    let mut stage = Stage::new()?;
+    let far_node = stage.fabric.node()?;
+    let far = far_node.pod("far")?;
+    let workload = Workload::of_pod(&far, NAMESPACE, "far");
+    stage.mesh.workloads.push(workload.clone());
+    stage.mesh.write(&Agent::default_mesh_file(&stage.node))?;
+    let far_agent = far_node.start_agent(AgentOptions::default())?;
+    far_agent.ready()?;
+    far_agent.enrol_as(&far, &workload)?;
+    let _servers = (serve(&stage.server, "echo")?, serve(&far, "echo")?);
+    let _old = stage.told()?;
+    let by_tunnel = |agent: &Agent| -> Result<()> {
+        let mark = agent.log().mark();
+        assert!(answered(&echo(&stage.client, &far)?));
+        let to = far.at(PORT);
+        let fields = [("dst.hbone_addr", to.as_str()), ("path", "hbone")];
+        agent.wait_for_access(mark, &fields, SOON).map(drop)
+    };
+    wait_until(SOON, "the agent to hear of the other pod", || {
+        let known = status(&stage.agent)?["workloads"].as_u64();
+        Ok((known == Some(3)).then_some(()))
+    })?;
+    by_tunnel(&stage.agent)?;
+    // One that the old agent carries out of the node, and one that it carries into it.
+    let held = [hold(&stage.client, &far)?, hold(&far, &stage.server)?];
+    let all_go_on = |word: &str| held.iter().try_for_each(|held| goes_on(held, word));
+    all_go_on("before")?;
+
+    let agent = stage.node.start_agent(options(&stage.node, ""))?;
+    let new = stage.cni.accept(SOON)?;
+    let taken_over = "another agent has taken the kernel part over";
+    stage.agent.process().wait_for_line(taken_over, SOON)?;
+    all_go_on("taken over")?;
+    for pod in [&stage.client, &stage.server] {
+        assert_eq!(stage.add(&new, pod)?, "");
+    }
+    assert_eq!(new.snapshot_sent()?, "");
+    agent.ready()?;
+    all_go_on("the new one is ready")?;
+    by_tunnel(&agent)?;
+    assert!(answered(&echo(&far, &stage.server)?));
+    all_go_on("beside those of the new one")?;
+
+    // Its drain ends, and only then what it carries.
+    let drained = "another agent serves this node";
+    assert!(!stage.agent.log().contains(drained));
+    stage.agent.process().wait_for_line(drained, SOON * 3)?;
+    for held in &held {
+        held.wait_for_event("end", SOON)?;
+    }
+    by_tunnel(&agent)?;
+    stage.agent.stop(Signal::SIGTERM)?;
+    by_tunnel(&agent)?;
+    agent.ready()
 }
 
 #[test]

@@ -29,9 +29,11 @@ impl Resolver {
                 Err(error) => this.errors.push(error),
             }
         }
-        for setting in settings::ALL {
-            let origin = Origin::Variable(setting.variable);
-            match environment.variable(setting.variable) {
+        let variables = settings::ALL.iter().map(|one| (*one, one.variable));
+        let istio_s = (&settings::CLUSTER_ID, settings::META_CLUSTER_ID);
+        for (setting, variable) in variables.chain([istio_s]) {
+            let origin = Origin::Variable(variable);
+            match environment.variable(variable) {
                 Variable::Unset => {}
                 Variable::Text(text) => this.add(setting, origin, text),
                 Variable::NotUnicode => this.errors.push(ConfigError::NotUnicode {

@@ -18,6 +18,9 @@ pub struct Setting {
     pub secret: bool,
 }
 
+/// How Istio's charts name the cluster. As with ztunnel it wins over the variable of [`CLUSTER_ID`].
+pub const META_CLUSTER_ID: &str = "ISTIO_META_CLUSTER_ID";
+
 macro_rules! settings {
     ($($id:ident = $key:literal, $variable:literal, $flag:literal, $expects:literal, $help:literal;)*) => {
         $(

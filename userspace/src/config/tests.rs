@@ -479,6 +479,28 @@ fn ztunnels_environment_is_understood() {
 }
 
 #[test]
+fn the_cluster_is_the_one_that_istio_s_chart_names() {
+    let both = environment(&[
+        ("CLUSTER_ID", "mine"),
+        ("ISTIO_META_CLUSTER_ID", "cluster-7"),
+    ]);
+    let config = Config::load(&Flags::default(), &both).unwrap();
+    assert_eq!(config.cluster_id, "cluster-7");
+    let flags = Flags {
+        values: vec![(&settings::CLUSTER_ID, "by-flag".to_owned())],
+        ..Flags::default()
+    };
+    let config = Config::load(&flags, &both).unwrap();
+    assert_eq!(config.cluster_id, "by-flag");
+    let wrong = environment(&[("ISTIO_META_CLUSTER_ID", "not a name")]);
+    let errors = errors(&Flags::default(), &wrong);
+    assert!(
+        errors.len() == 1 && errors[0].contains("ISTIO_META_CLUSTER_ID"),
+        "{errors:?}"
+    );
+}
+
+#[test]
 fn in_a_cluster_the_control_plane_is_istiod() {
     let inside = environment(&[("KUBERNETES_SERVICE_HOST", "10.96.0.1")]);
     let config = Config::load(&Flags::default(), &inside).unwrap();

@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use tonic::{Request, Response, Status};
 
 use super::behaviour::{Behaviour, CaFault};
-use super::gate::Gate;
+use super::gate::{self, Gate};
 use crate::identity::dev_ca::{DevCaError, SigningRequest};
 use crate::identity::{DevCa, Validity};
 use crate::policy::Identity;
@@ -137,7 +137,10 @@ impl IstioCertificateService for Authority {
         }
         match self.chain(request.get_ref(), &behaviour.ca) {
             Ok(cert_chain) => {
-                tracing::debug!("a certificate was issued");
+                let identity = impersonated(request.get_ref())?;
+                let lifetime = lifetime(request.get_ref());
+                let headers = gate::shown(request.metadata());
+                tracing::debug!(%identity, ?lifetime, headers, "a certificate was issued");
                 Ok(Response::new(IstioCertificateResponse { cert_chain }))
             }
             Err(status) => {

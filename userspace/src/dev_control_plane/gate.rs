@@ -4,14 +4,35 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use tonic::Status;
-use tonic::metadata::MetadataMap;
+use tonic::metadata::{KeyAndValueRef, MetadataMap};
 
+const TOKEN: &str = "authorization";
+const CLUSTER: &str = "clusterid";
 const SCHEME: &str = "Bearer ";
 
 /// The check of a call's token.
 #[derive(Debug, Clone)]
 pub struct Gate {
     token: Option<Arc<PathBuf>>,
+}
+
+/// The headers of a call in a line, sorted, for the log. They may be secrets: of all but the cluster's name, the length.
+pub fn shown(headers: &MetadataMap) -> String {
+    let mut shown: Vec<String> = headers
+        .iter()
+        .filter_map(|entry| match entry {
+            KeyAndValueRef::Ascii(name, value) if name == CLUSTER => {
+                Some(format!("{name}={}", value.to_str().ok()?))
+            }
+            KeyAndValueRef::Ascii(name, value) => {
+                let bytes = value.as_encoded_bytes().len();
+                Some(format!("{name}=<{bytes} bytes>"))
+            }
+            KeyAndValueRef::Binary(..) => None,
+        })
+        .collect();
+    shown.sort();
+    shown.join(" ")
 }
 
 impl Gate {
@@ -37,7 +58,7 @@ impl Gate {
                 Status::unavailable("the token file cannot be read")
             })?;
         let given = headers
-            .get("authorization")
+            .get(TOKEN)
             .and_then(|value| value.to_str().ok())
             .and_then(|value| value.strip_prefix(SCHEME));
         match given {

@@ -8,12 +8,12 @@ use std::sync::Arc;
 
 use futures_util::Stream;
 use futures_util::stream::unfold;
-use prost_types::value::Kind;
+use prost_types::{Value, value::Kind};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::distort;
-use super::gate::Gate;
+use super::gate::{self, Gate};
 use super::publish::{Published, View};
 use super::session::{Feedback, Session, SessionError};
 use crate::wire::envoy::config::core::v3::Node;
@@ -52,6 +52,8 @@ impl AggregatedDiscoveryService for Discovery {
         request: Request<Streaming<DeltaDiscoveryRequest>>,
     ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
         self.gate.admit(request.metadata()).await?;
+        let headers = shortened(&gate::shown(request.metadata()));
+        tracing::debug!(headers, "the mesh is asked for");
         let client = Client {
             requests: request.into_inner(),
             published: self.published.clone(),
@@ -188,6 +190,8 @@ impl Client {
             self.node = shortened(&node.id);
             self.name = shortened(node_name(node).unwrap_or_default());
             tracing::info!(node = self.node, "a client of xDS");
+            let metadata = shortened(&metadata(node));
+            tracing::debug!(node = self.node, metadata, "what it says of itself");
         }
         let (type_url, nonce) = (
             shortened(&request.type_url),
@@ -225,6 +229,27 @@ impl Client {
             }
         }
         Ok(())
+    }
+}
+
+/// What a client says of itself in a line, sorted by name.
+fn metadata(node: &Node) -> String {
+    let fields = node.metadata.iter().flat_map(|metadata| &metadata.fields);
+    let shown: Vec<String> = fields
+        .filter_map(|(name, value)| Some(format!("{name}={}", text(value)?)))
+        .collect();
+    shown.join(" ")
+}
+
+/// A text, or texts.
+fn text(value: &Value) -> Option<String> {
+    match value.kind.as_ref()? {
+        Kind::StringValue(text) => Some(text.clone()),
+        Kind::ListValue(list) => {
+            let texts: Option<Vec<String>> = list.values.iter().map(text).collect();
+            Some(texts?.join(","))
+        }
+        _ => None,
     }
 }
 
