@@ -33,4 +33,5 @@ mod server;
 mod streams;
 mod surprises;
 mod telemetry;
+mod waypoints;
 mod zds;
