@@ -24,6 +24,7 @@ mod mesh_file;
 mod on_demand;
 mod peer;
 mod policy;
+mod preferences;
 mod redirect_iptables;
 mod requests;
 mod revocation;
