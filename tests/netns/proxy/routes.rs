@@ -3,15 +3,11 @@
 use std::collections::BTreeMap;
 
 use super::access::accepted_from;
-use super::peer::{TUNNEL_PORT, attempt, genuine, identity, mesh_ca};
-use super::server::Impostor;
 use anyhow::Result;
-use culvert_harness::{Pod, Service, Workload, wait_until};
+use culvert_harness::{Service, Workload};
 use culvert_tests::scene::{
-    NAMESPACE, PORT, SOON, Scene, Setting, answered, connect_to, echo, only, principal, serve,
-    text, was_reset,
+    NAMESPACE, PORT, SOON, Scene, Setting, answered, connect_to, echo, only, principal, serve, text,
 };
-use serde_json::json;
 
 const VIP: &str = "10.96.0.1";
 
@@ -180,106 +176,5 @@ fn a_workload_that_speaks_tcp_is_reached_in_plaintext() -> Result<()> {
     scene
         .agent1
         .wait_for_access(mark, &fields.into_iter().collect::<Vec<_>>(), SOON)?;
-    Ok(())
-}
-
-/// A waypoint at `server-a`'s and its service's side: a pod of the second node that is not the agent's, as waypoints are.
-fn behind_a_waypoint(scene: &mut Scene) -> Result<Pod> {
-    let waypoint = scene.node2.pod("waypoint")?;
-    let gateway = json!({"destination": format!("/{}", waypoint.address())});
-    scene.change_mesh(|mesh| {
-        let end = Workload::of_pod(&waypoint, NAMESPACE, "waypoint");
-        mesh.workloads.push(end);
-        let mut service = service();
-        if let Some(workload) = mesh.workload("server-a") {
-            *workload = workload.clone().serves(&service, 80, PORT);
-            let waypoint = ("waypoint".to_owned(), gateway.clone());
-            workload.extra.extend([waypoint]);
-        }
-        service.extra.insert("waypoint".to_owned(), gateway.clone());
-        mesh.services.push(service);
-    })?;
-    Ok(waypoint)
-}
-
-#[test]
-fn a_waypoint_is_told_where_the_client_wanted_to_go() -> Result<()> {
-    let mut scene = Scene::new()?;
-    let waypoint = behind_a_waypoint(&mut scene)?;
-    let (ca, identity) = (mesh_ca(&scene)?, identity("waypoint")?);
-    let _server = Impostor::telling(&waypoint, &ca, &identity)?;
-    for destination in [format!("{VIP}:80"), scene.server_a.at(PORT)] {
-        let report = connect_to(&scene.client, &destination, &["--read-all"])?;
-        assert_eq!(text(&report, "data"), destination, "{report}");
-        assert_eq!(text(&report, "peer"), destination, "{report}");
-    }
-    Ok(())
-}
-
-#[test]
-fn of_several_waypoints_each_gets_its_share() -> Result<()> {
-    let mut scene = Scene::new()?;
-    let waypoint = behind_a_waypoint(&mut scene)?;
-    let canary = scene.node2.pod("canary")?;
-    scene.change_mesh(|mesh| {
-        let end = Workload::of_pod(&canary, NAMESPACE, "canary");
-        mesh.workloads.push(end);
-        let weighted = |pod: &Pod, weight: u32| json!({"destination": format!("/{}", pod.address()), "weight": weight});
-        for service in &mut mesh.services {
-            let both = json!([weighted(&waypoint, 4), weighted(&canary, 1)]);
-            service.extra.insert("weightedWaypoints".to_owned(), both);
-        }
-    })?;
-    let ca = mesh_ca(&scene)?;
-    let _servers = (
-        Impostor::telling(&waypoint, &ca, &identity("waypoint")?)?,
-        Impostor::telling(&canary, &ca, &identity("canary")?)?,
-    );
-    for _ in 0..50 {
-        let report = connect_to(&scene.client, &format!("{VIP}:80"), &["--read-all"])?;
-        assert_eq!(text(&report, "data"), format!("{VIP}:80"), "{report}");
-    }
-    let through = |pod: &Pod| -> Result<usize> {
-        let address = pod.at(TUNNEL_PORT);
-        let lines = scene.agent1.access_log().into_iter();
-        let lines = lines.filter(|line| line.field("dst.addr").as_deref() == Some(&address));
-        Ok(lines.count())
-    };
-    let (mut usual, mut rest) = (0, 0);
-    wait_until(SOON, "a line for each connection", || {
-        (usual, rest) = (through(&waypoint)?, through(&canary)?);
-        Ok((usual + rest == 50).then_some(()))
-    })?;
-    // One in five: fewer than 1 or more than 25 of 50 would be a miracle.
-    assert!((1..=25).contains(&rest), "{rest} of 50 through the canary");
-    Ok(())
-}
-
-#[test]
-fn who_is_not_the_waypoint_gets_nothing_of_what_is_meant_for_it() -> Result<()> {
-    let mut scene = Scene::new()?;
-    let waypoint = behind_a_waypoint(&mut scene)?;
-    let ca = mesh_ca(&scene)?;
-    let _server = Impostor::telling(&waypoint, &ca, &identity("server-a")?)?;
-    let report = connect_to(&scene.client, &format!("{VIP}:80"), &["--read-all"])?;
-    assert_ne!(text(&report, "data"), format!("{VIP}:80"), "{report}");
-    assert!(was_reset(&report), "{report}");
-    Ok(())
-}
-
-#[test]
-fn what_comes_from_a_waypoint_is_let_in_by_the_waypoints_identity() -> Result<()> {
-    let mut scene = Scene::with(Setting {
-        policies: Some(vec![only("waypoint")]),
-        ..Setting::default()
-    })?;
-    let waypoint = behind_a_waypoint(&mut scene)?;
-    let _server = serve(&scene.server_a, "echo")?;
-    let authority = scene.server_a.at(PORT);
-    for (account, reached) in [("waypoint", true), ("client", false)] {
-        let proof = genuine(&scene, account)?;
-        let outcome = attempt(&waypoint, &scene.server_a, proof, &authority)?;
-        assert_eq!(outcome.reached(), reached, "{account}: {outcome:?}");
-    }
     Ok(())
 }

@@ -46,7 +46,11 @@ impl Impostor {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let listener = pod.in_netns(|| StdListener::bind(("0.0.0.0", TUNNEL_PORT)))??;
+        let any = match pod.address_v6() {
+            Some(_) => "::",
+            None => "0.0.0.0",
+        };
+        let listener = pod.in_netns(|| StdListener::bind((any, TUNNEL_PORT)))??;
         listener.set_nonblocking(true)?;
         let certificate = std::sync::Arc::new(ca.issue(identity, SOON * 20, SystemTime::now())?);
         let leaf = certificate.chain().first().context("a leaf")?.clone();

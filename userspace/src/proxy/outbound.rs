@@ -5,7 +5,6 @@ use std::{net::SocketAddr, time::Duration};
 use tokio::{net::TcpStream, time::timeout};
 
 use super::{
-    Context,
     arrival::{Arrival, is_own},
     dial,
     hbone::{ConnectRequest, HboneError, PoolKey},
@@ -36,7 +35,7 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream) {
     // Before the mesh: who sees a revision finds a mesh at least that new.
     let known =
         ours.context.mesh.revision() > Revision::default() || !ours.context.knobs.awaits_mesh();
-    let asked = learn(&ours.context, destination).await;
+    let asked = learn(&ours, destination).await;
     let mesh = ours.context.mesh.load();
     let client = ours.pod.workload(&mesh).cloned();
     let mut report = Report::new(&ours.context.telemetry, source, destination);
@@ -107,7 +106,8 @@ pub(super) async fn handle(ours: Ours, stream: TcpStream) {
 }
 
 /// Asks the control plane what is at the destination, and what is in front of that, where it says so only when it is asked.
-async fn learn(context: &Context, destination: SocketAddr) -> Result<(), DemandError> {
+async fn learn(ours: &Ours, destination: SocketAddr) -> Result<(), DemandError> {
+    let context = &ours.context;
     let Some(demand) = &context.demand else {
         return Ok(());
     };
@@ -115,10 +115,11 @@ async fn learn(context: &Context, destination: SocketAddr) -> Result<(), DemandE
         return Ok(());
     }
     demand.address(&context.network, destination.ip()).await?;
-    let found = context
-        .mesh
-        .load()
-        .lookup(&context.network, destination.ip(), None);
+    let mesh = context.mesh.load();
+    // Of several services there it is the one that the connection will go to.
+    let client = ours.pod.workload(&mesh).map(AsRef::as_ref);
+    let found = mesh.lookup(&context.network, destination.ip(), client);
+    drop(mesh);
     let gateways: Vec<GatewayAddress> = match found {
         Destination::Service(service) => {
             let waypoints = service.waypoints.iter();

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Status};
 
 use super::annotations_file::InFeed;
+use super::backoff::Backoff;
 use super::demand::Demanded;
 use super::feed::Feed;
 use super::session::{ProtocolError, Push, ResourceType, Session, Taken};
@@ -29,11 +30,6 @@ mod tests;
 
 /// The largest response, in bytes.
 const MOST_BYTES: usize = 200 << 20;
-/// Waits between attempts, as other clients of this control plane have them.
-const FIRST_WAIT: Duration = Duration::from_millis(10);
-const LONGEST_WAIT: Duration = Duration::from_secs(15);
-/// A connection that lasted so long was a good one: the next attempt is the first again.
-const GOOD: Duration = Duration::from_secs(30);
 /// A control plane that restarts with a large mesh may take a minute.
 const FIRST_ANSWER: Duration = Duration::from_secs(120);
 /// Requests that may be under way.
@@ -213,15 +209,13 @@ impl XdsClient {
 
     /// Keeps the store at what the control plane says, until `shutdown`.
     pub async fn run(mut self, shutdown: CancellationToken) {
-        let mut wait = FIRST_WAIT;
+        let mut backoff = Backoff::new();
         loop {
             let began = tokio::time::Instant::now();
             let Some(ended) = shutdown.run_until_cancelled(self.connection()).await else {
                 return;
             };
-            if began.elapsed() >= GOOD {
-                wait = FIRST_WAIT;
-            }
+            let wait = backoff.after(began.elapsed());
             self.lost(&ended);
             if self.feed.is_poisoned() {
                 // Who had it did not finish; whoever runs this sees it end.
@@ -234,7 +228,6 @@ impl XdsClient {
             {
                 return;
             }
-            wait = wait.saturating_mul(2).min(LONGEST_WAIT);
         }
     }
 

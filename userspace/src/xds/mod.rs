@@ -3,6 +3,7 @@
 
 mod annotations;
 mod annotations_file;
+mod backoff;
 mod client;
 mod decode;
 mod demand;

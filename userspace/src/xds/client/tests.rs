@@ -1,5 +1,7 @@
 //! Against the development control plane, over TLS on the loopback device.
 
+mod sizes;
+
 use std::path::Path;
 
 use super::*;
