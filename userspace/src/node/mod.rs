@@ -31,7 +31,9 @@ use crate::{
     admin::{AdminSocket, HttpServers, http},
     config::{Config, Leniency},
     enrol::zds,
-    identity::{CaClient, Certificates, DevCa, DevCaIssuer, Issuer, RenewalSettings, Revocations},
+    identity::{
+        self, CaClient, Certificates, DevCa, DevCaIssuer, Issuer, RenewalSettings, Revocations,
+    },
     kernel::{HostProcesses, Kernel, KernelSettings, RoutingSettings, Tables, Verdicts, sys},
     mesh::{MeshDefaults, Revision, ShortCircuitMode, Store},
     policy::{DenyReason, PolicyName, Strictness},
@@ -142,7 +144,7 @@ async fn serve(
         },
         knobs: knobs.proxy.tls,
     };
-    let certificates = certificates(&config, crl.revocations.clone())?;
+    let certificates = certificates(&config, crl.revocations.clone(), knobs.identity)?;
     {
         let (certificates, control) = (certificates.clone(), control.clone());
         tasks.spawn(async move {
@@ -434,7 +436,11 @@ fn auto_short_circuits(tried: &Result<Verdicts, String>) -> bool {
     tried.as_ref().is_ok_and(Verdicts::nothing_differs)
 }
 
-fn certificates(config: &Config, revocations: Revocations) -> Result<Certificates, NodeError> {
+fn certificates(
+    config: &Config,
+    revocations: Revocations,
+    knobs: identity::TestKnobs,
+) -> Result<Certificates, NodeError> {
     let issuer: Arc<dyn Issuer> = match (&config.dev_ca, mesh_source::authority(config)) {
         (Some(directory), _) => {
             let ca = DevCa::open(directory, &config.trust_domain)?;
@@ -444,11 +450,11 @@ fn certificates(config: &Config, revocations: Revocations) -> Result<Certificate
             );
             Arc::new(DevCaIssuer::new(Arc::new(ca), config.secret_ttl))
         }
-        (None, Some(channel)) => Arc::new(CaClient::new(channel, config.secret_ttl)),
+        (None, Some(channel)) => Arc::new(CaClient::new(channel, config.secret_ttl, knobs)),
         (None, None) => return Err(NodeError::NoCa),
     };
     let settings = RenewalSettings::default();
-    Ok(Certificates::new(issuer, settings, revocations))
+    Ok(Certificates::new(issuer, settings, revocations, knobs))
 }
 
 /// Which processes are kubelet and the like.

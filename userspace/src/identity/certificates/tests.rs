@@ -38,7 +38,12 @@ struct Running {
 
 impl Running {
     fn start(issuer: Arc<dyn Issuer>) -> Self {
-        let store = Certificates::new(issuer, quick(), Revocations::default());
+        let store = Certificates::new(
+            issuer,
+            quick(),
+            Revocations::default(),
+            TestKnobs::default(),
+        );
         let shutdown = CancellationToken::new();
         let task = tokio::spawn({
             let (store, shutdown) = (store.clone(), shutdown.clone());
