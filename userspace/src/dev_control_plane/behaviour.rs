@@ -77,6 +77,12 @@ pub enum CaFault {
     OtherRoot,
     /// The root is missing from the chain.
     LeafOnly,
+    /// The root is one that did not sign the certificate.
+    UnrelatedRoot,
+    /// The root of the next CA comes along. There is one such CA for as long as the control plane runs.
+    BothRoots,
+    /// For these service accounts, or for all if none is named: certificate and root are of the next CA alone.
+    NextRoot(Vec<String>),
 }
 
 /// Why a behaviour is not in effect.
@@ -208,14 +214,18 @@ mod tests {
     fn faults_are_read_by_name_and_nothing_else_is() {
         let parse = |text| Behaviour::parse(Path::new("behaviour.yaml"), text);
         assert_eq!(parse(" \n").unwrap(), Behaviour::default());
-        let text = "xds:\n  - stall\n  - reset-after: 3\n  - {garbage: a//b/c}\nca: [expired, {delay-ms: 5}]\n";
+        let text = "xds:\n  - stall\n  - reset-after: 3\n  - {garbage: a//b/c}\nca: [expired, {delay-ms: 5}, {next-root: [web]}]\n";
         let expected = Behaviour {
             xds: vec![
                 XdsFault::Stall,
                 XdsFault::ResetAfter(3),
                 XdsFault::Garbage("a//b/c".to_owned()),
             ],
-            ca: vec![CaFault::Expired, CaFault::DelayMs(5)],
+            ca: vec![
+                CaFault::Expired,
+                CaFault::DelayMs(5),
+                CaFault::NextRoot(vec!["web".to_owned()]),
+            ],
         };
         assert_eq!(parse(text).unwrap(), expected);
         assert!(expected.stalls());

@@ -1,7 +1,7 @@
 //! The certificate authority's service: certificates of the development CA for requests that prove possession of their key. Unlike
 //! istiod's it gives any identity of its trust domain to whoever is admitted. Served by `dev_control_plane::run`.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use prost_types::value::Kind;
@@ -29,6 +29,8 @@ const MOST_REQUEST_BYTES: usize = 16 * 1024;
 #[derive(Debug)]
 pub struct Authority {
     ca: Arc<DevCa>,
+    /// Takes the other's place when it is told to.
+    next: OnceLock<Arc<DevCa>>,
     gate: Gate,
     behaviour: watch::Receiver<Arc<Behaviour>>,
 }
@@ -38,7 +40,7 @@ struct Grant {
     ca: Arc<DevCa>,
     identity: Identity,
     validity: Validity,
-    with_roots: bool,
+    roots: Vec<CertificateDer<'static>>,
 }
 
 impl Authority {
@@ -46,16 +48,18 @@ impl Authority {
     pub fn new(ca: Arc<DevCa>, gate: Gate, behaviour: watch::Receiver<Arc<Behaviour>>) -> Self {
         Self {
             ca,
+            next: OnceLock::new(),
             gate,
             behaviour,
         }
     }
 
-    /// The chain for a request, leaf first.
+    /// The chain for a request, leaf first. What its headers show is for the log.
     fn chain(
         &self,
         request: &IstioCertificateRequest,
         faults: &[CaFault],
+        headers: &str,
     ) -> Result<Vec<String>, Status> {
         if request.csr.len() > MOST_REQUEST_BYTES {
             return Err(Status::invalid_argument(format!(
@@ -77,17 +81,32 @@ impl Authority {
             ca: Arc::clone(&self.ca),
             identity,
             validity: validity.map_err(|error| refusal(&error))?,
-            with_roots: true,
+            roots: self.ca.roots().certificates().to_vec(),
         };
         for fault in faults {
-            grant.distort(fault)?;
+            grant.distort(fault, self)?;
         }
-        grant.carry_out(&signing).map_err(|error| refusal(&error))
+        let chain = grant.carry_out(&signing).map_err(|error| refusal(&error))?;
+        let by_next = self
+            .next
+            .get()
+            .is_some_and(|next| Arc::ptr_eq(next, &grant.ca));
+        let lifetime = lifetime(request);
+        tracing::debug!(identity = %grant.identity, ?lifetime, by_next, headers, "a certificate was issued");
+        Ok(chain)
+    }
+
+    fn next(&self) -> Result<&Arc<DevCa>, Status> {
+        if let Some(next) = self.next.get() {
+            return Ok(next);
+        }
+        let new = stranger(&self.ca)?;
+        Ok(self.next.get_or_init(|| new))
     }
 }
 
 impl Grant {
-    fn distort(&mut self, fault: &CaFault) -> Result<(), Status> {
+    fn distort(&mut self, fault: &CaFault, authority: &Authority) -> Result<(), Status> {
         let impossible = || Status::internal("cannot misbehave as told");
         match fault {
             CaFault::DelayMs(_) => {}
@@ -106,21 +125,37 @@ impl Grant {
                 };
             }
             CaFault::OtherRoot => {
-                let other = DevCa::in_memory(self.ca.trust_domain(), SystemTime::now());
-                self.ca = Arc::new(other.map_err(|error| refusal(&error))?);
+                let other = stranger(&self.ca)?;
+                self.be_of(&other);
             }
-            CaFault::LeafOnly => self.with_roots = false,
+            CaFault::LeafOnly => self.roots.clear(),
+            CaFault::UnrelatedRoot => {
+                self.roots = stranger(&self.ca)?.roots().certificates().to_vec();
+            }
+            CaFault::BothRoots => {
+                let next = authority.next()?.roots().certificates();
+                self.roots.extend(next.iter().cloned());
+            }
+            CaFault::NextRoot(accounts) => {
+                let account = self.identity.service_account();
+                if accounts.is_empty() || accounts.iter().any(|one| one == account) {
+                    self.be_of(authority.next()?);
+                }
+            }
         }
         Ok(())
+    }
+
+    fn be_of(&mut self, ca: &Arc<DevCa>) {
+        self.ca = Arc::clone(ca);
+        self.roots = ca.roots().certificates().to_vec();
     }
 
     fn carry_out(&self, signing: &SigningRequest) -> Result<Vec<String>, DevCaError> {
         let leaf = self
             .ca
             .sign_request(signing, &self.identity, self.validity)?;
-        let roots = self.ca.roots().certificates();
-        let roots = roots.iter().filter(|_| self.with_roots);
-        Ok(std::iter::once(&leaf).chain(roots).map(pem).collect())
+        Ok(std::iter::once(&leaf).chain(&self.roots).map(pem).collect())
     }
 }
 
@@ -135,20 +170,21 @@ impl IstioCertificateService for Authority {
         if let Some(delay) = behaviour.ca_delay() {
             tokio::time::sleep(delay).await;
         }
-        match self.chain(request.get_ref(), &behaviour.ca) {
-            Ok(cert_chain) => {
-                let identity = impersonated(request.get_ref())?;
-                let lifetime = lifetime(request.get_ref());
-                let headers = gate::shown(request.metadata());
-                tracing::debug!(%identity, ?lifetime, headers, "a certificate was issued");
-                Ok(Response::new(IstioCertificateResponse { cert_chain }))
-            }
+        let headers = gate::shown(request.metadata());
+        match self.chain(request.get_ref(), &behaviour.ca, &headers) {
+            Ok(cert_chain) => Ok(Response::new(IstioCertificateResponse { cert_chain })),
             Err(status) => {
                 tracing::warn!(reason = status.message(), "a certificate was refused");
                 Err(status)
             }
         }
     }
+}
+
+/// A CA of the same trust domain that nobody knows.
+fn stranger(ca: &DevCa) -> Result<Arc<DevCa>, Status> {
+    let other = DevCa::in_memory(ca.trust_domain(), SystemTime::now());
+    Ok(Arc::new(other.map_err(|error| refusal(&error))?))
 }
 
 /// A certificate in PEM.

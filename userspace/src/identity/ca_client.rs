@@ -17,6 +17,7 @@ use webpki::{EndEntityCert, KeyUsage};
 
 use super::certificate::{PROVIDER, Roots, WorkloadCertificate};
 use super::issuer::{IssueError, Issuer, Issuing};
+use super::knobs::TestKnobs;
 use super::spiffe;
 use crate::control_channel::{ChannelError, ControlChannel};
 use crate::policy::Identity;
@@ -36,6 +37,7 @@ const ANSWER: Duration = Duration::from_secs(9);
 pub struct CaClient {
     channel: ControlChannel,
     ttl: Duration,
+    knobs: TestKnobs,
     /// Kept between requests, and given up when one fails.
     connection: Mutex<Option<Channel>>,
     trusted: std::sync::Mutex<Vec<Trusted>>,
@@ -57,10 +59,11 @@ struct Answer {
 
 impl CaClient {
     /// Asks for certificates of this lifetime. Nothing is connected to yet.
-    pub fn new(channel: ControlChannel, ttl: Duration) -> Self {
+    pub fn new(channel: ControlChannel, ttl: Duration, knobs: TestKnobs) -> Self {
         Self {
             channel,
             ttl,
+            knobs,
             connection: Mutex::default(),
             trusted: std::sync::Mutex::default(),
             roots: Roots::unknown(),
@@ -138,7 +141,7 @@ impl CaClient {
             .trusted
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
-        trusted.retain(|one| one.until > now);
+        trusted.retain(|one| one.until > now && self.knobs.roots_kept());
         for root in roots {
             match trusted.iter_mut().find(|one| one.root == root) {
                 Some(known) => known.until = known.until.max(until),

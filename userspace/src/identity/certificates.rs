@@ -16,6 +16,7 @@ use tracing::{debug, error, warn};
 use super::certificate::{PROVIDER, Roots, WorkloadCertificate};
 use super::crl::{RevocationLists, Revocations};
 use super::issuer::{IssueError, Issuer};
+use super::knobs::TestKnobs;
 use super::renewal::{Now, Renewal, RenewalSettings};
 use crate::policy::Identity;
 
@@ -45,6 +46,7 @@ struct Inner {
     issuer: Arc<dyn Issuer>,
     settings: RenewalSettings,
     revocations: Revocations,
+    knobs: TestKnobs,
     slots: Mutex<HashMap<Identity, Slot>>,
     changed: Notify,
 }
@@ -65,11 +67,13 @@ impl Certificates {
         issuer: Arc<dyn Issuer>,
         settings: RenewalSettings,
         revocations: Revocations,
+        knobs: TestKnobs,
     ) -> Self {
         let inner = Inner {
             issuer,
             settings,
             revocations,
+            knobs,
             slots: Mutex::default(),
             changed: Notify::new(),
         };
@@ -122,7 +126,11 @@ impl Certificates {
         let slot = slots
             .get(identity)
             .ok_or_else(|| CertificateError::NotHeld(identity.clone()))?;
-        if let Some(certificate) = slot.renewal.usable(now) {
+        let usable = match self.inner.knobs.expired_withheld() {
+            true => slot.renewal.usable(now),
+            false => slot.renewal.latest(),
+        };
+        if let Some(certificate) = usable {
             return Ok(Arc::clone(certificate));
         }
         Err(match (&slot.last_failure, slot.renewal.latest()) {
@@ -168,6 +176,17 @@ impl Certificates {
             .filter(|(_, slot)| slot.renewal.revoked())
             .map(|(identity, _)| identity.clone())
             .collect()
+    }
+
+    /// Why the last attempts failed, one for each identity that asks again, in the order of their names.
+    pub fn failures(&self) -> Vec<String> {
+        let slots = self.slots();
+        let failing = slots.iter().filter_map(|(identity, slot)| {
+            Some((identity.to_string(), slot.last_failure.clone()?))
+        });
+        let mut failing: Vec<_> = failing.collect();
+        failing.sort_unstable();
+        failing.into_iter().map(|(_, reason)| reason).collect()
     }
 
     /// The issuer's roots as they are known now.

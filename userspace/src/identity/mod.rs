@@ -8,6 +8,7 @@ pub mod certificates;
 pub mod crl;
 pub mod dev_ca;
 pub mod issuer;
+mod knobs;
 pub mod renewal;
 pub mod spiffe;
 
@@ -19,4 +20,5 @@ pub use crl::{
 };
 pub use dev_ca::{DevCa, DevCaError};
 pub use issuer::{DevCaIssuer, IssueError, Issuer};
+pub use knobs::TestKnobs;
 pub use renewal::RenewalSettings;

@@ -159,6 +159,13 @@ impl AdminHandler for Handler {
                 "the certificate of {identity} is revoked by a list in CRL_PATH: peers that have the list refuse its pods until another one is issued, which is being asked for"
             )
         }));
+        let failures = self.parts.certificates.failures();
+        warnings.extend(failures.first().map(|reason| {
+            format!(
+                "{} identities got no certificate when they last asked, and ask again; one that they have is in use until it expires: {reason}",
+                failures.len()
+            )
+        }));
         warnings.extend(self.parts.config.lenient.warnings());
         if self.parts.config.dev_ca.is_some() {
             let warning = "certificates come from a development CA: not for production";

@@ -1,7 +1,7 @@
 //! The protections a test switches off, by name. In a build without the feature `test-knobs` there are none.
 
 use super::NodeError;
-use crate::{admin::socket, config::Config, proxy::ProxyKnobs};
+use crate::{admin::socket, config::Config, identity, proxy::ProxyKnobs};
 
 /// What is switched off where.
 #[derive(Clone, Debug, Default)]
@@ -9,6 +9,7 @@ pub struct Knobs {
     /// Bits of `culvert_abi::knob`.
     pub kernel: u32,
     pub proxy: ProxyKnobs,
+    pub identity: identity::TestKnobs,
     /// Whom the admin socket answers.
     pub admin: socket::Limits,
     /// Pods may go on accepting data in a SYN.
@@ -79,6 +80,11 @@ impl Knobs {
                 "skip-trust-domain" => knobs.proxy.tls.skip_trust_domain = true,
                 "skip-revocation-lists" => knobs.proxy.tls.skip_revocation_lists = true,
                 "keep-revoked-tunnels" => knobs.proxy.tls.keep_revoked_tunnels = true,
+                "present-expired" => {
+                    knobs.identity.present_expired = true;
+                    knobs.proxy.tls.present_expired = true;
+                }
+                "replace-roots" => knobs.identity.replace_roots = true,
                 "skip-mesh-wait" => knobs.proxy.skip_mesh_wait = true,
                 "skip-demand" => knobs.proxy.skip_demand = true,
                 "share-budgets" => knobs.proxy.share_budgets = true,

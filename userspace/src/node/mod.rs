@@ -31,7 +31,9 @@ use crate::{
     admin::{AdminSocket, HttpServers, http},
     config::{Config, Leniency},
     enrol::zds,
-    identity::{CaClient, Certificates, DevCa, DevCaIssuer, Issuer, RenewalSettings, Revocations},
+    identity::{
+        self, CaClient, Certificates, DevCa, DevCaIssuer, Issuer, RenewalSettings, Revocations,
+    },
     kernel::{HostProcesses, Kernel, KernelSettings, RoutingSettings, Tables, Verdicts, sys},
     mesh::{MeshDefaults, Revision, ShortCircuitMode, Store},
     policy::{DenyReason, PolicyName, Strictness},
@@ -134,7 +136,7 @@ async fn serve(config: Config, cgroup_mount: PathBuf, log: &LogGuard) -> Result<
         },
         knobs: knobs.proxy.tls,
     };
-    let certificates = certificates(&config, crl.revocations.clone())?;
+    let certificates = certificates(&config, crl.revocations.clone(), knobs.identity)?;
     {
         let (certificates, control) = (certificates.clone(), control.clone());
         tasks.spawn(async move {
@@ -427,7 +429,11 @@ fn auto_short_circuits(tried: &Result<Verdicts, String>) -> bool {
     tried.as_ref().is_ok_and(Verdicts::nothing_differs)
 }
 
-fn certificates(config: &Config, revocations: Revocations) -> Result<Certificates, NodeError> {
+fn certificates(
+    config: &Config,
+    revocations: Revocations,
+    knobs: identity::TestKnobs,
+) -> Result<Certificates, NodeError> {
     let issuer: Arc<dyn Issuer> = match (&config.dev_ca, mesh_source::authority(config)) {
         (Some(directory), _) => {
             let ca = DevCa::open(directory, &config.trust_domain)?;
@@ -437,11 +443,11 @@ fn certificates(config: &Config, revocations: Revocations) -> Result<Certificate
             );
             Arc::new(DevCaIssuer::new(Arc::new(ca), config.secret_ttl))
         }
-        (None, Some(channel)) => Arc::new(CaClient::new(channel, config.secret_ttl)),
+        (None, Some(channel)) => Arc::new(CaClient::new(channel, config.secret_ttl, knobs)),
         (None, None) => return Err(NodeError::NoCa),
     };
     let settings = RenewalSettings::default();
-    Ok(Certificates::new(issuer, settings, revocations))
+    Ok(Certificates::new(issuer, settings, revocations, knobs))
 }
 
 /// Which processes are kubelet and the like.

@@ -3,6 +3,7 @@
 //! Invariants: the mesh stays as it is while nobody answers, and [`XdsStatus`] says since when; one push is put in force at a time and
 //! answered before the next is read, so that a slow agent slows its control plane and grows no queue. Run by `node` as a task.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
@@ -39,6 +40,9 @@ const FEW: usize = 64;
 /// After pushes of more than that, what was freed is worth giving back.
 const MANY: usize = 1000;
 
+/// Refused resources that are remembered by name, of each type.
+const MOST_REFUSED: usize = 1000;
+
 /// What is known about the connection, for readiness, `culvert status` and metrics.
 #[derive(Debug, Clone, Default)]
 pub struct XdsStatus {
@@ -48,8 +52,10 @@ pub struct XdsStatus {
     pub unanswered: Vec<ResourceType>,
     /// Since when there has been no connection; none while there is one.
     pub lost_at: Option<SystemTime>,
-    /// Why there is none, or what was refused last. None when all is well.
+    /// Why there is none, or what stays refused. None when all is well.
     pub error: Option<String>,
+    /// What was refused and neither came again nor went since, of each type: names, and why.
+    refused: [BTreeMap<String, String>; ResourceType::ALL.len()],
     /// Since the start.
     pub counts: XdsCounts,
 }
@@ -61,6 +67,35 @@ impl XdsStatus {
     /// Pushes and annotations may be told of in another order than they came into force.
     pub(super) fn now_in_force(&mut self, in_force: InForce) {
         self.in_force = self.in_force.max(in_force);
+    }
+
+    /// A push may be about others than those that an earlier one had wrong.
+    fn remember_refused(&mut self, taken: &Taken) {
+        let Some(known) = self.refused.get_mut(taken.kind as usize) else {
+            return;
+        };
+        if !known.is_empty() {
+            let removed = taken.removed.iter().map(String::as_str);
+            let accepted = taken.accepted.iter().map(|(name, _)| &**name);
+            for name in removed.chain(accepted) {
+                known.remove(name);
+            }
+        }
+        for refused in &taken.refused {
+            if known.len() < MOST_REFUSED || known.contains_key(&refused.name) {
+                known.insert(refused.name.clone(), refused.reason.clone());
+            }
+        }
+    }
+
+    /// All that is refused, in a line.
+    fn complaint(&self) -> Option<String> {
+        let mut all = self.refused.iter().flatten();
+        let (name, reason) = all.next()?;
+        let count = all.count().saturating_add(1);
+        Some(format!(
+            "{count} resources were refused, such as {name}: it {reason}"
+        ))
     }
 }
 
@@ -316,6 +351,8 @@ impl XdsClient {
             tracing::info!(%address, "connected to the control plane");
             status.lost_at = None;
             status.error = None;
+            // Whatever is still wrong comes again.
+            status.refused = Default::default();
         });
     }
 
@@ -362,14 +399,8 @@ impl XdsClient {
             status.counts.refused += taken.refused.len() as u64;
             status.now_in_force(in_force);
             status.unanswered.retain(|kind| *kind != taken.kind);
-            status.error = taken.refused.first().map(|refused| {
-                format!(
-                    "{} resources were refused, such as {}: it {}",
-                    taken.refused.len(),
-                    refused.name,
-                    refused.reason
-                )
-            });
+            status.remember_refused(taken);
+            status.error = status.complaint();
         });
     }
 }

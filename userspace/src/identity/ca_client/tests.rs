@@ -26,7 +26,7 @@ fn client(address: &str, root: &Path) -> CaClient {
         cluster_id: "Kubernetes".to_owned(),
         headers: Headers::default(),
     };
-    CaClient::new(channel, HOUR)
+    CaClient::new(channel, HOUR, TestKnobs::default())
 }
 
 fn cart() -> Identity {

@@ -42,7 +42,8 @@ impl Running {
     }
 
     fn with(issuer: Arc<dyn Issuer>, settings: RenewalSettings) -> Self {
-        let store = Certificates::new(issuer, settings, Revocations::default());
+        let knobs = TestKnobs::default();
+        let store = Certificates::new(issuer, settings, Revocations::default(), knobs);
         let shutdown = CancellationToken::new();
         let task = tokio::spawn({
             let (store, shutdown) = (store.clone(), shutdown.clone());

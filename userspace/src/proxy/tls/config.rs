@@ -12,8 +12,8 @@ use rustls::sign::CertifiedKey;
 use rustls::version::TLS13;
 use rustls::{ClientConfig, ServerConfig, SignatureScheme};
 
-use super::PeerChecks;
 use super::verify::{Chain, ClientVerifier, ServerVerifier};
+use super::{PeerChecks, TestKnobs};
 use crate::identity::WorkloadCertificate;
 use crate::identity::certificate::PROVIDER;
 use crate::policy::Identity;
@@ -72,7 +72,7 @@ pub fn server_config(
     certificate: &Arc<WorkloadCertificate>,
     checks: &PeerChecks,
 ) -> Result<Arc<ServerConfig>, ConfigError> {
-    let own = OwnCertificate::new(certificate)?;
+    let own = OwnCertificate::new(certificate, checks.knobs)?;
     let verifier = ClientVerifier {
         chain: Chain {
             roots: certificate.roots().store(),
@@ -98,7 +98,7 @@ pub fn client_config(
     expected: &ExpectedServer,
     checks: &PeerChecks,
 ) -> Result<Arc<ClientConfig>, ConfigError> {
-    let own = OwnCertificate::new(certificate)?;
+    let own = OwnCertificate::new(certificate, checks.knobs)?;
     let verifier = ServerVerifier {
         chain: Chain {
             roots: certificate.roots().store(),
@@ -121,11 +121,17 @@ pub fn client_config(
 
 /// Presents one certificate while it has not expired.
 #[derive(Debug)]
-struct OwnCertificate(Arc<WorkloadCertificate>);
+struct OwnCertificate {
+    certificate: Arc<WorkloadCertificate>,
+    knobs: TestKnobs,
+}
 
 impl OwnCertificate {
-    fn new(certificate: &Arc<WorkloadCertificate>) -> Result<Self, ConfigError> {
-        let own = Self(Arc::clone(certificate));
+    fn new(certificate: &Arc<WorkloadCertificate>, knobs: TestKnobs) -> Result<Self, ConfigError> {
+        let own = Self {
+            certificate: Arc::clone(certificate),
+            knobs,
+        };
         match own.present() {
             Some(_) => Ok(own),
             None => Err(ConfigError::Expired(certificate.identity().clone())),
@@ -134,8 +140,9 @@ impl OwnCertificate {
 
     /// Asked again in the handshake, which may come long after the configuration.
     fn present(&self) -> Option<Arc<CertifiedKey>> {
-        let expired = self.0.validity().expired(SystemTime::now());
-        (!expired).then(|| Arc::clone(self.0.certified_key()))
+        let expired = self.certificate.validity().expired(SystemTime::now());
+        let withheld = expired && self.knobs.expired_withheld();
+        (!withheld).then(|| Arc::clone(self.certificate.certified_key()))
     }
 }
 

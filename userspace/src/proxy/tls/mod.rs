@@ -71,6 +71,9 @@ pub struct TestKnobs {
     /// A tunnel that is open outlives the revocation of its peer.
     #[cfg(feature = "test-knobs")]
     pub keep_revoked_tunnels: bool,
+    /// The own certificate is presented when it has expired as well.
+    #[cfg(feature = "test-knobs")]
+    pub present_expired: bool,
 }
 
 #[cfg(feature = "test-knobs")]
@@ -98,6 +101,10 @@ impl TestKnobs {
     fn trust_domain_verified(self) -> bool {
         !self.skip_trust_domain
     }
+
+    fn expired_withheld(self) -> bool {
+        !self.present_expired
+    }
 }
 
 #[cfg(not(feature = "test-knobs"))]
@@ -123,6 +130,10 @@ impl TestKnobs {
     }
 
     const fn trust_domain_verified(self) -> bool {
+        true
+    }
+
+    const fn expired_withheld(self) -> bool {
         true
     }
 }
