@@ -74,6 +74,46 @@ fn twin_a_tunnel_leads_to_another_address_of_the_namespace_when_its_target_is_no
     Ok(())
 }
 
+/// Asks `server-b`'s tunnel for the agent's own listeners in the pod: the connection would come back to where it came from.
+fn tunnel_tries_the_agents_ports(knobs: &'static str) -> Result<bool> {
+    let scene = Scene::without(knobs)?;
+    let mut tried = Vec::new();
+    for port in [15001, 15006, TUNNEL_PORT] {
+        let authority = scene.server_b.at(port);
+        let proof = genuine(&scene, "client")?;
+        let mark = scene.agent2.log().mark();
+        let outcome = attempt(&scene.client, &scene.server_b, proof, &authority)?;
+        let refused = outcome == Outcome::Status(400);
+        let to = match refused || port != TUNNEL_PORT {
+            true => ("dst.hbone_addr", authority.as_str()),
+            // The listener that it came from takes it for one more client.
+            false => ("dst.addr", authority.as_str()),
+        };
+        let reason = match port {
+            _ if refused => "not this pod's application",
+            TUNNEL_PORT => "TLS",
+            // The kernel part lets nobody in there: the second wall, which this knob leaves standing.
+            _ => "the application refused",
+        };
+        wait_for_failure(&scene.agent2, mark, reason, &[("path", "hbone"), to])?;
+        tried.push(!refused);
+    }
+    assert!(tried.iter().all(|one| *one == tried[0]), "{tried:?}");
+    Ok(tried[0])
+}
+
+#[test]
+fn a_tunnel_does_not_try_the_agents_own_ports() -> Result<()> {
+    assert!(!tunnel_tries_the_agents_ports("")?);
+    Ok(())
+}
+
+#[test]
+fn twin_a_tunnel_tries_the_agents_own_ports_when_its_target_is_not_checked() -> Result<()> {
+    assert!(tunnel_tries_the_agents_ports("skip-authority")?);
+    Ok(())
+}
+
 #[test]
 fn a_tunnel_does_not_lead_to_the_pods_loopback() -> Result<()> {
     assert!(!tunnel_leads_to("", "127.0.0.1")?);

@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 
 use super::access::accepted_from;
+use super::peer::spiffe;
 use anyhow::Result;
-use culvert_harness::{Service, Workload};
+use culvert_harness::{Match, Node, Policy, Proc, Service, Workload, probe_binary, wait_until};
 use culvert_tests::scene::{
     NAMESPACE, PORT, SOON, Scene, Setting, answered, connect_to, echo, only, principal, serve, text,
 };
+use serde_json::json;
 
 const VIP: &str = "10.96.0.1";
 
@@ -176,5 +178,170 @@ fn a_workload_that_speaks_tcp_is_reached_in_plaintext() -> Result<()> {
     scene
         .agent1
         .wait_for_access(mark, &fields.into_iter().collect::<Vec<_>>(), SOON)?;
+    Ok(())
+}
+
+/// A service without addresses, as its name alone is looked up, in front of `server-a` and `server-b`.
+fn scene_with_a_headless_service(knobs: &'static str) -> Result<Scene> {
+    let mut scene = Scene::without(knobs)?;
+    scene.change_mesh(|mesh| {
+        let mut headless = service();
+        headless.vips.clear();
+        for name in ["server-a", "server-b"] {
+            if let Some(workload) = mesh.workload(name) {
+                *workload = workload.clone().serves(&headless, 80, PORT);
+            }
+        }
+        mesh.services.push(headless);
+    })?;
+    Ok(scene)
+}
+
+#[test]
+fn a_pod_of_a_headless_service_is_reached_itself_and_by_its_identity() -> Result<()> {
+    let scene = scene_with_a_headless_service("")?;
+    let servers = [
+        (&scene.server_a, serve(&scene.server_a, "echo")?, "direct"),
+        (&scene.server_b, serve(&scene.server_b, "echo")?, "hbone"),
+    ];
+    for (pod, _, path) in &servers {
+        scene.warm(&scene.client, pod)?;
+        let mark = scene.agent1.log().mark();
+        for _ in 0..9 {
+            let report = echo(&scene.client, pod)?;
+            assert!(answered(&report), "{report}");
+        }
+        let identity = spiffe(pod.name());
+        let fields = [
+            ("path", *path),
+            ("src.workload", "client"),
+            ("dst.workload", pod.name()),
+            ("dst.identity", &identity),
+        ];
+        scene.agent1.wait_for_access(mark, &fields, SOON)?;
+        assert!(!answered(&echo(&scene.intruder, pod)?));
+    }
+    for (pod, server, _) in &servers {
+        assert_eq!(accepted_from(server, pod)?.len(), 10, "{}", pod.name());
+    }
+    Ok(())
+}
+
+#[test]
+fn twin_a_pod_of_a_headless_service_is_open_to_all_when_policy_is_not_asked() -> Result<()> {
+    let scene = scene_with_a_headless_service("skip-policy")?;
+    let _server = serve(&scene.server_b, "echo")?;
+    assert!(answered(&echo(&scene.intruder, &scene.server_b)?));
+    Ok(())
+}
+
+/// `host-a` and `host-b` share the network of a node, the client's own or the other one, and a service is in front of each. Nobody may
+/// connect to `host-a`, nor may it connect to anybody.
+fn scene_with_host_network(near: bool) -> Result<(Scene, Node)> {
+    let closed = Policy::deny(NAMESPACE, "closed")
+        .selector()
+        .when(Match::not_principal("nobody"));
+    let from_host_a =
+        Policy::deny(NAMESPACE, "not-from-host-a").when(Match::principal(&principal("host-a")));
+    let mut scene = Scene::with(Setting {
+        policies: Some(vec![closed.clone(), from_host_a]),
+        ..Setting::default()
+    })?;
+    let node = match near {
+        true => scene.node1.clone(),
+        false => scene.node2.clone(),
+    };
+    scene.change_mesh(|mesh| {
+        for (name, vip, port) in [("host-a", "10.96.0.1", 7001), ("host-b", "10.96.0.2", 7002)] {
+            let service = Service::new(NAMESPACE, name, vip).port(80, port);
+            let mut workload = Workload {
+                uid: name.to_owned(),
+                name: name.to_owned(),
+                namespace: NAMESPACE.to_owned(),
+                service_account: name.to_owned(),
+                workload_ips: vec![node.address().to_string()],
+                node: node.name().to_owned(),
+                ..Workload::default()
+            }
+            .plain()
+            .serves(&service, 80, port);
+            let shared = json!("HostNetwork");
+            workload.extra.insert("networkMode".to_owned(), shared);
+            if name == "host-a" {
+                workload = workload.selected_by(&closed);
+            }
+            mesh.workloads.push(workload);
+            mesh.services.push(service);
+        }
+    })?;
+    Ok((scene, node))
+}
+
+fn serve_on_the_host(node: &Node, port: u16) -> Result<Proc> {
+    let server = node.host_pod_command(probe_binary()?);
+    let server = server
+        .args(["serve", "--port", &port.to_string()])
+        .spawn()?;
+    server.wait_for_line("listening", SOON)?;
+    Ok(server)
+}
+
+#[test]
+fn workloads_of_the_hosts_network_are_reached_in_plaintext_and_not_taken_for_each_other()
+-> Result<()> {
+    for near in [true, false] {
+        let (scene, node) = scene_with_host_network(near)?;
+        let servers = [
+            serve_on_the_host(&node, 7001)?,
+            serve_on_the_host(&node, 7002)?,
+        ];
+        let at = |port: u16| format!("{}:{port}", node.address());
+        for (to, workload) in [
+            ("10.96.0.1:80", Some("host-a")),
+            ("10.96.0.2:80", Some("host-b")),
+            // Whose port it is the mesh does not say.
+            (&at(7001), None),
+            (&at(7002), None),
+        ] {
+            let mark = scene.agent1.log().mark();
+            let report = connect_to(&scene.client, to, &["--send", "hello", "--read", "5"])?;
+            assert!(answered(&report), "{to}: {report}");
+            let fields = [
+                ("path", "plaintext"),
+                ("src.workload", "client"),
+                ("dst.addr", to),
+            ];
+            let line = scene.agent1.wait_for_access(mark, &fields, SOON)?;
+            assert_eq!(line.field("dst.workload").as_deref(), workload, "{line:?}");
+            assert_eq!(line.field("dst.identity"), None, "{line:?}");
+        }
+        for server in servers {
+            wait_until(SOON, "each server to be reached twice", || {
+                Ok((server.events("accepted").len() == 2).then_some(()))
+            })?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn who_comes_from_the_hosts_network_is_taken_for_none_of_its_workloads() -> Result<()> {
+    for near in [true, false] {
+        let (scene, node) = scene_with_host_network(near)?;
+        let _server = serve(&scene.server_a, "echo")?;
+        let mark = scene.agent1.log().mark();
+        let report = node
+            .host_pod_command(probe_binary()?)
+            .args(["connect", "--to", &scene.server_a.at(PORT)])
+            .args(["--send", "hello", "--read", "5"])
+            .run(SOON)?
+            .json()?;
+        assert!(answered(&report), "{report}");
+        let fields = [("direction", "inbound"), ("dst.workload", "server-a")];
+        let line = scene.agent1.wait_for_access(mark, &fields, SOON)?;
+        assert_eq!(line.field("path").as_deref(), Some("plaintext"), "{line:?}");
+        assert_eq!(line.field("src.workload"), None, "{line:?}");
+        assert_eq!(line.field("src.identity"), None, "{line:?}");
+    }
     Ok(())
 }
