@@ -8,8 +8,8 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use culvert_harness::{
-    Agent, AgentOptions, ControlPlane, Fabric, FabricOptions, Match, Mesh, Node, Pod, Policy, Proc,
-    Workload,
+    Agent, AgentOptions, Clock, ControlPlane, Fabric, FabricOptions, Match, Mesh, Node, Pod,
+    Policy, Proc, Workload,
     cni_rules::{self, Backend},
     culvert_binary,
     fabric::BRIDGE,
@@ -27,6 +27,8 @@ pub struct Scene {
     pub agent2: Agent,
     /// Tells both agents the mesh; none where they read the file.
     pub control_plane: Option<ControlPlane>,
+    /// What they all go by, if it is not the machine's.
+    pub clock: Option<Clock>,
     pub client: Pod,
     pub server_a: Pod,
     pub intruder: Pod,
@@ -53,6 +55,8 @@ pub struct Setting {
     pub mesh_file: bool,
     /// Agents have a control plane under emulation as well, where each process takes its time and a file does: for what is about it.
     pub control_plane: bool,
+    /// Agents and their control plane go by a clock that the test sets.
+    pub clock: bool,
     /// istio-cni's rules steer on the first node: they are made in its pods, and its agent is told.
     pub iptables: bool,
 }
@@ -112,12 +116,25 @@ impl Scene {
         };
         mesh.write(&Agent::default_mesh_file(&node1))?;
         // As in a cluster: from here on agents get mesh and certificates from a control plane.
+        let clock = setting
+            .clock
+            .then(|| Clock::in_directory(fabric.directory()));
+        let clock = clock.transpose()?;
+        let told_time = clock.as_ref().map(Clock::environment).unwrap_or_default();
         let emulated = stretch(SOON) > SOON;
         let control_plane = match setting.mesh_file || emulated && !setting.control_plane {
-            false => Some(ControlPlane::of_fabric(&node1, &culvert_binary()?)?),
+            false => {
+                let binary = culvert_binary()?;
+                Some(ControlPlane::of_fabric_with(
+                    &node1,
+                    &binary,
+                    told_time.clone(),
+                )?)
+            }
             true => None,
         };
         let mut options = AgentOptions::default();
+        options.env.extend(told_time);
         options.env.extend(
             setting
                 .env
@@ -141,11 +158,18 @@ impl Scene {
         let agent2 = node2.start_agent(options)?;
         agent1.ready()?;
         agent2.ready()?;
+        if let Some(clock) = &clock {
+            let agents = [&agent1, &agent2].into_iter().map(Agent::process);
+            let all = agents.chain(control_plane.as_ref().map(ControlPlane::process));
+            all.into_iter()
+                .try_for_each(|process| clock.tidy(process))?;
+        }
         let scene = Self {
             mesh,
             agent1,
             agent2,
             control_plane,
+            clock,
             client,
             server_a,
             intruder,
@@ -174,6 +198,13 @@ impl Scene {
 
     pub fn mesh_file(&self) -> PathBuf {
         Agent::default_mesh_file(&self.node1)
+    }
+
+    /// What agents and control plane go by.
+    pub fn clock(&self) -> Result<&Clock> {
+        self.clock
+            .as_ref()
+            .context("these go by the machine's clock")
     }
 
     /// The control plane of both agents.

@@ -1,6 +1,10 @@
 //! Packages of the distribution: which the machine needs, which it lacks, and installing those. Called by `setup`.
 
-use std::{path::Path, process::Command, sync::Once};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Once,
+};
 
 use anyhow::{Context as _, bail};
 
@@ -44,6 +48,7 @@ impl Need {
                 "golang-go",
                 "haproxy",
                 "iperf3",
+                "libfaketime",
                 "openssl",
                 "postgresql",
                 "python3",
@@ -119,6 +124,7 @@ impl Need {
                     .iter()
                     .all(|(program, asked)| is_there(program, asked))
                     && Path::new("/usr/lib/postgresql").is_dir()
+                    && faketime().is_file()
             }
             // Asked for only where none was found.
             Self::EbpfCompiler => false,
@@ -139,9 +145,11 @@ impl Need {
             Self::Guest => "QEMU for x86_64, busybox and kmod in PATH".into(),
             Self::Load => "redis-server, redis-benchmark, nginx and wrk in PATH".into(),
             Self::Programs => {
-                "curl, javac, go, haproxy, iperf3, openssl, python3 and stunnel in PATH, PostgreSQL below \
-                 /usr/lib/postgresql"
-                    .into()
+                format!(
+                    "curl, javac, go, haproxy, iperf3, openssl, python3 and stunnel in PATH, PostgreSQL below \
+                     /usr/lib/postgresql, and {}",
+                    faketime().display()
+                )
             }
             Self::EbpfLinker { llvm } => {
                 format!(
@@ -152,6 +160,12 @@ impl Need {
             }
         }
     }
+}
+
+/// Where Debian's package puts the clock that tests set.
+fn faketime() -> PathBuf {
+    let architecture = std::env::consts::ARCH;
+    format!("/usr/lib/{architecture}-linux-gnu/faketime/libfaketimeMT.so.1").into()
 }
 
 /// Where Debian's packages put an LLVM.

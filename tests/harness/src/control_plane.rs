@@ -38,14 +38,21 @@ struct Start {
     dev_ca: PathBuf,
     token: PathBuf,
     behaviour: PathBuf,
+    env: Vec<(String, String)>,
 }
 
 impl ControlPlane {
     /// Starts one on the node for all agents of its fabric that are started from now on, whose options name neither mesh file nor CA.
     pub fn of_fabric(node: &Node, binary: &Path) -> Result<Self> {
+        Self::of_fabric_with(node, binary, Vec::new())
+    }
+
+    /// The same, with more environment.
+    pub fn of_fabric_with(node: &Node, binary: &Path, env: Vec<(String, String)>) -> Result<Self> {
         let mesh_file = Agent::default_mesh_file(node);
         let dev_ca = Agent::default_dev_ca(node);
-        let serving = Self::at(node, binary, node.address(), &mesh_file, &dev_ca)?;
+        let start = Start::new(node, binary, &mesh_file, &dev_ca, env)?;
+        let serving = start.begin(node.address())?;
         let mut told = serving.environment();
         let annotations = Mesh::annotations_file(&mesh_file);
         told.push((
@@ -62,27 +69,7 @@ impl ControlPlane {
     /// Starts one in the node's namespace, for its own loopback device alone, at a port that is free.
     pub fn start(node: &Node, binary: &Path, mesh_file: &Path, dev_ca: &Path) -> Result<Self> {
         let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        Self::at(node, binary, loopback, mesh_file, dev_ca)
-    }
-
-    fn at(node: &Node, binary: &Path, ip: IpAddr, mesh_file: &Path, dev_ca: &Path) -> Result<Self> {
-        let start = Start {
-            node: node.clone(),
-            binary: binary.to_owned(),
-            mesh_file: mesh_file.to_owned(),
-            dev_ca: dev_ca.to_owned(),
-            token: node.directory().join("token"),
-            behaviour: node.directory().join("behaviour.yaml"),
-        };
-        std::fs::write(&start.token, TOKEN)
-            .with_context(|| format!("writing {}", start.token.display()))?;
-        let (process, address, root) = start.at(&SocketAddr::new(ip, 0).to_string())?;
-        Ok(Self {
-            start,
-            process,
-            address,
-            root,
-        })
+        Start::new(node, binary, mesh_file, dev_ca, Vec::new())?.begin(loopback)
     }
 
     /// What an agent is told, so that it gets everything from here.
@@ -130,6 +117,22 @@ impl ControlPlane {
         self.process.wait_for_line_after(mark, told, TOLD).map(drop)
     }
 
+    /// Has it admit only who shows this token, from now on.
+    pub fn expect_token(&self, token: &str) -> Result<()> {
+        replace_file(&self.start.token, token)
+    }
+
+    /// Has it be of another CA from its next start on: certificates and what it is known by.
+    pub fn forget_ca(&self) -> Result<()> {
+        let ca = self.start.dev_ca.join("dev-ca.pem");
+        std::fs::remove_file(&ca).with_context(|| format!("removing {}", ca.display()))
+    }
+
+    /// The file with the root that it is known by.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// Ends it.
     pub fn stop(&self, signal: Signal) -> Result<()> {
         self.process.kill(signal)?;
@@ -163,6 +166,36 @@ impl ControlPlane {
 }
 
 impl Start {
+    fn new(
+        node: &Node,
+        binary: &Path,
+        mesh_file: &Path,
+        dev_ca: &Path,
+        env: Vec<(String, String)>,
+    ) -> Result<Self> {
+        let token = node.directory().join("token");
+        std::fs::write(&token, TOKEN).with_context(|| format!("writing {}", token.display()))?;
+        Ok(Self {
+            node: node.clone(),
+            binary: binary.to_owned(),
+            mesh_file: mesh_file.to_owned(),
+            dev_ca: dev_ca.to_owned(),
+            token,
+            behaviour: node.directory().join("behaviour.yaml"),
+            env,
+        })
+    }
+
+    fn begin(self, ip: IpAddr) -> Result<ControlPlane> {
+        let (process, address, root) = self.at(&SocketAddr::new(ip, 0).to_string())?;
+        Ok(ControlPlane {
+            start: self,
+            process,
+            address,
+            root,
+        })
+    }
+
     fn at(&self, address: &str) -> Result<(Proc, SocketAddr, PathBuf)> {
         let process = self
             .node
@@ -180,6 +213,7 @@ impl Start {
                 "RUST_LOG",
                 "debug,h2=info,hyper=info,tower=info,rustls=info",
             )
+            .envs(self.env.clone())
             .spawn()?;
         let event = process.wait_for_event("listening", STARTED)?;
         let text = |key: &str| {

@@ -2,11 +2,13 @@
 //! served as before, and it is served once the authority behaves again.
 
 use anyhow::Result;
-use culvert_harness::{Match, Pod, Policy, Proc, Workload, wait_until};
+use culvert_harness::{Agent, Match, Pod, Policy, Proc, Workload, wait_until};
 use culvert_tests::scene::{
     NAMESPACE, SOON, Scene, Setting, answered, connect, echo, only, principal, serve, status,
 };
 use serde_json::Value;
+
+use super::peer::{genuine, server_leaf};
 
 const WORD: &str = "not-for-the-wire";
 
@@ -17,9 +19,14 @@ struct Stage {
 
 impl Stage {
     fn new() -> Result<Self> {
+        Self::with(Setting::default())
+    }
+
+    fn with(setting: Setting) -> Result<Self> {
         let scene = Scene::with(Setting {
             policies: Some(vec![only("client"), newcomers()]),
-            ..Setting::default()
+            control_plane: true,
+            ..setting
         })?;
         let server = serve(&scene.server_b, "echo")?;
         assert!(answered(&echo(&scene.client, &scene.server_b)?));
@@ -78,9 +85,13 @@ fn newcomers() -> Policy {
     Policy::allow(NAMESPACE, "newcomers").when(Match::principal(&principal("nobody")))
 }
 
-/// What `culvert status` says of a pod's certificate.
+/// What `culvert status` of the first node says of a pod's certificate.
 fn certificate(scene: &Scene, name: &str) -> Result<String> {
-    let status = status(&scene.agent1)?;
+    certificate_of(&scene.agent1, name)
+}
+
+fn certificate_of(agent: &Agent, name: &str) -> Result<String> {
+    let status = status(agent)?;
     let all = status["certificates"]
         .as_array()
         .cloned()
@@ -95,7 +106,13 @@ fn certificate(scene: &Scene, name: &str) -> Result<String> {
 #[test]
 fn without_a_proper_answer_a_pod_is_not_served_until_there_is_one() -> Result<()> {
     let mut stage = Stage::new()?;
-    for fault in ["refuse", "other-identity", "expired", "leaf-only"] {
+    for fault in [
+        "refuse",
+        "other-identity",
+        "expired",
+        "leaf-only",
+        "unrelated-root",
+    ] {
         stage.misbehave(&format!("ca: [{fault}]"))?;
         let (pod, _) = stage.newcomer(fault)?;
         stage.is_not_served(&pod, fault)?;
@@ -129,5 +146,50 @@ fn who_connects_before_a_late_certificate_waits_for_it() -> Result<()> {
     assert_eq!(stage.say(&pod, "9000")?["data"], WORD);
     assert!(!capture.contains(WORD.as_bytes())?);
     assert_eq!(stage.server.events("accepted").len(), 2);
+    Ok(())
+}
+
+#[test]
+fn without_a_proper_answer_the_certificate_that_there_is_stays_in_use_and_the_reason_is_told()
+-> Result<()> {
+    // Back-dated by as much, such a certificate is renewed every few seconds.
+    let mut stage = Stage::with(Setting {
+        env: vec![("SECRET_TTL", "60s".to_owned())],
+        ..Setting::default()
+    })?;
+    let warnings = |stage: &Stage| -> Result<String> {
+        Ok(status(&stage.scene.agent2)?["warnings"].to_string())
+    };
+    let shown =
+        |scene: &Scene| server_leaf(&scene.client, &scene.server_b, genuine(scene, "client")?);
+    for (fault, reason) in [
+        ("unrelated-root", "its chain does not hold"),
+        ("other-identity", "with a certificate for"),
+        ("refuse", "told to refuse"),
+    ] {
+        stage.misbehave(&format!("ca: [{fault}]"))?;
+        wait_until(SOON, reason, || {
+            Ok(warnings(&stage)?.contains(reason).then_some(()))
+        })?;
+        let kept = shown(&stage.scene)?;
+        let agent = &stage.scene.agent2;
+        let again = agent.log().mark();
+        agent
+            .process()
+            .wait_for_line_after(again, "no certificate; trying again", SOON)?;
+        assert_eq!(shown(&stage.scene)?, kept, "{fault}");
+        assert!(
+            answered(&echo(&stage.scene.client, &stage.scene.server_b)?),
+            "{fault}"
+        );
+        let held = certificate_of(agent, "server-b")?;
+        assert!(held.contains("valid for"), "{fault}: {held}");
+
+        stage.misbehave("")?;
+        wait_until(SOON * 2, "a renewed certificate, and no complaint", || {
+            let renewed = shown(&stage.scene)? != kept;
+            Ok((renewed && !warnings(&stage)?.contains(reason)).then_some(()))
+        })?;
+    }
     Ok(())
 }

@@ -1,12 +1,10 @@
 //! Agents that get their mesh and certificates from a control plane; first that one itself.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use culvert_harness::{
-    Agent, ControlPlane, Fabric, Mesh, Policy, TcpState, Workload, culvert_binary, wait_until,
+    Agent, ControlPlane, Fabric, Mesh, TcpState, Workload, culvert_binary, wait_until,
 };
-use culvert_tests::scene::{
-    NAMESPACE, SOON, Scene, answered, echo, mesh_status, only, serve, status,
-};
+use culvert_tests::scene::{SOON, Scene, answered, echo, mesh_status, only, serve, status};
 use nix::sys::signal::Signal;
 
 fn mesh_of(name: &str) -> Mesh {
@@ -129,44 +127,4 @@ fn without_its_control_plane_an_agent_goes_on_and_says_so() -> Result<()> {
         "the change to reach the other pod of the node",
         || Ok((!reaches(&scene, true)?).then_some(())),
     )
-}
-
-#[test]
-fn a_control_plane_that_misbehaves_changes_nothing() -> Result<()> {
-    let mut scene = Scene::new()?;
-    let _server = serve(&scene.server_b, "echo")?;
-    let uid = scene.workload(&scene.client)?.uid.clone();
-    for behaviour in [
-        format!("xds: [{{garbage: {uid}}}]"),
-        format!("xds: [{{absurd-length: {uid}}}]"),
-        format!("xds: [{{absurd-values: {uid}}}]"),
-        format!("xds: [{{unknown-enum: {uid}}}]"),
-        format!("xds: [{{wrong-type: {uid}}}]"),
-        "xds: [{reset-after: 1}]".to_owned(),
-        "xds: [wrong-response-type]".to_owned(),
-        "xds: [wrong-version]".to_owned(),
-        "xds: [stall]".to_owned(),
-    ] {
-        scene.control_plane()?.misbehave_now(&behaviour)?;
-        // Something is pushed, so that it has an occasion.
-        scene.mesh.policies.push(Policy::deny(
-            NAMESPACE,
-            &format!("p{}", scene.mesh.policies.len()),
-        ));
-        scene.mesh.write(&scene.mesh_file())?;
-        assert!(reaches(&scene, false)?, "{behaviour}");
-        ensure!(
-            scene.agent1.process().status().is_none(),
-            "{behaviour}: the agent ended"
-        );
-    }
-    scene.control_plane()?.misbehave("")?;
-    wait_for_status(&scene.agent1, "connected")?;
-    let count = scene.mesh.policies.len();
-    wait_until(SOON, "all policies", || {
-        let known = status(&scene.agent1)?["policies"].as_u64();
-        Ok((known == Some(count as u64)).then_some(()))
-    })?;
-    assert!(reaches(&scene, false)?);
-    Ok(())
 }

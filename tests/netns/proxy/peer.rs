@@ -68,11 +68,27 @@ pub fn spiffe(account: &str) -> String {
 }
 
 pub fn valid_now() -> Validity {
-    let now = SystemTime::now();
+    valid_around(SystemTime::now())
+}
+
+pub fn valid_around(moment: SystemTime) -> Validity {
     Validity {
-        not_before: now - HOUR,
-        not_after: now + HOUR,
+        not_before: moment - HOUR,
+        not_after: moment + HOUR,
     }
+}
+
+/// From when until when a leaf holds.
+pub fn validity_of(leaf: &CertificateDer<'_>) -> Result<Validity> {
+    let (_, leaf) = x509_parser::parse_x509_certificate(leaf)?;
+    let validity = leaf.validity();
+    let at = |seconds: i64| -> Result<SystemTime> {
+        Ok(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds.try_into()?))
+    };
+    Ok(Validity {
+        not_before: at(validity.not_before.timestamp())?,
+        not_after: at(validity.not_after.timestamp())?,
+    })
 }
 
 pub fn expired() -> Validity {
