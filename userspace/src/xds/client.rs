@@ -152,6 +152,8 @@ enum Ended {
     Channel(#[from] ChannelError),
     #[error("the control plane ended the stream: {}", told(.0))]
     Status(Status),
+    #[error("the control plane sent a response that this agent does not take: {}", told(.0))]
+    TooLarge(Status),
     #[error("the control plane closed the stream")]
     Closed,
     #[error("the control plane took the connection and said nothing for {} s", FIRST_ANSWER.as_secs())]
@@ -163,15 +165,25 @@ enum Ended {
 }
 
 impl Ended {
+    /// What the client itself says of a response goes by a status as well.
+    fn in_stream(status: Status) -> Self {
+        match status.code() {
+            tonic::Code::OutOfRange => Self::TooLarge(status),
+            _ => Self::Status(status),
+        }
+    }
+
     fn termination(&self) -> Termination {
         match self {
             Self::Channel(_) => Termination::ConnectionError,
             Self::Status(status) if status.code() == tonic::Code::Unavailable => {
                 Termination::Reconnect
             }
-            Self::Status(_) | Self::Silent | Self::Protocol(_) | Self::Internal(_) => {
-                Termination::Error
-            }
+            Self::Status(_)
+            | Self::TooLarge(_)
+            | Self::Silent
+            | Self::Protocol(_)
+            | Self::Internal(_) => Termination::Error,
             Self::Closed => Termination::Complete,
         }
     }
@@ -306,7 +318,7 @@ impl XdsClient {
                 }
             };
             let response = response.map_err(|_| Ended::Silent)?;
-            let response = response.map_err(Ended::Status)?.ok_or(Ended::Closed)?;
+            let response = response.map_err(Ended::in_stream)?.ok_or(Ended::Closed)?;
             let bytes = prost::Message::encoded_len(&response);
             let push = self.session.receive(response)?;
             let (taken, in_force) = self.put_in_force(push).await?;

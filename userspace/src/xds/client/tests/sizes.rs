@@ -183,7 +183,7 @@ async fn a_push_over_the_limit_ends_the_connection_and_the_mesh_stays() {
         .await;
     let error = lost.error.unwrap();
     assert!(
-        error.contains("too large") && error.contains(&MOST_BYTES.to_string()),
+        error.contains("does not take: OutOfRange") && error.contains(&MOST_BYTES.to_string()),
         "{error}"
     );
     assert_eq!(lost.counts.terminations[Termination::Error as usize], 1);
