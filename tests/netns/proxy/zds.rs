@@ -423,6 +423,7 @@ fn tunnels_of_an_agent_in_an_upgrade_carry_until_its_drain_ends() -> Result<()> 
         Ok((known == Some(3)).then_some(()))
     })?;
     by_tunnel(&stage.agent)?;
+    let mark = stage.agent.log().mark();
     // One that the old agent carries out of the node, and one that it carries into it.
     let held = [hold(&stage.client, &far)?, hold(&far, &stage.server)?];
     let all_go_on = |word: &str| held.iter().try_for_each(|held| goes_on(held, word));
@@ -450,6 +451,10 @@ fn tunnels_of_an_agent_in_an_upgrade_carry_until_its_drain_ends() -> Result<()> 
     for held in &held {
         held.wait_for_event("end", SOON)?;
     }
+    let fields = [("path", "hbone"), ("direction", "outbound")];
+    let line = stage.agent.wait_for_access(mark, &fields, SOON)?;
+    let sent = line.field("bytes_sent").unwrap_or_default();
+    assert!(sent.parse::<u64>()? > 40, "{}", line.text);
     by_tunnel(&agent)?;
     stage.agent.stop(Signal::SIGTERM)?;
     by_tunnel(&agent)?;

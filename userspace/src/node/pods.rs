@@ -371,14 +371,16 @@ impl Pods {
     /// is refused until the next one comes.
     pub async fn stop(&self, grace: Duration) {
         let mut running = self.running.lock().await;
+        let mut closing: Vec<_> = running.leaving.values().map(Leaving::closing).collect();
         for (_, proxy) in running.pods.values() {
             proxy.drain();
+            closing.push(proxy.closing());
         }
         let workers = running.workers.take();
         // A pod may leave meanwhile.
         drop(running);
         if let Some(workers) = workers {
-            workers.stop(grace).await;
+            workers.stop(grace, closing).await;
         }
     }
 }

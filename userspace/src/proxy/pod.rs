@@ -149,6 +149,11 @@ impl PodProxy {
         self.open.close();
     }
 
+    /// What cuts everything that is open.
+    pub fn closing(&self) -> CancellationToken {
+        self.stop.close.clone()
+    }
+
     /// Whether nothing is open any more after [`Self::leave`].
     pub fn is_idle(&self) -> bool {
         self.open.is_empty()

@@ -11,10 +11,13 @@ use std::{
 };
 
 use tokio::{runtime, sync::oneshot};
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::hbone::{Pool, PoolSettings};
 use super::tls::PeerChecks;
+
+/// How long cutting connections may take.
+const CUT: Duration = Duration::from_secs(1);
 
 /// One data thread.
 #[derive(Clone)]
@@ -71,8 +74,9 @@ impl Workers {
             .cloned()
     }
 
-    /// Waits for the pods' tasks, which their owners have told to end, then ends the threads.
-    pub async fn stop(self, deadline: Duration) {
+    /// Waits for the pods' tasks, which their owners have told to end, then ends the threads. What is open at the deadline is cut by
+    /// `closing`, so that it is logged and counted like all others.
+    pub async fn stop(self, deadline: Duration, closing: Vec<CancellationToken>) {
         let finishing = async {
             for worker in &self.workers {
                 worker.tasks.close();
@@ -84,6 +88,15 @@ impl Workers {
             tracing::warn!(
                 "connections were still open when the grace period ended; they are reset"
             );
+            for closing in &closing {
+                closing.cancel();
+            }
+            let cut = async {
+                for worker in &self.workers {
+                    worker.tasks.wait().await;
+                }
+            };
+            let _ = tokio::time::timeout(CUT, cut).await;
         }
         for (stop, thread) in self.threads {
             let _ = stop.send(());

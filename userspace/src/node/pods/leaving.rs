@@ -3,6 +3,7 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use tokio::time::{Instant, sleep, timeout};
+use tokio_util::sync::CancellationToken;
 
 use super::{Pods, Running};
 use crate::{
@@ -31,6 +32,11 @@ impl Leaving {
             leaves: true,
             ..self.enrolment.known()
         }
+    }
+
+    /// What cuts its connections.
+    pub fn closing(&self) -> CancellationToken {
+        self.proxy.closing()
     }
 
     /// Whether nobody is left to carry for: connections, or their pod.
