@@ -592,7 +592,6 @@ fn wrong_values_of_ztunnels_variables_are_named() {
             "CA_ROOT_CA",
             "-----BEGIN PRIVATE KEY-----\n-----END PRIVATE KEY-----",
         ),
-        ("CRL_PATH", "relative.pem"),
         ("POOL_MAX_STREAMS_PER_CONNECTION", "0"),
         ("TERMINATION_GRACE_PERIOD_SECONDS", "soon"),
         ("IPV6_ENABLED", "6"),

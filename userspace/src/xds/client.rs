@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Request, Status};
+use tonic::{Request, Status, Streaming};
 
 use super::annotations_file::InFeed;
 use super::backoff::Backoff;
@@ -23,8 +23,8 @@ use crate::kernel::sys;
 use crate::mesh::{MeshDefaults, Revision, Store};
 use crate::watched_file::{FileWatcher, Told, WatchedFileError};
 use crate::wire::envoy::config::core::v3::Node;
-use crate::wire::envoy::service::discovery::v3::DeltaDiscoveryRequest;
 use crate::wire::envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
+use crate::wire::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
 #[cfg(test)]
 mod tests;
@@ -328,7 +328,9 @@ impl XdsClient {
             }
             let many = taken.accepted.len() > MANY;
             let answer = self.session.answer(taken);
-            send(&requests, answer).await?;
+            if send(&requests, answer).await.is_err() {
+                return Err(last_word(&mut responses).await);
+            }
             if many {
                 // It takes a while, and nothing waits for it.
                 let _ = tokio::task::spawn_blocking(sys::give_back_memory).await;
@@ -415,6 +417,23 @@ impl XdsClient {
             status.error = status.complaint();
         });
     }
+}
+
+/// Why a stream ended that takes no more requests. What still comes is not answered, and so comes again.
+async fn last_word(responses: &mut Streaming<DeltaDiscoveryResponse>) -> Ended {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    let end = async {
+        loop {
+            match responses.message().await {
+                Ok(Some(_)) => {}
+                Ok(None) => return Ended::Closed,
+                Err(status) => return Ended::in_stream(status),
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, end)
+        .await
+        .unwrap_or(Ended::Closed)
 }
 
 /// The next name that is asked for; never where everything is sent.

@@ -115,7 +115,11 @@ impl Feed {
         for (known, answered) in ResourceType::ALL.iter().zip(&mut self.answered) {
             *answered |= *known == kind;
         }
-        self.put_in_force(mesh);
+        // A control plane that is found again says of each type that there is nothing new.
+        let is_news = !(accepted.is_empty() && removed.is_empty());
+        if is_news || self.in_force.is_none() {
+            self.put_in_force(mesh);
+        }
         Ok(Taken {
             kind,
             nonce,

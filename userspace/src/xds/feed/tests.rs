@@ -149,6 +149,16 @@ fn of_a_push_that_cannot_be_decoded_nothing_is_in_force() {
 }
 
 #[test]
+fn nothing_new_is_no_new_revision() {
+    let (mut feed, store) = settled();
+    let before = (store.revision(), feed.in_force());
+    feed.take(push(ADDRESS, vec![], &[])).unwrap();
+    let refused = feed.take(push(POLICY, vec![beyond_ports()], &[])).unwrap();
+    assert_eq!(refused.refused.len(), 1);
+    assert_eq!((store.revision(), feed.in_force()), before);
+}
+
+#[test]
 fn nothing_is_in_force_before_every_type_was_answered() {
     let (mut feed, store) = feed();
     let taken = feed
