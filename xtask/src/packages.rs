@@ -11,6 +11,7 @@ use anyhow::{Context as _, bail};
 use crate::{
     command::{ask, run_quietly, step},
     distribution::Distribution,
+    vm::emulator,
 };
 
 /// What needs packages, in the order in which it can be known: the linker's depend on the compiler's LLVM.
@@ -24,8 +25,10 @@ pub enum Need {
     EbpfCompiler,
     /// Building bpf-linker against the LLVM of that compiler.
     EbpfLinker { llvm: u32 },
-    /// Booting other kernels under emulation.
+    /// What is in the machines that boot other kernels.
     Guest,
+    /// Emulating them. See [`emulator`].
+    Emulator,
     /// Benchmarks: servers and clients that others know.
     Load,
     /// Tests of real programs over direct flows, beside those of `Load`.
@@ -36,8 +39,9 @@ impl Need {
     fn packages(self) -> Vec<String> {
         let names: &[&str] = match self {
             // There are two packages of busybox, and one would have to remove the other: either serves.
-            Self::Guest if is_there("busybox", "--help") => &["qemu-system-x86", "kmod"],
-            Self::Guest => &["qemu-system-x86", "kmod", "busybox-static"],
+            Self::Guest if is_there("busybox", "--help") => &["kmod"],
+            Self::Guest => &["kmod", "busybox-static"],
+            Self::Emulator => &[emulator::PACKAGE],
             Self::Compiler => &["gcc", "libc6-dev"],
             Self::Harness => &["iproute2", "iptables"],
             Self::EbpfCompiler => &["rustc-web", "rust-web-src"],
@@ -74,7 +78,8 @@ impl Need {
                 "a Rust compiler with its core library's source, for the eBPF target"
             }
             Self::EbpfLinker { .. } => "bpf-linker is built against the LLVM of the eBPF compiler",
-            Self::Guest => "an emulated machine, to run the tests on other kernels",
+            Self::Guest => "programs in the emulated machine that runs the tests on other kernels",
+            Self::Emulator => "an emulated machine, to run the tests on other kernels",
             Self::Load => "servers and clients of the benchmark, used inside its namespaces only",
             Self::Programs => {
                 "servers, clients and languages of the tests, used inside their namespaces only"
@@ -88,15 +93,12 @@ impl Need {
             Self::Compiler => ask(Command::new("cc").arg("--version")).is_some(),
             Self::Harness => is_there("ip", "-V") && is_there("iptables-legacy", "-V"),
             Self::Guest => {
-                let programs = [
-                    ("qemu-system-x86_64", "--version"),
-                    ("busybox", "--help"),
-                    ("kmod", "--version"),
-                ];
+                let programs = [("busybox", "--help"), ("kmod", "--version")];
                 programs
                     .iter()
                     .all(|(program, asked)| is_there(program, asked))
             }
+            Self::Emulator => is_there(emulator::PROGRAM, "--version"),
             Self::Load => {
                 let programs = [
                     ("redis-server", "-v"),
@@ -142,7 +144,8 @@ impl Need {
             Self::EbpfCompiler => {
                 "a compiler for eBPF: `rustup toolchain install nightly --profile minimal --component rust-src`".into()
             }
-            Self::Guest => "QEMU for x86_64, busybox and kmod in PATH".into(),
+            Self::Guest => "busybox and kmod in PATH".into(),
+            Self::Emulator => "QEMU for x86_64 in PATH".into(),
             Self::Load => "redis-server, redis-benchmark, nginx and wrk in PATH".into(),
             Self::Programs => {
                 format!(

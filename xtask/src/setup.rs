@@ -44,6 +44,7 @@ pub fn setup_for_check() -> anyhow::Result<()> {
 pub fn setup_for_guests(kernels: &[Kernel]) -> anyhow::Result<Vec<Image>> {
     let _lock = lock()?;
     packages::provide(&[Need::Guest])?;
+    vm::emulator::provide()?;
     kernels.iter().map(|kernel| vm::provide(*kernel)).collect()
 }
 

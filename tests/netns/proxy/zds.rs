@@ -451,10 +451,12 @@ fn tunnels_of_an_agent_in_an_upgrade_carry_until_its_drain_ends() -> Result<()> 
     for held in &held {
         held.wait_for_event("end", SOON)?;
     }
-    let fields = [("path", "hbone"), ("direction", "outbound")];
-    let line = stage.agent.wait_for_access(mark, &fields, SOON)?;
-    let sent = line.field("bytes_sent").unwrap_or_default();
-    assert!(sent.parse::<u64>()? > 40, "{}", line.text);
+    for direction in ["outbound", "inbound"] {
+        let fields = [("path", "hbone"), ("direction", direction)];
+        let line = stage.agent.wait_for_access(mark, &fields, SOON)?;
+        let sent = line.field("bytes_sent").unwrap_or_default();
+        assert!(sent.parse::<u64>()? > 40, "{}", line.text);
+    }
     by_tunnel(&agent)?;
     stage.agent.stop(Signal::SIGTERM)?;
     by_tunnel(&agent)?;

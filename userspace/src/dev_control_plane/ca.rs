@@ -92,7 +92,7 @@ impl Authority {
             .get()
             .is_some_and(|next| Arc::ptr_eq(next, &grant.ca));
         let lifetime = lifetime(request);
-        tracing::debug!(identity = %grant.identity, ?lifetime, by_next, headers, "a certificate was issued");
+        tracing::debug!(identity = %grant.identity, by_next, ?lifetime, headers, "a certificate was issued");
         Ok(chain)
     }
 

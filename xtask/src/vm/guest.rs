@@ -13,7 +13,10 @@ use std::{
 
 use anyhow::{Context as _, bail};
 
-use super::kernel::Image;
+use super::{
+    emulator::{self, Emulator},
+    kernel::Image,
+};
 
 /// The whole suite takes four minutes on two processors, eight where they are busy.
 const DEADLINE: Duration = Duration::from_secs(30 * 60);
@@ -70,7 +73,9 @@ impl Machine {
     fn start(image: &Image, initramfs: &Path) -> anyhow::Result<Self> {
         // setpriv becomes qemu, and has the kernel end it when the thread that started it ends, however that happens.
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
+        command.args(["--pdeathsig", "KILL"]);
+        let emulator = Emulator::find().context("there is no emulator although it was there")?;
+        let mut command = emulator.through(command);
         // Emulated, so that it is the same everywhere: where this machine is itself a guest there is no KVM.
         command.args([
             "-accel",
@@ -97,7 +102,7 @@ impl Machine {
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())
             .spawn()
-            .context("cannot start qemu-system-x86_64 through setpriv")?;
+            .with_context(|| format!("cannot start {} through setpriv", emulator::PROGRAM))?;
         let output = child.stdout.take().context("qemu has no output to read")?;
         let (sender, lines) = mpsc::sync_channel(256);
         thread::spawn(move || pass_on(output, &sender));

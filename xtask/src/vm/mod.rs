@@ -4,6 +4,7 @@
 //! A guest is a kernel and one archive ([`initramfs`]); its console is its only output. Also called by `test`.
 
 mod cpio;
+pub mod emulator;
 mod guest;
 mod initramfs;
 mod kernel;

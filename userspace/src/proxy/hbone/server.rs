@@ -12,13 +12,16 @@ use h2::{Reason, RecvStream};
 use http::Request;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use super::request::{Incoming, IncomingConnect, Refusal, answer};
 use super::settings::ServerSettings;
 use crate::proxy::deadline::within;
+
+/// What handlers have to report streams that were cut.
+const LAST_WORD: Duration = Duration::from_millis(200);
 
 /// The ways to end a tunnel from our side.
 #[derive(Debug, Clone, Default)]
@@ -89,9 +92,13 @@ where
     // With the connection every stream fails; the handlers see that, deliver what they hold and end.
     drop(connection);
     let finishing = async { while handlers.join_next().await.is_some() {} };
+    let cut = async {
+        stop.close.cancelled().await;
+        sleep(LAST_WORD).await;
+    };
     tokio::select! {
         _ = timeout(settings.grace, finishing) => {}
-        () = stop.close.cancelled() => {}
+        () = cut => {}
     }
     handlers.shutdown().await;
     end
