@@ -31,6 +31,15 @@ impl Tally {
         self
     }
 
+    /// With what another one has read, to its last line.
+    pub fn add(&mut self, other: Self) {
+        let other = other.finish();
+        self.passed += other.passed;
+        self.ignored += other.ignored;
+        self.unfinished += other.unfinished;
+        self.failed += other.failed;
+    }
+
     /// Tests that failed, and one for every program that ended without a result.
     pub fn failed(&self) -> u64 {
         self.failed + self.unfinished
