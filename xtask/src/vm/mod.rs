@@ -33,7 +33,7 @@ const TESTS: &str = "kernel";
 /// As many as the guest has processors.
 const THREADS: &str = "2";
 /// How a guest's kernel dies where one emulated processor goes on with code that another one has patched: it meets the breakpoint that
-/// stood there meanwhile. No program of ours can plant one.
+/// stood there meanwhile. That it is the emulator's is likely and not proven.
 const STALE_CODE: &str = "Oops: int3";
 /// How the tests' harness begins the line in which it says that a kernel lacks something.
 const LACKS: &str = "not on this kernel: ";
@@ -103,9 +103,11 @@ fn run(image: &Image, programs: &Programs, tally: &mut Tally) -> anyhow::Result<
     let initramfs = Initramfs::write(image, programs)?;
     let mut lacks = Vec::new();
     let mut stdout = io::stdout().lock();
-    let mut attempt = |tally: &mut Tally| {
+    let mut any_failed = false;
+    let mut attempt = |tally: &mut Tally, any_failed: &mut bool| {
         guest::run(image, initramfs.path(), |line| {
             tally.read(line);
+            *any_failed |= line.ends_with("... FAILED");
             if let Some((_, what)) = line.split_once(LACKS) {
                 lacks.push(what.to_owned());
             }
@@ -114,17 +116,19 @@ fn run(image: &Image, programs: &Programs, tally: &mut Tally) -> anyhow::Result<
         })
     };
     let mut read = Tally::default();
-    let mut status = attempt(&mut read);
-    if status
-        .as_ref()
-        .is_err_and(|error| format!("{error:#}").contains(STALE_CODE))
+    let mut status = attempt(&mut read, &mut any_failed);
+    // What a test has found is not asked a second time.
+    if !any_failed
+        && status
+            .as_ref()
+            .is_err_and(|error| format!("{error:#}").contains(STALE_CODE))
     {
         step(
             &format!("boot Linux {name} again"),
-            "the emulator ran instructions that the kernel had replaced by then, which a processor does not",
+            "its kernel met a breakpoint of its own patching, which is taken for the emulator's doing",
         );
         read = Tally::default();
-        status = attempt(&mut read);
+        status = attempt(&mut read, &mut any_failed);
     }
     tally.add(read);
     let status = status?;
