@@ -78,12 +78,13 @@ impl XdsStatus {
             let removed = taken.removed.iter().map(String::as_str);
             let accepted = taken.accepted.iter().map(|(name, _)| &**name);
             for name in removed.chain(accepted) {
-                known.remove(name);
+                known.remove(&remembered(name));
             }
         }
         for refused in &taken.refused {
-            if known.len() < MOST_REFUSED || known.contains_key(&refused.name) {
-                known.insert(refused.name.clone(), refused.reason.clone());
+            let name = remembered(&refused.name);
+            if known.len() < MOST_REFUSED || known.contains_key(&name) {
+                known.insert(name, remembered(&refused.reason));
             }
         }
     }
@@ -417,6 +418,11 @@ impl XdsClient {
             status.error = status.complaint();
         });
     }
+}
+
+/// What is kept of a text from outside.
+fn remembered(text: &str) -> String {
+    text.chars().take(512).collect()
 }
 
 /// Why a stream ended that takes no more requests. What still comes is not answered, and so comes again.
