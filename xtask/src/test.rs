@@ -13,7 +13,7 @@ use crate::{
     command::step,
     packages::{self, Need},
     tally::Tally,
-    vm::{self, Kernel},
+    vm::{self, Kernel, Selection},
     workspace,
 };
 
@@ -65,16 +65,21 @@ pub fn test(options: &TestOptions) -> anyhow::Result<()> {
         &LOAD
     };
     if !options.host {
-        let mut on = |kernel, filters: &[String]| {
-            vm::on(&[kernel], filters, left_out, &mut tally).unwrap_or_else(|error| {
-                step("no other kernel was tested", &format!("{error:#}"));
-                false
-            })
-        };
-        succeeded &= on(Kernel::V6_12, &options.filters);
+        let oldest = [OLDEST.to_owned()];
+        let mut selections = vec![Selection {
+            kernel: Kernel::V6_12,
+            filters: &options.filters,
+        }];
         if options.filters.is_empty() {
-            succeeded &= on(Kernel::V6_1, &[OLDEST.to_owned()]);
+            selections.push(Selection {
+                kernel: Kernel::V6_1,
+                filters: &oldest,
+            });
         }
+        succeeded &= vm::on(&selections, left_out, &mut tally).unwrap_or_else(|error| {
+            step("no other kernel was tested", &format!("{error:#}"));
+            false
+        });
     }
     if tally.ignored > 0 && !options.long {
         println!(

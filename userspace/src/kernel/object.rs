@@ -31,6 +31,22 @@ use super::{
 };
 
 const INBOUND: &str = "inbound";
+/// Maps whose size follows from how much a node may have, and what they have where only [`Maps::Few`] are asked for.
+const SIZED: [&str; 12] = [
+    "ENDPOINTS",
+    "VERDICTS",
+    "SERVICES",
+    "SLOTS",
+    "CLAIMS",
+    "FLOWS",
+    "LISTENERS",
+    "ISOLATED_CLIENTS",
+    "ISOLATED_SERVERS",
+    "SHORT_SOCKETS",
+    "SHORT_FLOWS",
+    "SHORT_NAMES",
+];
+const FEW: u32 = 1024;
 
 /// The object that the build script made.
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/culvert.bpf.o"));
@@ -59,7 +75,7 @@ pub struct KernelSettings {
 pub struct Kernel {
     pins: Pins,
     tables: Arc<Tables>,
-    offsets: Offsets,
+    offsets: &'static Offsets,
     short_circuit: Result<Arc<ShortCircuit>, String>,
     diag: Arc<DiagThreads>,
     _life: Held,
@@ -101,14 +117,14 @@ impl Kernel {
         neighbours::refuse_overlap(settings, &pins)?;
         check_pinned_maps(&pins)?;
         let life = owner::live(&pins)?;
-        let mut object = load(Some(&pins), &offsets, NetnsCookie(0))?;
+        let mut object = load(Maps::Pinned(&pins), offsets, NetnsCookie(0))?;
         hooks::load(&mut object)?;
         load_inbound(&mut object)?;
         // The programs refer to the maps by descriptor until they are loaded: only now may one be taken out.
         attach_isolation(&mut object)?;
         let eager = settings.knobs & knob::EAGER_SHORT_CIRCUIT != 0;
         let short_circuit = settings.short_circuit.clone().and_then(|verdicts| {
-            attach_short_circuit(&mut object, &offsets, &pins, verdicts, eager)
+            attach_short_circuit(&mut object, offsets, &pins, verdicts, eager)
         });
         let candidates = Candidates::open(take(&mut object, "CANDIDATES")?)?;
         let events = EventStream::open(take(&mut object, "EVENTS")?, take(&mut object, "ALARMS")?)?;
@@ -137,7 +153,7 @@ impl Kernel {
     /// of its own, attached to nothing that anybody else uses.
     pub fn try_out() -> Result<Result<Verdicts, String>, KernelError> {
         let offsets = Offsets::of_this_kernel()?;
-        let mut object = load(None, &offsets, NetnsCookie(0))?;
+        let mut object = load(Maps::Own, offsets, NetnsCookie(0))?;
         hooks::load(&mut object)?;
         load_inbound(&mut object)?;
         attach_isolation(&mut object)?;
@@ -147,11 +163,11 @@ impl Kernel {
     /// The second half of it. Takes a fraction of a second.
     pub fn try_out_short_circuit() -> Result<Result<Verdicts, String>, KernelError> {
         let offsets = Offsets::of_this_kernel()?;
-        let mut object = load(None, &offsets, NetnsCookie(0))?;
+        let mut object = load(Maps::Few, offsets, NetnsCookie(0))?;
         // Nothing of a pod's is watched: its pins are never made.
         let pins = Pins::of(Path::new("/"));
         let unknown = Verdicts::default();
-        match attach_short_circuit(&mut object, &offsets, &pins, unknown, true) {
+        match attach_short_circuit(&mut object, offsets, &pins, unknown, true) {
             Ok(short) => short_circuit::try_out(&short).map(Ok),
             Err(reason) => Ok(Err(reason)),
         }
@@ -210,7 +226,7 @@ impl Kernel {
 
     /// Attaches `inbound` to a pod.
     pub fn attach_pod(&self, netns: &Netns) -> Result<Attachment, KernelError> {
-        let mut object = load(Some(&self.pins), &self.offsets, netns.cookie())?;
+        let mut object = load(Maps::Pinned(&self.pins), self.offsets, netns.cookie())?;
         load_inbound(&mut object)?;
         let program: &mut SkLookup = program(&mut object, INBOUND)?;
         let path = self.pins.pod(netns.cookie());
@@ -320,13 +336,30 @@ fn aya_obj_maps() -> Result<Vec<MapShape>, KernelError> {
         .collect())
 }
 
-/// With the pinned maps, or with maps that nobody else has.
-fn load(pins: Option<&Pins>, offsets: &Offsets, pod: NetnsCookie) -> Result<Ebpf, KernelError> {
+/// Which maps an instance of the object has.
+#[derive(Clone, Copy)]
+enum Maps<'a> {
+    Pinned(&'a Pins),
+    /// Its own, as large as the pinned ones.
+    Own,
+    /// Its own, for a few sockets: large ones take the kernel long to make.
+    Few,
+}
+
+fn load(maps: Maps, offsets: &Offsets, pod: NetnsCookie) -> Result<Ebpf, KernelError> {
     let globals = offsets.globals(pod);
     let mut loader = EbpfLoader::new();
-    if let Some(pins) = pins {
-        for name in MAPS {
-            loader.map_pin_path(name, pins.map(name));
+    match maps {
+        Maps::Pinned(pins) => {
+            for name in MAPS {
+                loader.map_pin_path(name, pins.map(name));
+            }
+        }
+        Maps::Own => {}
+        Maps::Few => {
+            for name in SIZED {
+                loader.map_max_entries(name, FEW);
+            }
         }
     }
     for (name, value) in &globals {
@@ -423,7 +456,7 @@ fn open_short_circuit(
 /// For a look at what an agent has left; nothing is attached.
 pub(super) fn left_short_circuit(pins: &Pins) -> Result<ShortCircuit, KernelError> {
     let offsets = Offsets::of_this_kernel()?;
-    let mut object = load(Some(pins), &offsets, NetnsCookie(0))?;
+    let mut object = load(Maps::Pinned(pins), offsets, NetnsCookie(0))?;
     open_short_circuit(&mut object, pins, Verdicts::default(), false)
 }
 

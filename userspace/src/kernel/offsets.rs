@@ -4,6 +4,7 @@ use std::{
     fs::File,
     io::{BufRead as _, BufReader},
     path::Path,
+    sync::OnceLock,
 };
 
 use super::{KernelError, NetnsCookie, btf::Btf, pins};
@@ -21,7 +22,17 @@ pub(super) struct Offsets {
 }
 
 impl Offsets {
-    pub fn of_this_kernel() -> Result<Self, KernelError> {
+    /// Read once: a kernel's own layout never changes while it runs.
+    pub fn of_this_kernel() -> Result<&'static Self, KernelError> {
+        static FOUND: OnceLock<Offsets> = OnceLock::new();
+        if let Some(found) = FOUND.get() {
+            return Ok(found);
+        }
+        let read = Self::read()?;
+        Ok(FOUND.get_or_init(|| read))
+    }
+
+    fn read() -> Result<Self, KernelError> {
         let btf = Btf::of_this_kernel()?;
         let mut globals = vec![
             (
@@ -55,6 +66,7 @@ impl Offsets {
 fn short_circuit(btf: &Btf) -> Result<Vec<(&'static str, u64)>, KernelError> {
     let sock = |path: &[&str], size| btf.offset("sock", path, size);
     let locks = btf.bit("sock", &["sk_userlocks"])?;
+    let [thread_waits, epoll_waits] = symbols(["woken_wake_function", "ep_poll_callback"])?;
     // Since 6.13 a count of those beside the first.
     let (holders, one_holder) = match btf.offset("file", &["f_ref", "refcnt", "counter"], 8) {
         Ok(at) => (at, 0),
@@ -126,8 +138,8 @@ fn short_circuit(btf: &Btf) -> Result<Vec<(&'static str, u64)>, KernelError> {
             "WAITER_NEXT_OFFSET",
             btf.offset("wait_queue_entry", &["entry", "next"], 8)?,
         ),
-        ("THREAD_WAITS", symbol("woken_wake_function")?),
-        ("EPOLL_WAITS", symbol("ep_poll_callback")?),
+        ("THREAD_WAITS", thread_waits),
+        ("EPOLL_WAITS", epoll_waits),
         (
             "SOCK_NET_OFFSET",
             sock(&["__sk_common", "skc_net", "net"], 8)?,
@@ -155,23 +167,35 @@ fn short_circuit(btf: &Btf) -> Result<Vec<(&'static str, u64)>, KernelError> {
     ])
 }
 
-/// The address of a function of the kernel.
-fn symbol(name: &str) -> Result<u64, KernelError> {
+/// The addresses of functions of the kernel. The file takes the kernel a while to write, so that it is read once for all of them.
+fn symbols<const N: usize>(names: [&str; N]) -> Result<[u64; N], KernelError> {
     const SYMBOLS: &str = "/proc/kallsyms";
     let file = File::open(SYMBOLS).map_err(pins::failed("open", Path::new(SYMBOLS)))?;
-    let unknown = || {
-        KernelError::Btf(format!(
-            "does not go with {SYMBOLS}, which hides where `{name}` is: set kernel.kptr_restrict to 1 or 0"
-        ))
-    };
-    for line in BufReader::new(file).lines() {
+    let mut addresses = [0; N];
+    for line in BufReader::with_capacity(1 << 16, file).lines() {
         let line = line.map_err(pins::failed("read", Path::new(SYMBOLS)))?;
         let mut words = line.split_ascii_whitespace();
         let (address, _, found) = (words.next(), words.next(), words.next());
-        if found == Some(name) {
+        let mut wanted = names.iter().zip(&mut addresses);
+        let Some((_, slot)) = wanted.find(|(name, _)| found == Some(**name)) else {
+            continue;
+        };
+        // Of several with one name the first, and 0 where addresses are hidden.
+        if *slot == 0 {
             let address = address.and_then(|text| u64::from_str_radix(text, 16).ok());
-            return address.filter(|address| *address != 0).ok_or_else(unknown);
+            *slot = address.unwrap_or(0);
+        }
+        if !addresses.contains(&0) {
+            return Ok(addresses);
         }
     }
-    Err(unknown())
+    let hidden: Vec<&str> = names
+        .into_iter()
+        .zip(addresses)
+        .filter_map(|(name, address)| (address == 0).then_some(name))
+        .collect();
+    Err(KernelError::Btf(format!(
+        "does not go with {SYMBOLS}, which hides where `{}` is: set kernel.kptr_restrict to 1 or 0",
+        hidden.join("` and `")
+    )))
 }

@@ -13,13 +13,6 @@ for directory in /tmp /run /dev/shm; do
 done
 mount -t cgroup2 cgroup /sys/fs/cgroup || fail "this kernel has no cgroup v2"
 mount -t bpf bpf /sys/fs/bpf || fail "this kernel has no bpffs"
-# The first tracepoint of a system call has the kernel write into its own code, and the last one again. The emulator may go on running
-# the old code on the other processor, which ends the kernel ("Oops: int3"): one that stays makes all others come without that.
-mount -t tracefs tracefs /sys/kernel/tracing || fail "this kernel has no tracefs"
-for event in sys_enter_splice sys_enter_ioctl sys_enter_setsockopt; do
-    echo 1 >"/sys/kernel/tracing/events/syscalls/$event/enable" || fail "this kernel has no tracepoint $event"
-done
-echo 0 >/sys/kernel/tracing/tracing_on
 while read -r module; do
     modprobe "$module" || fail "cannot load the module $module"
 done </culvert/modules

@@ -36,7 +36,7 @@ const MOUNT_POINTS: [&str; 7] = ["proc", "sys", "dev", "tmp", "run", "root", "va
 /// Names that `ip rule` looks up.
 const PROTOCOLS: &str = "icmp 1 ICMP\ntcp 6 TCP\nudp 17 UDP\nipv6-icmp 58 IPv6-ICMP\n";
 
-/// What an archive's name begins with; the process id of its run follows.
+/// What an archive's name begins with; the process id of its run and the part's number follow.
 const PREFIX: &str = "initramfs-";
 
 /// What is run in the guest.
@@ -44,24 +44,26 @@ pub struct Programs {
     pub agent: PathBuf,
     pub probe: PathBuf,
     pub tests: PathBuf,
-    /// Arguments of the test program.
-    pub arguments: Vec<String>,
 }
 
 /// The archive, 100 MB that are gone with this.
 pub struct Initramfs(PathBuf);
 
 impl Initramfs {
-    /// Its name has our process id: another run in the same directory has an archive of its own.
-    pub fn write(image: &Image, programs: &Programs) -> anyhow::Result<Self> {
+    /// Its name has our process id and the part's number: each guest of each run in the same directory has an archive of its own.
+    pub fn write(
+        image: &Image,
+        programs: &Programs,
+        part: usize,
+        arguments: &[String],
+    ) -> anyhow::Result<Self> {
         let directory = image.kernel.directory();
-        remove_stale(&directory)?;
-        let written = Self(directory.join(format!("{PREFIX}{}", process::id())));
+        let written = Self(directory.join(format!("{PREFIX}{}-{part}", process::id())));
         let path = written.path();
         let file =
             File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
         let mut archive = Archive::new(BufWriter::new(file));
-        fill(&mut archive, image, programs)
+        fill(&mut archive, image, programs, arguments)
             .and_then(|()| archive.finish().map(drop))
             .with_context(|| format!("cannot prepare the guest ({})", path.display()))?;
         Ok(written)
@@ -79,11 +81,12 @@ impl Drop for Initramfs {
 }
 
 /// Removes the archives of runs that were killed.
-fn remove_stale(directory: &Path) -> anyhow::Result<()> {
+pub fn remove_stale(directory: &Path) -> anyhow::Result<()> {
     for path in files(directory)? {
-        let owner = path
-            .file_name()
-            .and_then(|name| name.to_str()?.strip_prefix(PREFIX));
+        let owner = path.file_name().and_then(|name| {
+            let rest = name.to_str()?.strip_prefix(PREFIX)?;
+            Some(rest.split_once('-').map_or(rest, |(pid, _)| pid))
+        });
         if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
             // Another run may have been faster.
             let _ = fs::remove_file(&path);
@@ -96,6 +99,7 @@ fn fill<W: Write>(
     archive: &mut Archive<W>,
     image: &Image,
     programs: &Programs,
+    arguments: &[String],
 ) -> anyhow::Result<()> {
     for directory in MOUNT_POINTS {
         archive.directory(Path::new(directory))?;
@@ -104,10 +108,7 @@ fn fill<W: Write>(
     archive.file(Path::new("etc/passwd"), b"root:x:0:0:root:/root:/bin/sh\n")?;
     archive.file(Path::new("etc/protocols"), PROTOCOLS.as_bytes())?;
     archive.file(Path::new("culvert/modules"), lines(&MODULES)?.as_bytes())?;
-    archive.file(
-        Path::new("culvert/arguments"),
-        lines(&programs.arguments)?.as_bytes(),
-    )?;
+    archive.file(Path::new("culvert/arguments"), lines(arguments)?.as_bytes())?;
 
     let mut libraries = BTreeSet::new();
     let mut program = |archive: &mut Archive<W>, path: &str, from: &Path| {
