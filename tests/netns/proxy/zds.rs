@@ -13,6 +13,8 @@ use culvert_tests::scene::{
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
+use crate::enrolment_under_load::{busy, nothing_lost};
+
 /// One node whose agent is told by istio-cni, with a client and a server that nobody has enrolled yet.
 struct Stage {
     mesh: Mesh,
@@ -43,6 +45,23 @@ fn options(node: &Node, knobs: &str) -> AgentOptions {
 impl Stage {
     fn new() -> Result<Self> {
         Self::served_by("", ZdsServer::listen)
+    }
+
+    /// Another node with a pod in the mesh, of which the agent has heard.
+    fn other_node(&mut self) -> Result<(Agent, Pod)> {
+        let node = self.fabric.node()?;
+        let pod = node.pod("far")?;
+        let workload = Workload::of_pod(&pod, NAMESPACE, "far");
+        self.mesh.workloads.push(workload.clone());
+        self.mesh.write(&Agent::default_mesh_file(&self.node))?;
+        let agent = node.start_agent(AgentOptions::default())?;
+        agent.ready()?;
+        agent.enrol_as(&pod, &workload)?;
+        wait_until(SOON, "the agent to hear of the other pod", || {
+            let known = status(&self.agent)?["workloads"].as_u64();
+            Ok((known == Some(3)).then_some(()))
+        })?;
+        Ok((agent, pod))
     }
 
     fn served_by(
@@ -401,14 +420,7 @@ fn an_agent_that_comes_back_takes_its_pods_back_when_they_are_named() -> Result<
 #[test]
 fn tunnels_of_an_agent_in_an_upgrade_carry_until_its_drain_ends() -> Result<()> {
     let mut stage = Stage::new()?;
-    let far_node = stage.fabric.node()?;
-    let far = far_node.pod("far")?;
-    let workload = Workload::of_pod(&far, NAMESPACE, "far");
-    stage.mesh.workloads.push(workload.clone());
-    stage.mesh.write(&Agent::default_mesh_file(&stage.node))?;
-    let far_agent = far_node.start_agent(AgentOptions::default())?;
-    far_agent.ready()?;
-    far_agent.enrol_as(&far, &workload)?;
+    let (_far_agent, far) = stage.other_node()?;
     let _servers = (serve(&stage.server, "echo")?, serve(&far, "echo")?);
     let _old = stage.told()?;
     let by_tunnel = |agent: &Agent| -> Result<()> {
@@ -418,10 +430,6 @@ fn tunnels_of_an_agent_in_an_upgrade_carry_until_its_drain_ends() -> Result<()> 
         let fields = [("dst.hbone_addr", to.as_str()), ("path", "hbone")];
         agent.wait_for_access(mark, &fields, SOON).map(drop)
     };
-    wait_until(SOON, "the agent to hear of the other pod", || {
-        let known = status(&stage.agent)?["workloads"].as_u64();
-        Ok((known == Some(3)).then_some(()))
-    })?;
     by_tunnel(&stage.agent)?;
     let mark = stage.agent.log().mark();
     // One that the old agent carries out of the node, and one that it carries into it.
@@ -461,6 +469,32 @@ fn tunnels_of_an_agent_in_an_upgrade_carry_until_its_drain_ends() -> Result<()> 
     stage.agent.stop(Signal::SIGTERM)?;
     by_tunnel(&agent)?;
     agent.ready()
+}
+
+/// What brings answers back to the agent is never missing in the pods while a new one takes them over.
+#[test]
+fn busy_tunnels_go_on_while_new_agents_take_their_pods_over() -> Result<()> {
+    let mut stage = Stage::new()?;
+    let (_far_agent, far) = stage.other_node()?;
+    let _servers = (serve(&stage.server, "echo")?, serve(&far, "echo")?);
+    let _old = stage.told()?;
+    let pairs = [(&stage.client, &far), (&far, &stage.server)];
+    let loads: Vec<Proc> = pairs
+        .into_iter()
+        .map(|(from, to)| busy(from, &to.at(PORT), Duration::ZERO))
+        .collect::<Result<_>>()?;
+    let mut agents = Vec::new();
+    for _ in 0..3 {
+        let agent = stage.node.start_agent(options(&stage.node, ""))?;
+        let new = stage.cni.accept(SOON)?;
+        for pod in [&stage.client, &stage.server] {
+            assert_eq!(stage.add(&new, pod)?, "");
+        }
+        assert_eq!(new.snapshot_sent()?, "");
+        agent.ready()?;
+        agents.push((agent, new));
+    }
+    loads.iter().try_for_each(nothing_lost)
 }
 
 #[test]

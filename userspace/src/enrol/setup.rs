@@ -15,13 +15,13 @@ use crate::{
 /// What was set up for a pod, to be undone when it leaves.
 pub struct Enrolment {
     pub pod: Arc<LocalPod>,
+    routing: PodRouting,
     /// None where istio-cni's rules steer.
     steering: Option<Steering>,
 }
 
 /// What has the kernel part steer a pod's connections.
 struct Steering {
-    routing: PodRouting,
     /// None when no connection is steered any more.
     attachment: Option<Attachment>,
     taken: CniRules,
@@ -75,35 +75,45 @@ impl Enrolment {
         let diag = SocketDiag::new(&netns, spec.uid.as_str(), kernel.diag())?;
         // First what another program in the pod may have: then nothing of the pod's is touched.
         let listeners = sockets.listen()?;
-        let steering = match settings.redirect {
-            RedirectMode::Ebpf => Some(Steering::begin(
-                kernel, &sockets, &listeners, addresses, settings, before,
-            )?),
-            RedirectMode::Iptables => {
-                if let Some(before) = before.filter(|before| !before.replaced.is_empty()) {
-                    // What an agent set up that did not leave it to istio-cni's rules.
-                    Self::forget(kernel, before.clone(), settings)?;
-                }
-                if !CniRules::are_in(&netns)? {
-                    return Err(KernelError::NoRedirection.into());
-                }
-                None
+        let mut before = before.filter(|before| !before.replaced.is_empty());
+        if settings.redirect == RedirectMode::Iptables {
+            if let Some(known) = before.take_if(|known| !settings.has_found(&known.replaced)) {
+                // What an agent set up that did not leave it to istio-cni's rules.
+                Self::forget(kernel, known.clone(), settings)?;
             }
+            if !CniRules::are_in(&netns)? {
+                return Err(KernelError::NoRedirection.into());
+            }
+        }
+        let replaced = before.map(|before| before.replaced.as_slice());
+        let routing = PodRouting::install(&netns, addresses, settings, replaced)?;
+        let steering = match settings.redirect {
+            RedirectMode::Iptables => None,
+            RedirectMode::Ebpf => match Steering::begin(kernel, &sockets, &listeners, before) {
+                Ok(steering) => Some(steering),
+                Err(error) => {
+                    sockets.unlisten();
+                    // What an earlier agent set up stays: without it, what is steered would find another way.
+                    if before.is_none()
+                        && let Err(undone) = routing.uninstall(&netns)
+                    {
+                        tracing::warn!(error = %undone, "a pod that could not be enrolled keeps parts of its routing");
+                    }
+                    return Err(error.into());
+                }
+            },
         };
-        let devices = steering
-            .as_ref()
-            .map(|steering| steering.routing.devices().to_vec())
-            .unwrap_or_default();
         let pod = LocalPod::new(
             spec,
             addresses.iter().map(|address| address.ip).collect(),
-            devices,
+            routing.devices().to_vec(),
             identity,
             sockets,
             diag,
         );
         let enrolment = Self {
             pod: Arc::new(pod),
+            routing,
             steering,
         };
         Ok((enrolment, listeners))
@@ -124,18 +134,17 @@ impl Enrolment {
 
     /// What a later agent needs to serve this pod again.
     pub fn known(&self) -> KnownPod {
-        let steering = self.steering.as_ref();
+        let taken = self
+            .steering
+            .as_ref()
+            .map(|steering| steering.taken.clone());
         KnownPod {
             spec: self.pod.spec.clone(),
             cookie: self.pod.cookie(),
             leaves: false,
             ips: self.pod.configured_addresses().to_vec(),
-            replaced: steering
-                .map(|steering| steering.routing.previous().to_vec())
-                .unwrap_or_default(),
-            taken: steering
-                .map(|steering| steering.taken.clone())
-                .unwrap_or_default(),
+            replaced: self.routing.previous().to_vec(),
+            taken: taken.unwrap_or_default(),
         }
     }
 
@@ -179,7 +188,7 @@ impl Enrolment {
         let given_back = taken.put_back(self.pod.sockets.netns());
         if let Some(attachment) = steering.attachment.take() {
             attachment.detach()?;
-            steering.routing.release_new(self.pod.sockets.netns())?;
+            self.routing.release_new(self.pod.sockets.netns())?;
         }
         Ok(given_back?)
     }
@@ -188,9 +197,7 @@ impl Enrolment {
     pub fn end(mut self) -> Result<(), EnrolError> {
         let withdrawn = self.withdraw();
         self.pod.sockets.unlisten();
-        if let Some(steering) = self.steering {
-            steering.routing.uninstall(self.pod.sockets.netns())?;
-        }
+        self.routing.uninstall(self.pod.sockets.netns())?;
         withdrawn
     }
 }
@@ -200,36 +207,14 @@ impl Steering {
         kernel: &Kernel,
         sockets: &PodSockets,
         listeners: &PodListeners,
-        addresses: &[PodAddress],
-        settings: RoutingSettings,
         before: Option<&KnownPod>,
     ) -> Result<Self, KernelError> {
-        // Nothing was replaced by an agent that left it to istio-cni's rules.
-        let before = before.filter(|before| !before.replaced.is_empty());
-        let netns = sockets.netns();
-        let replaced = before.map(|before| before.replaced.as_slice());
-        let routing = PodRouting::install(netns, addresses, settings, replaced)?;
-        let attached = sockets
-            .publish(listeners)
-            .and_then(|()| kernel.attach_pod(netns));
-        match attached {
-            Ok(attachment) => Ok(Self {
-                routing,
-                attachment: Some(attachment),
-                taken: before
-                    .map(|before| before.taken.clone())
-                    .unwrap_or_default(),
-            }),
-            Err(error) => {
-                sockets.unlisten();
-                // What an earlier agent set up stays: without it, what is steered would find another way.
-                if before.is_none()
-                    && let Err(undone) = routing.uninstall(netns)
-                {
-                    tracing::warn!(error = %undone, "a pod that could not be enrolled keeps parts of its routing");
-                }
-                Err(error)
-            }
-        }
+        sockets.publish(listeners)?;
+        Ok(Self {
+            attachment: Some(kernel.attach_pod(sockets.netns())?),
+            taken: before
+                .map(|before| before.taken.clone())
+                .unwrap_or_default(),
+        })
     }
 }

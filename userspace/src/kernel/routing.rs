@@ -12,9 +12,14 @@
 //!
 //! Either family has such a table, also one that the pod has no address of: what is marked must not leave the pod by another
 //! way.
+//!
+//! Where istio-cni's rules steer, theirs lead the answers back too, until istio-cni takes them away, which it does before it says that
+//! the pod leaves. What is open then goes on by a rule of ours, for a mark that theirs takes for the agent's as well
+//! ([`RoutingSettings::application_mark`]), and a route for it.
 
 use std::{io, net::IpAddr, path::Path, thread};
 
+use culvert_abi::MARK_MASK;
 use rtnetlink::Handle;
 
 use super::{KernelError, Netns, RedirectMode, sys};
@@ -38,13 +43,54 @@ pub struct PodAddress {
 /// What is the same for all pods.
 #[derive(Clone, Copy, Debug)]
 pub struct RoutingSettings {
-    /// Nothing of this module is needed where rules of istio-cni's steer.
     pub redirect: RedirectMode,
     pub packet_mark: u32,
     /// Where the agent carries a connection, the application sees the client's address, not its pod's own.
     pub original_source: bool,
     /// A test wants pods to go on accepting what a SYN carries.
     pub keep_fast_open: bool,
+}
+
+/// Tells what goes to an application from what leaves the pod. Outside the bits that istio-cni's rules compare.
+const TO_APPLICATION: u32 = 0x1000;
+const _: () = assert!(TO_APPLICATION & MARK_MASK == 0);
+
+impl RoutingSettings {
+    /// The mark of connections that the agent opens to the pod's application, and of the answers.
+    pub fn application_mark(&self) -> u32 {
+        match self.redirect {
+            RedirectMode::Ebpf => self.packet_mark,
+            // Here what leaves the pod has the packet mark as well.
+            RedirectMode::Iptables => self.packet_mark | TO_APPLICATION,
+        }
+    }
+
+    /// Whether an agent with this way to steer found `previous` ([`PodRouting::previous`]).
+    pub fn has_found(&self, previous: &[String]) -> bool {
+        previous.len() == sysctls::number(self.redirect)
+    }
+
+    /// The marks and masks of the rules.
+    fn marks(&self) -> Vec<(u32, u32)> {
+        match self.redirect {
+            RedirectMode::Ebpf => table::marks(self.packet_mark),
+            RedirectMode::Iptables => vec![self.carried()],
+        }
+    }
+
+    /// Those that either way to steer may have left.
+    fn all_marks(&self) -> Vec<(u32, u32)> {
+        let mut marks = table::marks(self.packet_mark);
+        marks.push(self.carried());
+        marks
+    }
+
+    fn carried(&self) -> (u32, u32) {
+        (
+            self.packet_mark | TO_APPLICATION,
+            MARK_MASK | TO_APPLICATION,
+        )
+    }
 }
 
 /// What was set up in a pod, and what was there before.
@@ -83,7 +129,15 @@ impl PodRouting {
         Ok(Self {
             settings,
             devices,
-            previous: before.map_or(found, <[String]>::to_vec),
+            // Where that one left steering to istio-cni's rules it did not look at all of it.
+            previous: match before {
+                Some(before) => before
+                    .iter()
+                    .chain(found.iter().skip(before.len()))
+                    .cloned()
+                    .collect(),
+                None => found,
+            },
         })
     }
 
@@ -129,7 +183,7 @@ pub(super) fn loopback_up() -> Result<(), String> {
 fn take_down(settings: RoutingSettings, previous: &[String]) -> Result<(), String> {
     with_netlink(async |handle| {
         for family in Family::ALL {
-            table::clear(&handle, family, settings.packet_mark).await;
+            table::clear(&handle, family, &settings.all_marks()).await;
         }
         Ok(())
     })?;
@@ -152,12 +206,16 @@ async fn routes(
         new
     });
     devices.truncate(MOST_DEVICES);
+    if settings.redirect == RedirectMode::Iptables {
+        // Nothing is steered that a socket could be bound for.
+        devices.clear();
+    }
     for family in Family::ALL {
         if family == Family::V6 && !has_ipv6() {
             continue;
         }
-        table::clear(handle, family, settings.packet_mark).await;
-        table::add_rules(handle, family, settings.packet_mark).await?;
+        table::clear(handle, family, &settings.all_marks()).await;
+        table::add_rules(handle, family, &settings.marks()).await?;
         for (priority, (way, needed)) in (1..).zip(ways(family, addresses, &devices, loopback)) {
             match table::add_route(handle, family, way, priority).await {
                 Ok(()) => {}

@@ -34,6 +34,7 @@ pub struct PodSockets {
     netns: Arc<Netns>,
     tables: Arc<Tables>,
     packet_mark: u32,
+    application_mark: u32,
     original_source: bool,
     redirect: RedirectMode,
 }
@@ -44,6 +45,7 @@ impl PodSockets {
             netns,
             tables,
             packet_mark: settings.packet_mark,
+            application_mark: settings.application_mark(),
             original_source: settings.original_source,
             redirect: settings.redirect,
         }
@@ -168,7 +170,7 @@ impl PodSockets {
         if !self.original_source || client.is_ipv4() != target.is_ipv4() {
             return Ok(socket);
         }
-        socket.set_mark(self.packet_mark)?;
+        socket.set_mark(self.application_mark)?;
         socket.set_ip_transparent_v4(true)?;
         socket.set_reuse_address(true)?;
         if client.port() == 0 || socket.bind(&client.into()).is_err() {

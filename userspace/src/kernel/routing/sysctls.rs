@@ -3,7 +3,7 @@
 
 use std::{fs, io};
 
-use super::RoutingSettings;
+use super::{RedirectMode, RoutingSettings};
 
 /// Data in a SYN is accepted (`TFO_SERVER_ENABLE`).
 const FAST_OPEN_SERVER: u32 = 2;
@@ -18,6 +18,15 @@ const SYSCTLS: [(&str, Change); 4] = [
     ("/proc/sys/net/ipv4/tcp_fastopen", Change::NoFastOpen),
 ];
 
+/// How many of them are changed, from the first on.
+pub(super) fn number(redirect: RedirectMode) -> usize {
+    match redirect {
+        RedirectMode::Ebpf => SYSCTLS.len(),
+        // Only what open connections need.
+        RedirectMode::Iptables => 1,
+    }
+}
+
 #[derive(Clone, Copy)]
 enum Change {
     On,
@@ -26,9 +35,9 @@ enum Change {
     NoFastOpen,
 }
 
-/// Changes all; pushes what was there, in order, empty where nothing was changed.
+/// Changes those that are needed; pushes what was there, in order, empty where nothing was changed.
 pub(super) fn set(settings: RoutingSettings, previous: &mut Vec<String>) -> Result<(), String> {
-    for (path, change) in SYSCTLS {
+    for (path, change) in SYSCTLS.into_iter().take(number(settings.redirect)) {
         let old = match (fs::read_to_string(path), change) {
             (Ok(old), _) => old.trim().to_owned(),
             (Err(error), Change::OnWithIpv6) if error.kind() == io::ErrorKind::NotFound => {

@@ -110,7 +110,7 @@ pub(super) async fn add_route(
 }
 
 /// The marks and masks of the rules: one where a single one matches both marks and nothing else.
-fn marks(packet_mark: u32) -> Vec<(u32, u32)> {
+pub(super) fn marks(packet_mark: u32) -> Vec<(u32, u32)> {
     let differ = (STEER_MARK ^ packet_mark) & MARK_MASK;
     if differ.is_power_of_two() {
         return vec![(STEER_MARK & !differ, MARK_MASK & !differ)];
@@ -121,9 +121,9 @@ fn marks(packet_mark: u32) -> Vec<(u32, u32)> {
 pub(super) async fn add_rules(
     handle: &Handle,
     family: Family,
-    packet_mark: u32,
+    marks: &[(u32, u32)],
 ) -> Result<(), String> {
-    for (mark, mask) in marks(packet_mark) {
+    for &(mark, mask) in marks {
         let mut request = handle.rule().add();
         *request.message_mut() = rule(family, mark, mask);
         let added = request.execute().await;
@@ -138,8 +138,8 @@ pub(super) async fn add_rules(
 const MOST_LEFTOVERS: usize = 256;
 
 /// Takes rules and routes away. What is absent need not be removed, hence no error.
-pub(super) async fn clear(handle: &Handle, family: Family, packet_mark: u32) {
-    for (mark, mask) in marks(packet_mark) {
+pub(super) async fn clear(handle: &Handle, family: Family, marks: &[(u32, u32)]) {
+    for &(mark, mask) in marks {
         for _ in 0..MOST_LEFTOVERS {
             let rule = handle.rule().del(rule(family, mark, mask));
             if rule.execute().await.is_err() {
