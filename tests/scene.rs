@@ -1,8 +1,9 @@
 //! The stage of most tests: two nodes, `client`, `server-a` and `intruder` on the first, `server-b` on the second, and a
-//! policy that lets only `client` reach the servers.
+//! policy that lets only `client` reach the servers. The second node has an agent from when a test first asks for it or for `server-b`.
 
 use std::{
     path::{Path, PathBuf},
+    sync::{Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -24,15 +25,18 @@ pub const SOON: Duration = Duration::from_secs(15);
 pub struct Scene {
     pub mesh: Mesh,
     pub agent1: Agent,
-    pub agent2: Agent,
-    /// Tells both agents the mesh; none where they read the file.
+    agent2: OnceLock<Agent>,
+    /// As what it is started.
+    options2: AgentOptions,
+    starting: Mutex<()>,
+    /// Tells the agents the mesh; none where they read the file.
     pub control_plane: Option<ControlPlane>,
     /// What they all go by, if it is not the machine's.
     pub clock: Option<Clock>,
     pub client: Pod,
     pub server_a: Pod,
     pub intruder: Pod,
-    pub server_b: Pod,
+    server_b: Pod,
     pub node1: Node,
     pub node2: Node,
     // Last, so that it takes everything down when all else is gone.
@@ -59,6 +63,8 @@ pub struct Setting {
     pub clock: bool,
     /// istio-cni's rules steer on the first node: they are made in its pods, and its agent is told.
     pub iptables: bool,
+    /// The second node's agent runs from the beginning: for what happens before a test needs it.
+    pub both_agents: bool,
 }
 
 /// The environment in which these are lenient; nothing, unless something is named.
@@ -155,19 +161,19 @@ impl Scene {
             }
         }
         let agent1 = node1.start_agent(options1)?;
-        let agent2 = node2.start_agent(options)?;
         agent1.ready()?;
-        agent2.ready()?;
         if let Some(clock) = &clock {
-            let agents = [&agent1, &agent2].into_iter().map(Agent::process);
-            let all = agents.chain(control_plane.as_ref().map(ControlPlane::process));
-            all.into_iter()
-                .try_for_each(|process| clock.tidy(process))?;
+            clock.tidy(agent1.process())?;
+            if let Some(control_plane) = &control_plane {
+                clock.tidy(control_plane.process())?;
+            }
         }
         let scene = Self {
             mesh,
             agent1,
-            agent2,
+            agent2: OnceLock::new(),
+            options2: options,
+            starting: Mutex::new(()),
             control_plane,
             clock,
             client,
@@ -181,10 +187,51 @@ impl Scene {
         for pod in [&scene.client, &scene.server_a, &scene.intruder] {
             scene.agent1.enrol_as(pod, scene.workload(pod)?)?;
         }
-        scene
-            .agent2
-            .enrol_as(&scene.server_b, scene.workload(&scene.server_b)?)?;
+        if setting.both_agents {
+            scene.agent2()?;
+        }
         Ok(scene)
+    }
+
+    /// The second node's agent, with `server-b` enrolled. The first who asks starts it.
+    pub fn agent2(&self) -> Result<&Agent> {
+        let _alone = self.starting.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(agent) = self.agent2.get() {
+            return Ok(agent);
+        }
+        let agent = self.node2.start_agent(self.options2.clone())?;
+        agent.ready()?;
+        if let Some(clock) = &self.clock {
+            clock.tidy(agent.process())?;
+        }
+        // As at the beginning, whatever has become of the mesh.
+        let workload = Workload::of_pod(&self.server_b, NAMESPACE, self.server_b.name());
+        agent.enrol_as(&self.server_b, &workload)?;
+        Ok(self.agent2.get_or_init(|| agent))
+    }
+
+    pub fn agent2_mut(&mut self) -> Result<&mut Agent> {
+        self.agent2()?;
+        self.agent2.get_mut().context("it was started just now")
+    }
+
+    /// The second node's pod, which its agent serves.
+    pub fn server_b(&self) -> Result<&Pod> {
+        self.agent2()?;
+        Ok(&self.server_b)
+    }
+
+    /// The same pod, whether an agent serves it or not: for a test that needs no more than what the mesh says of it.
+    pub fn pod_b(&self) -> &Pod {
+        &self.server_b
+    }
+
+    /// Those that have been started.
+    pub fn agents(&self) -> Vec<&Agent> {
+        [&self.agent1]
+            .into_iter()
+            .chain(self.agent2.get())
+            .collect()
     }
 
     pub fn workload(&self, pod: &Pod) -> Result<&Workload> {
@@ -207,25 +254,25 @@ impl Scene {
             .context("these go by the machine's clock")
     }
 
-    /// The control plane of both agents.
+    /// The control plane of the agents.
     pub fn control_plane(&mut self) -> Result<&mut ControlPlane> {
         self.control_plane
             .as_mut()
             .context("these agents read a file")
     }
 
-    /// Changes the mesh, and waits until both agents have heard of all of it.
+    /// Changes the mesh, and waits until the agents that run have heard of all of it.
     pub fn change_mesh(&mut self, change: impl FnOnce(&mut Mesh)) -> Result<()> {
         change(&mut self.mesh);
         self.tell(&self.mesh)
     }
 
-    /// Tells both agents another mesh, and waits until they have heard of all of it.
+    /// Tells the agents another mesh, and waits until those that run have heard of all of it.
     pub fn tell(&self, mesh: &Mesh) -> Result<()> {
-        let agents = [&self.agent1, &self.agent2];
+        let agents = self.agents();
         let file = self.mesh_file();
         let Some(control_plane) = &self.control_plane else {
-            return changes(agents, "mesh", || mesh.write(&file));
+            return changes(&agents, "mesh", || mesh.write(&file));
         };
         let differs = |path: &Path, text: String| -> Result<bool> {
             Ok(std::fs::read_to_string(path).context("reading the mesh of before")? != text)
@@ -235,11 +282,12 @@ impl Scene {
         let other_mesh = differs(&file, mesh.to_yaml()?)?;
         let mark = control_plane.log().mark();
         match other_annotations {
-            true => changes(agents, "annotations", || mesh.write(&file))?,
+            true => changes(&agents, "annotations", || mesh.write(&file))?,
             false => mesh.write(&file)?,
         }
         if other_mesh {
-            control_plane.wait_until_told(mark, &agents.map(Agent::node))?;
+            let nodes: Vec<_> = agents.iter().map(|agent| agent.node()).collect();
+            control_plane.wait_until_told(mark, &nodes)?;
         }
         // What an agent has answered is what it judges by; its kernel part follows within milliseconds, sooner than it tells this.
         for agent in agents {
@@ -283,11 +331,14 @@ pub fn mesh_status(agent: &Agent) -> Result<String> {
 }
 
 /// Makes a change, and waits until these agents have another revision of what `culvert status` says there.
-fn changes(agents: [&Agent; 2], of: &str, change: impl FnOnce() -> Result<()>) -> Result<()> {
+fn changes(agents: &[&Agent], of: &str, change: impl FnOnce() -> Result<()>) -> Result<()> {
     let said = |agent: &Agent| -> Result<String> { Ok(text(&status(agent)?, of).to_owned()) };
-    let before = [said(agents[0])?, said(agents[1])?];
+    let before: Vec<_> = agents
+        .iter()
+        .map(|agent| said(agent))
+        .collect::<Result<_>>()?;
     change()?;
-    for (agent, before) in agents.into_iter().zip(before) {
+    for (agent, before) in agents.iter().zip(before) {
         wait_until(SOON, &format!("the agent to read the {of}"), || {
             let now = said(agent)?;
             Ok((revision(&now) != revision(&before)).then_some(()))

@@ -91,11 +91,11 @@ fn multipath_tcp_takes_the_same_ways() -> Result<()> {
     let scene = Scene::new()?;
     let (_server, _other) = (
         serve(&scene.server_a, "echo")?,
-        serve(&scene.server_b, "echo")?,
+        serve(scene.server_b()?, "echo")?,
     );
     let multipath = ["--mptcp", "--send", "hello", "--read", "5"];
     for _ in 0..2 {
-        for server in [&scene.server_a, &scene.server_b] {
+        for server in [&scene.server_a, scene.server_b()?] {
             let report = connect(&scene.client, server, &multipath)?;
             assert!(answered(&report), "{report}");
         }

@@ -46,7 +46,7 @@ fn reach_the_other_node(scene: &Scene) -> Result<(Value, bool)> {
     let capture = scene.fabric.capture()?;
     let report = connect_to(
         &scene.client,
-        &scene.server_b.at(PORT),
+        &scene.server_b()?.at(PORT),
         &["--send", MARKER, "--read", "5"],
     )?;
     Ok((report, capture.contains(MARKER.as_bytes())?))
@@ -54,7 +54,10 @@ fn reach_the_other_node(scene: &Scene) -> Result<(Value, bool)> {
 
 #[test]
 fn a_killed_agent_takes_no_direct_flow_with_it() -> Result<()> {
-    let scene = Scene::new()?;
+    let scene = Scene::with(Setting {
+        both_agents: true,
+        ..Setting::default()
+    })?;
     let (held, _server) = hold_direct(&scene)?;
     scene.agent1.kill()?;
     without_agent(&scene, &held)
@@ -64,6 +67,7 @@ fn a_killed_agent_takes_no_direct_flow_with_it() -> Result<()> {
 fn a_stopped_agent_takes_no_direct_flow_with_it() -> Result<()> {
     let scene = Scene::with(Setting {
         env: vec![("TERMINATION_GRACE_PERIOD_SECONDS", "6s".into())],
+        both_agents: true,
         ..Setting::default()
     })?;
     let (held, _server) = hold_direct(&scene)?;
@@ -74,7 +78,7 @@ fn a_stopped_agent_takes_no_direct_flow_with_it() -> Result<()> {
 
 /// No agent, and a client that wants to reach another node.
 fn reach_without_an_agent(scene: &Scene) -> Result<(Value, bool)> {
-    let _server = serve(&scene.server_b, "echo")?;
+    let _server = serve(scene.server_b()?, "echo")?;
     scene.agent1.kill()?;
     reach_the_other_node(scene)
 }
@@ -150,13 +154,13 @@ fn start_again(scene: &Scene) -> Result<Agent> {
 fn a_new_agent_takes_over_from_a_killed_one() -> Result<()> {
     let scene = Scene::new()?;
     let (held, server) = hold_direct(&scene)?;
-    let _other = serve(&scene.server_b, "echo")?;
+    let _other = serve(scene.server_b()?, "echo")?;
     scene.agent1.kill()?;
     let agent = start_again(&scene)?;
     goes_on(&held, "under the new agent")?;
     for _ in 0..2 {
         assert!(answered(&echo(&scene.client, &scene.server_a)?));
-        assert!(answered(&echo(&scene.client, &scene.server_b)?));
+        assert!(answered(&echo(&scene.client, scene.server_b()?)?));
         assert!(!answered(&echo(&scene.intruder, &scene.server_a)?));
     }
     // Events that the killed agent had not read are the new one's, hence "at least".

@@ -39,7 +39,7 @@ fn other(scene: &Scene) -> Result<Workload> {
         uid: "the-other".into(),
         name: "the-other".into(),
         workload_ips: vec![OTHER.into()],
-        ..scene.workload(&scene.server_b)?.clone()
+        ..scene.workload(scene.pod_b())?.clone()
     })
 }
 

@@ -41,7 +41,7 @@ fn pods_under_load_join_and_leave_without_a_reset() -> Result<()> {
     })?;
     let _servers = (
         serve(&scene.server_a, "echo")?,
-        serve(&scene.server_b, "echo")?,
+        serve(scene.server_b()?, "echo")?,
     );
     let client = scene.workload(&scene.client)?.clone();
     let server = scene.workload(&scene.server_a)?.clone();
@@ -51,11 +51,11 @@ fn pods_under_load_join_and_leave_without_a_reset() -> Result<()> {
     speak(&mut scene, "server-a", "TCP")?;
     let loads = [
         churn(&scene.client, &scene.server_a)?,
-        churn(&scene.client, &scene.server_b)?,
+        churn(&scene.client, scene.server_b()?)?,
     ];
     let mut held = vec![
         hold(&scene.client, &scene.server_a)?,
-        hold(&scene.client, &scene.server_b)?,
+        hold(&scene.client, scene.server_b()?)?,
     ];
     all_go_on(&held, "outside")?;
     for round in 0..2 {
@@ -65,11 +65,11 @@ fn pods_under_load_join_and_leave_without_a_reset() -> Result<()> {
         all_go_on(&held, "the server is in")?;
         scene.agent1.enrol_as(&scene.client, &client)?;
         all_go_on(&held, "both are in")?;
-        is_in_the_mesh(&scene, &scene.server_b, "hbone")?;
+        is_in_the_mesh(&scene, scene.server_b()?, "hbone")?;
         scene.warm(&scene.client, &scene.server_a)?;
         is_in_the_mesh(&scene, &scene.server_a, "direct")?;
         held.push(hold(&scene.client, &scene.server_a)?);
-        held.push(hold(&scene.client, &scene.server_b)?);
+        held.push(hold(&scene.client, scene.server_b()?)?);
         all_go_on(&held, &format!("round {round}"))?;
         scene.agent1.unenrol(&client.uid)?;
         all_go_on(&held, "the client is out")?;

@@ -225,9 +225,9 @@ fn a_service_that_finds_no_room_is_the_agents() -> Result<()> {
 fn without_room_for_claims(scene: &Scene) -> Result<(Vec<Value>, [Proc; 2])> {
     let servers = [
         serve(&scene.server_a, "echo")?,
-        serve(&scene.server_b, "echo")?,
+        serve(scene.server_b()?, "echo")?,
     ];
-    for server in [&scene.server_a, &scene.server_b] {
+    for server in [&scene.server_a, scene.server_b()?] {
         scene.warm(&scene.client, server)?;
     }
     wait_for_no_claims(&scene.node1)?;
@@ -251,7 +251,7 @@ fn without_room_for_claims(scene: &Scene) -> Result<(Vec<Value>, [Proc; 2])> {
         quota: 0,
     };
     let keys = fill(&scene.node1, "CLAIMS", 0, nobodys_flow, claim)?;
-    let reports = [&scene.server_a, &scene.server_b]
+    let reports = [&scene.server_a, scene.server_b()?]
         .map(|server| echo(&scene.client, server))
         .into_iter()
         .collect::<Result<_>>()?;
@@ -272,7 +272,7 @@ fn without_room_for_claims_nobody_is_taken_for_anybody() -> Result<()> {
     }
     assert!(decisions(&scene.agent1, "claim_map_full")? >= 2);
     assert!(claims(&scene.node1)?.is_empty());
-    for server in [&scene.server_a, &scene.server_b] {
+    for server in [&scene.server_a, scene.server_b()?] {
         assert!(scene.warm(&scene.client, server).is_ok());
     }
     Ok(())
@@ -464,8 +464,8 @@ fn isolated_sockets_stay_mute_where_an_alarm_finds_no_room() -> Result<()> {
         assert_eq!(closed["bytes_read"], 0, "{closed}");
     }
     // The agent is well.
-    let _server = serve(&scene.server_b, "echo")?;
-    let report = echo(&scene.client, &scene.server_b)?;
+    let _server = serve(scene.server_b()?, "echo")?;
+    let report = echo(&scene.client, scene.server_b()?)?;
     assert!(answered(&report), "{report}");
     let refused = connect(&scene.intruder, &scene.client, &["--read", "1"])?;
     assert!(!answered(&refused));

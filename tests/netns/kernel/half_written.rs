@@ -36,7 +36,7 @@ fn give_the_first(scene: &mut Scene, to_the_server: bool, account: &str) -> Resu
         uid: "other".into(),
         name: "other".into(),
         workload_ips: vec![first.clone()],
-        ..scene.workload(&scene.server_b)?.clone()
+        ..scene.workload(scene.pod_b())?.clone()
     };
     scene.change_mesh(|mesh| {
         mesh.workloads.retain(|workload| workload.uid != other.uid);

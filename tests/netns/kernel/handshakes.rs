@@ -289,15 +289,15 @@ fn one_port_has_a_direct_and_a_steered_connection_at_once() -> Result<()> {
     let scene = Scene::new()?;
     let servers = [
         serve(&scene.server_a, "echo")?,
-        serve(&scene.server_b, "echo")?,
+        serve(scene.server_b()?, "echo")?,
     ];
-    for server in [&scene.server_a, &scene.server_b] {
+    for server in [&scene.server_a, scene.server_b()?] {
         scene.warm(&scene.client, server)?;
     }
     let (before, direct) = (steered(&scene.agent1)?, decisions(&scene.agent1, "direct")?);
     let port = SOURCE.to_string();
     let mut held = Vec::new();
-    for server in [&scene.server_b, &scene.server_a] {
+    for server in [scene.server_b()?, &scene.server_a] {
         let to = server.at(PORT);
         let words = ["connect", "--to", &to, "--bind-port", &port];
         let probe = scene.client.probe()?.args(words);

@@ -77,10 +77,10 @@ fn a_pair_on_one_node_becomes_direct() -> Result<()> {
 #[test]
 fn a_pair_on_two_nodes_goes_through_a_tunnel_of_ipv6() -> Result<()> {
     let scene = dual_stack()?;
-    let server = serve_both(&scene.server_b, "echo")?;
+    let server = serve_both(scene.server_b()?, "echo")?;
     let capture = scene.fabric.capture()?;
     let mark = scene.agent1.log().mark();
-    let to = scene.server_b.at_v6(PORT)?;
+    let to = scene.server_b()?.at_v6(PORT)?;
     let length = MARKER.len().to_string();
     let say = ["--send", MARKER, "--read", &length];
     let report = connect_to(&scene.client, &to, &say)?;
@@ -92,7 +92,7 @@ fn a_pair_on_two_nodes_goes_through_a_tunnel_of_ipv6() -> Result<()> {
         text(&report, "local"),
         "the server sees the client's address and port"
     );
-    let tunnel = scene.server_b.at_v6(15008)?;
+    let tunnel = scene.server_b()?.at_v6(15008)?;
     let fields = [
         ("path", "hbone"),
         ("dst.addr", tunnel.as_str()),
@@ -115,8 +115,8 @@ fn outside_the_mesh_it_stays_plain_tcp() -> Result<()> {
     scene.agent1.wait_for_access(mark, &fields, SOON)?;
     wait_for_accepted(&server, 1)?;
     // The other way nobody vouches for the outsider.
-    let _server = serve_both(&scene.server_b, "echo")?;
-    let report = hello(&outsider, &scene.server_b)?;
+    let _server = serve_both(scene.server_b()?, "echo")?;
+    let report = hello(&outsider, scene.server_b()?)?;
     assert!(!answered(&report), "{report}");
     Ok(())
 }
@@ -139,10 +139,10 @@ fn who_is_not_allowed_is_reset_once_and_then_refused() -> Result<()> {
 #[test]
 fn a_dual_stack_server_and_a_mapped_client_meet_on_every_way() -> Result<()> {
     let scene = dual_stack()?;
-    let servers = [&scene.server_a, &scene.server_b];
+    let servers = [&scene.server_a, scene.server_b()?];
     let _running = (
         serve_both(&scene.server_a, "echo")?,
-        serve_both(&scene.server_b, "echo")?,
+        serve_both(scene.server_b()?, "echo")?,
     );
     for server in servers {
         let mapped = format!("[::ffff:{}]:{PORT}", server.address());
@@ -178,14 +178,14 @@ fn a_pod_with_ipv6_only_is_a_client_and_a_server() -> Result<()> {
     let _servers = (
         serve_both(&six, "echo")?,
         serve_both(&scene.server_a, "echo")?,
-        serve_both(&scene.server_b, "echo")?,
+        serve_both(scene.server_b()?, "echo")?,
     );
     for _ in 0..2 {
         for (from, to) in [
             (&six, &scene.server_a),
-            (&six, &scene.server_b),
+            (&six, scene.server_b()?),
             (&scene.client, &six),
-            (&scene.server_b, &six),
+            (scene.server_b()?, &six),
             (&six, &six),
         ] {
             let report = hello(from, to)?;
@@ -201,7 +201,7 @@ fn a_pod_with_ipv6_only_is_a_client_and_a_server() -> Result<()> {
     // Without an address there is no way, but not into the open either.
     let capture = six.capture()?;
     let send = ["--send", MARKER, "--read", "5"];
-    let report = connect_to(&six, &scene.server_b.at(PORT), &send)?;
+    let report = connect_to(&six, &scene.server_b()?.at(PORT), &send)?;
     assert!(!answered(&report), "{report}");
     assert!(!capture.contains(MARKER.as_bytes())?);
     Ok(())
@@ -230,9 +230,9 @@ fn a_pod_whose_ipv6_is_switched_off_is_enrolled_with_ipv4() -> Result<()> {
     scene.agent1.enrol_as(&four, &workload)?;
     let _servers = (
         serve_both(&scene.server_a, "echo")?,
-        serve_both(&scene.server_b, "echo")?,
+        serve_both(scene.server_b()?, "echo")?,
     );
-    for server in [&scene.server_a, &scene.server_b] {
+    for server in [&scene.server_a, scene.server_b()?] {
         let report = connect_to(&four, &server.at(PORT), &HELLO)?;
         assert!(answered(&report), "{report}");
     }
@@ -242,7 +242,7 @@ fn a_pod_whose_ipv6_is_switched_off_is_enrolled_with_ipv4() -> Result<()> {
 /// Bound to a device; tells also whether it passed between the nodes in clear.
 fn say_by(scene: &Scene, device: &str) -> Result<(Value, bool)> {
     let capture = scene.fabric.capture()?;
-    let (to, length) = (scene.server_b.at_v6(PORT)?, MARKER.len().to_string());
+    let (to, length) = (scene.server_b()?.at_v6(PORT)?, MARKER.len().to_string());
     let say = ["--send", MARKER, "--read", &length, "--device", device];
     let report = connect_to(&scene.client, &to, &say)?;
     Ok((report, capture.contains(MARKER.as_bytes())?))
@@ -251,7 +251,7 @@ fn say_by(scene: &Scene, device: &str) -> Result<(Value, bool)> {
 #[test]
 fn a_socket_bound_to_a_device_is_in_the_tunnel_or_refused() -> Result<()> {
     let mut scene = dual_stack()?;
-    let _server = serve_both(&scene.server_b, "echo")?;
+    let _server = serve_both(scene.server_b()?, "echo")?;
     let second = "fd77::1:201";
     scene.client.add_device("eth1", second.parse()?)?;
     let (report, leaked) = say_by(&scene, "eth1")?;
@@ -275,7 +275,7 @@ fn a_socket_bound_to_a_device_is_in_the_tunnel_or_refused() -> Result<()> {
 #[test]
 fn twin_without_steering_a_socket_bound_to_a_device_leaves_in_plaintext() -> Result<()> {
     let scene = dual_stack_without("skip-steering,skip-policy")?;
-    let _server = serve_both(&scene.server_b, "echo")?;
+    let _server = serve_both(scene.server_b()?, "echo")?;
     scene.client.add_device("eth1", "fd77::1:201".parse()?)?;
     for device in ["eth0", "eth1"] {
         let (report, leaked) = say_by(&scene, device)?;

@@ -24,9 +24,9 @@ fn no_mark_leads_to_a_server_that_policy_denies() -> Result<()> {
     let scene = Scene::new()?;
     let servers = [
         serve(&scene.server_a, "echo")?,
-        serve(&scene.server_b, "echo")?,
+        serve(scene.server_b()?, "echo")?,
     ];
-    for server in [&scene.server_a, &scene.server_b] {
+    for server in [&scene.server_a, scene.server_b()?] {
         for mark in MARKS.map(number) {
             for when in ["--mark", "--remark"] {
                 let words = [when, &mark, "--send", "hello", "--read", "5"];
@@ -48,7 +48,7 @@ fn say(scene: &Scene, when: &str, mark: &str) -> Result<(Value, bool)> {
     let length = MARKER.len().to_string();
     let words = [when, mark, "--send", MARKER, "--read", &length];
     let words = [&words[..], &["--timeout-ms", "1500"]].concat();
-    let report = connect_to(&scene.client, &scene.server_b.at(PORT), &words)?;
+    let report = connect_to(&scene.client, &scene.server_b()?.at(PORT), &words)?;
     Ok((report, capture.contains(MARKER.as_bytes())?))
 }
 
@@ -57,7 +57,7 @@ fn a_marked_socket_is_carried_like_any_other() -> Result<()> {
     let scene = Scene::new()?;
     let _servers = [
         serve(&scene.server_a, "echo")?,
-        serve(&scene.server_b, "echo")?,
+        serve(scene.server_b()?, "echo")?,
     ];
     scene.warm(&scene.client, &scene.server_a)?;
     for mark in MARKS.map(number) {
@@ -77,7 +77,7 @@ fn a_marked_socket_is_carried_like_any_other() -> Result<()> {
 #[test]
 fn twin_without_steering_a_marked_socket_leaves_in_plaintext() -> Result<()> {
     let scene = Scene::without("skip-steering,skip-policy")?;
-    let _server = serve(&scene.server_b, "echo")?;
+    let _server = serve(scene.server_b()?, "echo")?;
     let (report, leaked) = say(&scene, "--mark", "7")?;
     assert!(leaked, "{report}");
     Ok(())
@@ -87,7 +87,7 @@ fn twin_without_steering_a_marked_socket_leaves_in_plaintext() -> Result<()> {
 #[test]
 fn a_mark_that_is_changed_later_leads_to_no_application() -> Result<()> {
     let scene = Scene::new()?;
-    let server = serve(&scene.server_b, "echo")?;
+    let server = serve(scene.server_b()?, "echo")?;
     // Other bits of the mark, and the agent's own, do not matter.
     for mark in ["0x1053b", "0x539"].map(number) {
         let (report, leaked) = say(&scene, "--remark", &mark)?;

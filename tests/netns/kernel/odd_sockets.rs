@@ -22,7 +22,7 @@ struct Targets {
 
 impl Targets {
     fn of(scene: &Scene) -> Result<Self> {
-        let pods = [&scene.server_a, &scene.server_b];
+        let pods = [&scene.server_a, scene.server_b()?];
         let servers = [serve_both(pods[0], "echo")?, serve_both(pods[1], "echo")?];
         let mut to = Vec::new();
         for pod in pods {
@@ -106,13 +106,13 @@ fn multipath_tcp_on_both_ends_takes_the_same_ways() -> Result<()> {
     targets.try_all(&scene, &["--mptcp"])?;
     drop(targets);
     let mut servers = Vec::new();
-    for pod in [&scene.server_a, &scene.server_b] {
+    for pod in [&scene.server_a, scene.server_b()?] {
         let serve = ["serve", "--bind", "::", "--port", "7000", "--mptcp"];
         let server = pod.probe()?.args(serve).spawn()?;
         server.wait_for_line("listening", SOON)?;
         servers.push(server);
     }
-    for pod in [&scene.server_a, &scene.server_b] {
+    for pod in [&scene.server_a, scene.server_b()?] {
         for to in [pod.at(PORT), pod.at_v6(PORT)?] {
             for how in [&["--mptcp"][..], &[]] {
                 let arguments = [how, &HELLO[..]].concat();

@@ -31,7 +31,7 @@ fn an_agent_with_another_pin_directory_is_refused_where_one_lives() -> Result<()
     let above = cgroup.parent().context("a cgroup above")?;
     let below = cgroup.join("agent");
     let pids =
-        [&scene.agent1, &scene.agent2].map(|agent| format!("process {},", agent.process().pid()));
+        [&scene.agent1, scene.agent2()?].map(|agent| format!("process {},", agent.process().pid()));
     let [own, other] = pids.each_ref().map(String::as_str);
     // Above them all are two.
     for (root, pids) in [
@@ -108,11 +108,11 @@ fn a_second_agent_with_the_same_directory_takes_over_and_the_first_one_ends() ->
         ..Setting::default()
     })?;
     let _server = serve(&scene.server_a, "echo")?;
-    let _far = serve(&scene.server_b, "echo")?;
+    let _far = serve(scene.server_b()?, "echo")?;
     scene.warm(&scene.client, &scene.server_a)?;
     let (direct, proxied) = (
         hold(&scene.client, &scene.server_a)?,
-        hold(&scene.client, &scene.server_b)?,
+        hold(&scene.client, scene.server_b()?)?,
     );
     goes_on(&direct, "before")?;
     goes_on(&proxied, "before")?;
@@ -125,7 +125,7 @@ fn a_second_agent_with_the_same_directory_takes_over_and_the_first_one_ends() ->
     second.ready()?;
     goes_on(&direct, "after")?;
     for _ in 0..2 {
-        for server in [&scene.server_a, &scene.server_b] {
+        for server in [&scene.server_a, scene.server_b()?] {
             assert!(answered(&echo(&scene.client, server)?));
             assert!(!answered(&echo(&scene.intruder, server)?));
         }
@@ -136,10 +136,13 @@ fn a_second_agent_with_the_same_directory_takes_over_and_the_first_one_ends() ->
 
 #[test]
 fn an_agent_that_was_taken_over_from_changes_nothing_any_more() -> Result<()> {
-    let mut scene = Scene::new()?;
+    let mut scene = Scene::with(Setting {
+        both_agents: true,
+        ..Setting::default()
+    })?;
     let _server = serve(&scene.server_a, "echo")?;
     let second = takes_over(&scene)?;
-    let held = hold(&scene.client, &scene.server_b);
+    let held = hold(&scene.client, scene.server_b()?);
     drop(held);
     second.ready()?;
     scene.warm(&scene.client, &scene.server_a)?;
@@ -156,7 +159,10 @@ fn an_agent_that_was_taken_over_from_changes_nothing_any_more() -> Result<()> {
 
 #[test]
 fn agents_on_sibling_cgroups_do_not_disturb_each_other() -> Result<()> {
-    let scene = Scene::new()?;
+    let scene = Scene::with(Setting {
+        both_agents: true,
+        ..Setting::default()
+    })?;
     for node in [&scene.node1, &scene.node2] {
         let links = attached_to(node.cgroup().path())?;
         let programs = loaded();

@@ -38,8 +38,8 @@ fn a_pair_on_one_node_becomes_direct() -> Result<()> {
 #[test]
 fn a_pair_on_two_nodes_goes_through_a_tunnel() -> Result<()> {
     let scene = Scene::new()?;
-    let server = serve(&scene.server_b, "echo")?;
-    let report = echo(&scene.client, &scene.server_b)?;
+    let server = serve(scene.server_b()?, "echo")?;
+    let report = echo(&scene.client, scene.server_b()?)?;
     assert!(answered(&report), "{report}");
     let accepted = server.wait_for_event("accepted", SOON)?;
     assert_eq!(
@@ -57,11 +57,11 @@ fn applications_see_their_own_pod_where_the_agents_are_told_so() -> Result<()> {
         env,
         ..Setting::default()
     })?;
-    let far = serve(&scene.server_b, "echo")?;
+    let far = serve(scene.server_b()?, "echo")?;
     let near = serve(&scene.server_a, "echo")?;
     // What is direct shows its client whatever agents are told.
     let ways = [
-        (&far, &scene.server_b, &scene.server_b),
+        (&far, scene.server_b()?, scene.server_b()?),
         (&near, &scene.server_a, &scene.server_a),
         (&near, &scene.server_a, &scene.client),
     ];

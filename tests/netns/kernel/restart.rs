@@ -57,7 +57,7 @@ fn forbidden_meanwhile(knobs: &'static str) -> Result<Stage> {
     })?;
     let servers = (
         serve(&scene.server_a, "echo")?,
-        serve(&scene.server_b, "echo")?,
+        serve(scene.server_b()?, "echo")?,
     );
     let open = |pod: &Pod| -> Result<Proc> {
         scene.warm(pod, &scene.server_a)?;
@@ -95,7 +95,7 @@ fn a_restarted_agent_serves_its_pods_and_cuts_what_is_forbidden_by_now() -> Resu
         "{end}"
     );
     for _ in 0..2 {
-        for server in [&scene.server_a, &scene.server_b] {
+        for server in [&scene.server_a, scene.server_b()?] {
             let report = echo(&scene.client, server)?;
             assert!(answered(&report), "{report}");
             assert!(!answered(&echo(&scene.intruder, server)?));
@@ -143,7 +143,7 @@ fn takes_an_address(changes: &[&str]) -> Result<(Scene, Agent, Pod, Value)> {
     assert_eq!(first[0], guest.address().to_string());
     let (own, foreign) = (
         guest.address().to_string(),
-        scene.server_b.address().to_string(),
+        scene.server_b()?.address().to_string(),
     );
     for change in changes {
         let line = change.replace("OWN", &own).replace("FOREIGN", &foreign);
@@ -177,7 +177,7 @@ fn an_address_that_a_pod_adds_does_not_become_its_own() -> Result<()> {
             "--timeout-ms",
             "1500",
         ];
-        connect(&scene.client, &scene.server_b, &say)?;
+        connect(&scene.client, scene.server_b()?, &say)?;
         let accepted = server.events("accepted");
         assert!(accepted.is_empty(), "{accepted:?}");
     }
@@ -204,7 +204,7 @@ fn a_pod_that_trades_its_address_for_another_waits() -> Result<()> {
     ];
     let (scene, agent, guest, entry) = takes_an_address(&changes)?;
     assert_eq!(entry["state"], "pending", "{entry}");
-    for address in [guest.address(), scene.server_b.address()] {
+    for address in [guest.address(), scene.server_b()?.address()] {
         let reason = text(&entry, "reason");
         assert!(reason.contains(&address.to_string()), "{entry}");
     }

@@ -205,7 +205,7 @@ fn shares_are_the_weights_over_100000_connections() -> Result<()> {
 fn endpoints_of_two_nodes_keep_their_shares() -> Result<()> {
     let stage = Stage::new(&[("server-a", 1), ("server-b", 3)])?;
     let scene = &stage.scene;
-    let _servers = (greet(&scene.server_a)?, greet(&scene.server_b)?);
+    let _servers = (greet(&scene.server_a)?, greet(scene.server_b()?)?);
     stage.settle(false)?;
     let before = decisions(&scene.agent1, "service_resolved")?;
     let met = meet(&scene.client, AT, 4000)?;

@@ -94,8 +94,8 @@ fn each_address_is_reached_directly_and_each_may_be_the_source() -> Result<()> {
 #[test]
 fn another_node_sees_the_address_that_the_client_chose() -> Result<()> {
     let scene = scene(Vec::new())?;
-    let server = serve_both(&scene.server_b, "echo")?;
-    let targets = scene.server_b.addresses();
+    let server = serve_both(scene.server_b()?, "echo")?;
+    let targets = scene.server_b()?.addresses();
     for (family, target) in targets.iter().enumerate() {
         for source in [
             scene.client.addresses()[family].to_string(),
@@ -127,9 +127,9 @@ fn a_policy_on_addresses_judges_the_one_that_is_used() -> Result<()> {
     let scene = scene(vec![only_the_second()])?;
     let _servers = (
         serve_both(&scene.server_a, "echo")?,
-        serve_both(&scene.server_b, "echo")?,
+        serve_both(scene.server_b()?, "echo")?,
     );
-    for server in [&scene.server_a, &scene.server_b] {
+    for server in [&scene.server_a, scene.server_b()?] {
         for (family, target) in server.addresses().iter().enumerate() {
             let to = at(&target.to_string());
             let first = scene.client.addresses()[family].to_string();

@@ -1,7 +1,7 @@
 //! What a program does to its socket while that is short-circuited, or has done before: its reads are as over TCP. Each with what
 //! comes of it where nobody looks.
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use culvert_harness::{lacks, stretch, wait_until};
 use culvert_tests::scene::{PORT, SOON, Scene, text};
 use nix::sys::signal::Signal;
@@ -120,7 +120,10 @@ fn read_starved(scene: &Scene, outcome: &str) -> Result<Option<String>> {
     }
     let agent = scene.agent1.process();
     for _ in 0..TRIES {
-        let before = scene.proposed(outcome)?;
+        let decided =
+            || Ok::<_, anyhow::Error>([scene.proposed("busy")?, scene.proposed("entered")?]);
+        let before = decided()?;
+        let as_expected = scene.proposed(outcome)?;
         agent.kill(Signal::SIGSTOP)?;
         let starved = scene
             .client
@@ -131,12 +134,18 @@ fn read_starved(scene: &Scene, outcome: &str) -> Result<Option<String>> {
             .spawn()?;
         starved.wait_for_event("starved", SOON)?;
         agent.kill(Signal::SIGCONT)?;
-        wait_until(SOON, &format!("the flow to be {outcome}"), || {
-            Ok((scene.proposed(outcome)? > before).then_some(()))
-        })?;
+        let was_decided = wait_until(SOON, "the agent to decide about the flow", || {
+            Ok((decided()? != before).then_some(()))
+        });
         starved.send_line("")?;
         let done = starved.wait_for_event("done", SOON)?;
+        // Otherwise it was one like any other, and shows nothing.
         if done["starved"] == true {
+            was_decided?;
+            ensure!(
+                scene.proposed(outcome)? > as_expected,
+                "{outcome}: {before:?}"
+            );
             return Ok(Some(text(&done, "outcome").to_owned()));
         }
     }

@@ -12,7 +12,7 @@ const MARKER: &str = "culvert-device-marker";
 /// Says the marker to the pod of the other node; tells whether it passed between the nodes in clear.
 fn say(scene: &Scene, probe: Launch, more: [&str; 2]) -> Result<(Value, bool)> {
     let capture = scene.fabric.capture()?;
-    let (to, length) = (scene.server_b.at(PORT), MARKER.len().to_string());
+    let (to, length) = (scene.server_b()?.at(PORT), MARKER.len().to_string());
     let words = ["connect", "--to", &to, "--send", MARKER, "--read", &length];
     let probe = probe.args(words).args(["--timeout-ms", "1500"]).args(more);
     let report = probe.run(SOON)?.json()?;
@@ -20,7 +20,7 @@ fn say(scene: &Scene, probe: Launch, more: [&str; 2]) -> Result<(Value, bool)> {
 }
 
 fn bound_to(scene: &Scene, device: &str) -> Result<(Value, bool)> {
-    let _server = serve(&scene.server_b, "echo")?;
+    let _server = serve(scene.server_b()?, "echo")?;
     say(scene, scene.client.probe()?, ["--device", device])
 }
 
@@ -89,7 +89,7 @@ fn with_two_devices() -> Result<Scene> {
 
 /// A process without any privilege binds its steered, established connection to a device, and then sends.
 fn rebound_to(scene: &Scene, device: &str) -> Result<(Value, bool)> {
-    let _server = serve(&scene.server_b, "echo")?;
+    let _server = serve(scene.server_b()?, "echo")?;
     let nobody = [
         "--reuid=65534",
         "--clear-groups",
@@ -132,7 +132,7 @@ fn twin_without_the_device_s_route_an_open_connection_leaves_in_plaintext() -> R
 #[test]
 fn steering_survives_that_the_device_goes_down_and_up() -> Result<()> {
     let scene = Scene::new()?;
-    let _server = serve(&scene.server_b, "echo")?;
+    let _server = serve(scene.server_b()?, "echo")?;
     for state in ["down", "up"] {
         let ip = scene.client.command("ip");
         ip.args(["link", "set", "eth0", state])
@@ -142,7 +142,7 @@ fn steering_survives_that_the_device_goes_down_and_up() -> Result<()> {
     let capture = scene.fabric.capture()?;
     let send = ["--send", MARKER, "--read", "5"];
     // The way to the other node may need a moment; the way to the agent does not.
-    let report = connect_to(&scene.client, &scene.server_b.at(PORT), &send)?;
+    let report = connect_to(&scene.client, &scene.server_b()?.at(PORT), &send)?;
     assert!(!capture.contains(MARKER.as_bytes())?, "{report}");
     assert_eq!(text(&report, "connect"), "ok", "{report}");
     Ok(())

@@ -52,12 +52,12 @@ fn a_pod_that_cannot_be_served_after_a_restart_waits_for_the_mesh() -> Result<()
     let scene = Scene::of_a_file()?;
     let _servers = (
         serve(&scene.server_a, "echo")?,
-        serve(&scene.server_b, "echo")?,
+        serve(scene.server_b()?, "echo")?,
         serve(&scene.client, "echo")?,
     );
     let outsider = scene.node1.pod("outsider")?;
     let uid = enrol_by_uid(&scene, &scene.client)?;
-    for server in [&scene.server_a, &scene.server_b] {
+    for server in [&scene.server_a, scene.server_b()?] {
         assert!(answered(&echo(&scene.client, server)?));
     }
     let agent = restart_without_a_mesh(&scene, "")?;
@@ -73,7 +73,11 @@ fn a_pod_that_cannot_be_served_after_a_restart_waits_for_the_mesh() -> Result<()
     let capture = scene.fabric.capture()?;
     // What an earlier agent decided stands until there is a mesh; what needs the agent is refused.
     assert!(answered(&echo(&scene.client, &scene.server_a)?));
-    let report = connect_to(&scene.client, &scene.server_b.at(PORT), &["--send", MARKER])?;
+    let report = connect_to(
+        &scene.client,
+        &scene.server_b()?.at(PORT),
+        &["--send", MARKER],
+    )?;
     assert_eq!(text(&report, "connect"), "ECONNREFUSED", "{report}");
     assert!(!capture.contains(MARKER.as_bytes())?);
     let report = connect_to(&outsider, &scene.client.at(PORT), &HELLO)?;
@@ -82,7 +86,7 @@ fn a_pod_that_cannot_be_served_after_a_restart_waits_for_the_mesh() -> Result<()
     scene.mesh.write(&scene.mesh_file())?;
     wait_until_active(&agent, &uid)?;
     agent.ready()?;
-    for server in [&scene.server_a, &scene.server_b] {
+    for server in [&scene.server_a, scene.server_b()?] {
         wait_until(SOON, "the pod to work", || {
             Ok(answered(&echo(&scene.client, server)?).then_some(()))
         })?;
@@ -145,12 +149,12 @@ fn reach_while_waiting(knobs: &'static str) -> Result<(Value, bool)> {
         mesh_file: true,
         ..Setting::default()
     })?;
-    let _server = serve(&scene.server_b, "echo")?;
+    let _server = serve(scene.server_b()?, "echo")?;
     enrol_by_uid(&scene, &scene.client)?;
     let _agent = restart_without_a_mesh(&scene, knobs)?;
     let capture = scene.fabric.capture()?;
     let say = ["--send", MARKER, "--read", "5"];
-    let report = connect_to(&scene.client, &scene.server_b.at(PORT), &say)?;
+    let report = connect_to(&scene.client, &scene.server_b()?.at(PORT), &say)?;
     Ok((report, capture.contains(MARKER.as_bytes())?))
 }
 

@@ -76,11 +76,11 @@ fn twin_anybody_is_answered_when_credentials_are_not_checked() -> Result<()> {
 #[test]
 fn what_is_logged_is_changed_while_the_agent_runs() -> Result<()> {
     let scene = Scene::new()?;
-    let _server = serve(&scene.server_b, "echo")?;
+    let _server = serve(scene.server_b()?, "echo")?;
     let agent = &scene.agent1;
     let logs = |begins: &str| -> Result<()> {
         let mark = agent.log().mark();
-        assert!(answered(&echo(&scene.client, &scene.server_b)?));
+        assert!(answered(&echo(&scene.client, scene.server_b()?)?));
         agent.wait_for_access(mark, &[("direction", "outbound")], SOON)?;
         let levels = agent.set_logging("")?;
         assert!(levels.body.starts_with(begins), "{levels:?}");
@@ -94,13 +94,13 @@ fn what_is_logged_is_changed_while_the_agent_runs() -> Result<()> {
     let mark = agent.log().mark();
     let closed = || agent.metric("istio_tcp_connections_closed_total", &[]);
     let closed_before = closed()?;
-    assert!(answered(&echo(&scene.client, &scene.server_b)?));
+    assert!(answered(&echo(&scene.client, scene.server_b()?)?));
     // Its line would be written now.
     wait_until(SOON, "the connection to be counted", || {
         Ok((closed()? > closed_before).then_some(()))
     })?;
     assert_eq!(agent.set_logging("reset")?.status, 200);
-    assert!(answered(&echo(&scene.client, &scene.server_b)?));
+    assert!(answered(&echo(&scene.client, scene.server_b()?)?));
     agent.wait_for_access(mark, &[("direction", "outbound")], SOON)?;
     assert_eq!(agent.access_log().len(), before + 1);
     logs("current log level is info")
@@ -269,14 +269,14 @@ fn what_is_no_pod_is_not_enrolled() -> Result<()> {
 #[test]
 fn flows_are_told_as_they_end() -> Result<()> {
     let scene = Scene::new()?;
-    let _server = serve(&scene.server_b, "echo")?;
+    let _server = serve(scene.server_b()?, "echo")?;
     let program = scene.node1.command(culvert_binary()?);
     let follower = program
         .args(["flows", "--json", "--admin-socket"])
         .arg(scene.agent1.admin_socket())
         .spawn()?;
     for _ in 0..2 {
-        assert!(answered(&echo(&scene.client, &scene.server_b)?));
+        assert!(answered(&echo(&scene.client, scene.server_b()?)?));
     }
     let line = follower.wait_for_line("server-b", SOON)?;
     let flow: Value = serde_json::from_str(&line)?;

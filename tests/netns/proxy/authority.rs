@@ -28,8 +28,8 @@ impl Stage {
             control_plane: true,
             ..setting
         })?;
-        let server = serve(&scene.server_b, "echo")?;
-        assert!(answered(&echo(&scene.client, &scene.server_b)?));
+        let server = serve(scene.server_b()?, "echo")?;
+        assert!(answered(&echo(&scene.client, scene.server_b()?)?));
         Ok(Self { scene, server })
     }
 
@@ -53,7 +53,7 @@ impl Stage {
 
     fn say(&self, pod: &Pod, patience: &str) -> Result<Value> {
         let words = ["--send", WORD, "--read", "16", "--timeout-ms", patience];
-        connect(pod, &self.scene.server_b, &words)
+        connect(pod, self.scene.server_b()?, &words)
     }
 
     /// Nothing of the pod's comes to the server or can be seen on the way, and others connect as ever.
@@ -69,7 +69,7 @@ impl Stage {
             !peers.into_iter().any(|peer| peer.starts_with(&own)),
             "{fault}"
         );
-        assert!(answered(&echo(&self.scene.client, &self.scene.server_b)?));
+        assert!(answered(&echo(&self.scene.client, self.scene.server_b()?)?));
         self.scene.agent1.ready()
     }
 
@@ -158,10 +158,10 @@ fn without_a_proper_answer_the_certificate_that_there_is_stays_in_use_and_the_re
         ..Setting::default()
     })?;
     let warnings = |stage: &Stage| -> Result<String> {
-        Ok(status(&stage.scene.agent2)?["warnings"].to_string())
+        Ok(status(stage.scene.agent2()?)?["warnings"].to_string())
     };
     let shown =
-        |scene: &Scene| server_leaf(&scene.client, &scene.server_b, genuine(scene, "client")?);
+        |scene: &Scene| server_leaf(&scene.client, scene.server_b()?, genuine(scene, "client")?);
     for (fault, reason) in [
         ("unrelated-root", "its chain does not hold"),
         ("other-identity", "with a certificate for"),
@@ -172,14 +172,14 @@ fn without_a_proper_answer_the_certificate_that_there_is_stays_in_use_and_the_re
             Ok(warnings(&stage)?.contains(reason).then_some(()))
         })?;
         let kept = shown(&stage.scene)?;
-        let agent = &stage.scene.agent2;
+        let agent = stage.scene.agent2()?;
         let again = agent.log().mark();
         agent
             .process()
             .wait_for_line_after(again, "no certificate; trying again", SOON)?;
         assert_eq!(shown(&stage.scene)?, kept, "{fault}");
         assert!(
-            answered(&echo(&stage.scene.client, &stage.scene.server_b)?),
+            answered(&echo(&stage.scene.client, stage.scene.server_b()?)?),
             "{fault}"
         );
         let held = certificate_of(agent, "server-b")?;

@@ -33,23 +33,23 @@ fn stranger_reaches(
 
 fn stranger_reaches_in(setting: Setting, make: impl Fn(&Scene) -> Result<Proof>) -> Result<bool> {
     let scene = Scene::with(setting)?;
-    let server = serve(&scene.server_b, "echo")?;
+    let server = serve(scene.server_b()?, "echo")?;
     let stranger = scene.node1.pod("stranger")?;
-    let mark = scene.agent2.log().mark();
+    let mark = scene.agent2()?.log().mark();
     let outcome = attempt(
         &stranger,
-        &scene.server_b,
+        scene.server_b()?,
         make(&scene)?,
-        &scene.server_b.at(PORT),
+        &scene.server_b()?.at(PORT),
     )?;
     if let Outcome::Failed(error) = &outcome {
-        let line = wait_for_failure(&scene.agent2, mark, "the peer", &[("path", "hbone")]);
+        let line = wait_for_failure(scene.agent2()?, mark, "the peer", &[("path", "hbone")]);
         assert!(line.is_ok(), "{error}: {line:?}");
     }
     // Whoever is entitled still gets through, and what else the application saw was the stranger's.
-    assert!(answered(&echo(&scene.client, &scene.server_b)?));
+    assert!(answered(&echo(&scene.client, scene.server_b()?)?));
     let strangers = format!("{}:", stranger.address());
-    let accepted = accepted_from(&server, &scene.server_b)?;
+    let accepted = accepted_from(&server, scene.server_b()?)?;
     assert_eq!(
         accepted.iter().any(|peer| peer.starts_with(&strangers)),
         outcome.reached(),
@@ -254,7 +254,7 @@ fn twin_the_agent_sends_to_a_server_with_another_pods_certificate_when_it_does_n
 fn a_pods_tunnels_present_its_own_certificate() -> Result<()> {
     let scene = Scene::new()?;
     let stranger = scene.node1.pod("stranger")?;
-    let leaf = super::peer::server_leaf(&stranger, &scene.server_b, genuine(&scene, "client")?)?;
+    let leaf = super::peer::server_leaf(&stranger, scene.server_b()?, genuine(&scene, "client")?)?;
     assert_eq!(
         culvert::identity::spiffe::identity_of(&leaf)?,
         identity("server-b")?

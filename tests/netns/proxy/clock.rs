@@ -27,7 +27,7 @@ fn stage(knobs: &'static str) -> Result<Scene> {
 /// What `server-b`'s agent presents to somebody whose own certificate is good at this moment.
 fn shown(scene: &Scene, now: SystemTime) -> Result<CertificateDer<'static>> {
     let proof = proof(&mesh_ca(scene)?, &[&spiffe("client")], valid_around(now))?;
-    server_leaf(&scene.client, &scene.server_b, proof)
+    server_leaf(&scene.client, scene.server_b()?, proof)
 }
 
 /// Waits until the agents have certificates that hold at this moment, and use them.
@@ -38,7 +38,7 @@ fn wait_for_new(scene: &Scene, now: SystemTime) -> Result<()> {
         };
         let validity = validity_of(&leaf)?;
         let holds = (validity.not_before..validity.not_after).contains(&now);
-        let used = holds && answered(&echo(&scene.client, &scene.server_b)?);
+        let used = holds && answered(&echo(&scene.client, scene.server_b()?)?);
         Ok(used.then_some(()))
     })
 }
@@ -48,7 +48,7 @@ fn a_stepped_clock_is_followed_by_new_certificates() -> Result<()> {
     let scene = stage("")?;
     let _servers = (
         serve(&scene.server_a, "echo")?,
-        serve(&scene.server_b, "echo")?,
+        serve(scene.server_b()?, "echo")?,
     );
     scene.warm(&scene.client, &scene.server_a)?;
     let direct = hold(&scene.client, &scene.server_a)?;
@@ -67,7 +67,7 @@ fn a_stepped_clock_is_followed_by_new_certificates() -> Result<()> {
 /// The clock is stepped beyond the life of the certificates while there are no new ones. Tells whether one of the old is presented.
 fn presents_the_old(knobs: &'static str) -> Result<bool> {
     let scene = stage(knobs)?;
-    let _server = serve(&scene.server_b, "echo")?;
+    let _server = serve(scene.server_b()?, "echo")?;
     let now = SystemTime::now();
     wait_for_new(&scene, now)?;
     let plane = scene.control_plane.as_ref();
@@ -78,8 +78,8 @@ fn presents_the_old(knobs: &'static str) -> Result<bool> {
         assert!(validity_of(&leaf)?.not_after < then);
         return Ok(true);
     }
-    assert!(!answered(&echo(&scene.client, &scene.server_b)?));
-    let said = status(&scene.agent2)?["certificates"].to_string();
+    assert!(!answered(&echo(&scene.client, scene.server_b()?)?));
+    let said = status(scene.agent2()?)?["certificates"].to_string();
     assert!(said.contains(": expired"), "{said}");
     plane.map_or(Ok(()), |plane| plane.misbehave_now(""))?;
     wait_for_new(&scene, then)?;

@@ -81,7 +81,7 @@ fn wait_until_lost(scene: &Scene, reason: &str) -> Result<()> {
         let why = status["warnings"].to_string().contains(reason);
         Ok((lost && why).then_some(()))
     })?;
-    assert!(answered(&echo(&scene.client, &scene.server_b)?));
+    assert!(answered(&echo(&scene.client, scene.server_b()?)?));
     Ok(())
 }
 
@@ -101,7 +101,7 @@ fn a_token_that_is_replaced_is_read_again() -> Result<()> {
     let directory = scene.fabric.directory().join("tokens");
     let mut token = Projected::new(directory, "istio-token", TOKEN)?;
     restart_with(&mut scene, &token, &["AUTH_TOKEN"])?;
-    let _server = serve(&scene.server_b, "echo")?;
+    let _server = serve(scene.server_b()?, "echo")?;
 
     scene.control_plane()?.expect_token("another-token")?;
     scene.control_plane()?.restart()?;
@@ -116,7 +116,7 @@ fn a_token_that_is_replaced_is_read_again() -> Result<()> {
     scene.agent1.enrol_as(&pod, &workload)?;
     assert!(answered(&connect(
         &pod,
-        &scene.server_b,
+        scene.server_b()?,
         &["--send", "hello", "--read", "5", "--timeout-ms", "9000"]
     )?));
     Ok(())
@@ -133,7 +133,7 @@ fn a_root_that_is_replaced_is_read_again() -> Result<()> {
     let directory = scene.fabric.directory().join("roots");
     let mut file = Projected::new(directory, "root-cert.pem", &first)?;
     restart_with(&mut scene, &file, &["XDS_ROOT_CA", "CA_ROOT_CA"])?;
-    let _server = serve(&scene.server_b, "echo")?;
+    let _server = serve(scene.server_b()?, "echo")?;
 
     scene.control_plane()?.forget_ca()?;
     scene.control_plane()?.restart()?;

@@ -56,12 +56,12 @@ impl Listed {
         Ok(std::fs::rename(new, &self.file)?)
     }
 
-    /// Puts a list that names these certificates, and no others, into force on both nodes.
+    /// Puts a list that names these certificates, and no others, into force wherever an agent runs.
     fn revoke(&self, certificates: &[CertificateDer<'_>]) -> Result<()> {
         let next_update = SystemTime::now() + HOUR;
         self.write(&mesh_ca(&self.scene)?.revocation_list(certificates, next_update)?)?;
         let named = format!("naming {} certificates", certificates.len());
-        for agent in [&self.scene.agent1, &self.scene.agent2] {
+        for agent in self.scene.agents() {
             wait_until(SOON, "the list to be in force", || {
                 Ok(lists(agent)?.contains(&named).then_some(()))
             })?;
@@ -102,27 +102,27 @@ fn copy_of(proof: &Proof) -> Proof {
 fn revoked_client_reaches(knobs: &'static str) -> Result<bool> {
     let listed = Listed::new(knobs)?;
     let scene = &listed.scene;
-    let server = serve(&scene.server_b, "echo")?;
+    let server = serve(scene.server_b()?, "echo")?;
     let stranger = scene.node1.pod("stranger")?;
-    let to = scene.server_b.at(PORT);
+    let to = scene.server_b()?.at(PORT);
     let (revoked, other) = (genuine(scene, "client")?, genuine(scene, "client")?);
-    let reaches = |proof: &Proof| attempt(&stranger, &scene.server_b, copy_of(proof), &to);
+    let reaches = |proof: &Proof| attempt(&stranger, scene.server_b()?, copy_of(proof), &to);
     assert!(reaches(&revoked)?.reached(), "before it is on the list");
-    let before = strangers(&accepted_from(&server, &scene.server_b)?, &stranger);
+    let before = strangers(&accepted_from(&server, scene.server_b()?)?, &stranger);
     listed.revoke(&[leaf_of(&revoked)?])?;
-    let mark = scene.agent2.log().mark();
+    let mark = scene.agent2()?.log().mark();
     let outcome = reaches(&revoked)?;
     if let Outcome::Failed(error) = &outcome {
-        let line = wait_for_failure(&scene.agent2, mark, "is revoked", &[("path", "hbone")]);
+        let line = wait_for_failure(scene.agent2()?, mark, "is revoked", &[("path", "hbone")]);
         assert!(line.is_ok(), "{error}: {line:?}");
         let refused = scene
-            .agent2
+            .agent2()?
             .metric("culvert_revoked_peers_total", &["at=\"handshake\""])?;
         assert_eq!(refused, 1.0);
     }
     // Who has another certificate of the same identity is not concerned.
-    assert!(answered(&echo(&scene.client, &scene.server_b)?));
-    let after = strangers(&accepted_from(&server, &scene.server_b)?, &stranger);
+    assert!(answered(&echo(&scene.client, scene.server_b()?)?));
+    let after = strangers(&accepted_from(&server, scene.server_b()?)?, &stranger);
     assert_eq!(after > before, outcome.reached(), "{outcome:?}");
     assert!(reaches(&other)?.reached());
     Ok(outcome.reached())
@@ -184,14 +184,14 @@ fn twin_a_server_on_a_list_is_sent_to_when_lists_are_not_asked() -> Result<()> {
 fn open_tunnel_of_client_is_cut(knobs: &'static str) -> Result<bool> {
     let listed = Listed::new(knobs)?;
     let scene = &listed.scene;
-    let server = serve(&scene.server_b, "echo")?;
+    let server = serve(scene.server_b()?, "echo")?;
     let stranger = scene.node1.pod("stranger")?;
-    let tunnel = SocketAddr::new(scene.server_b.address(), TUNNEL_PORT);
-    let authority = scene.server_b.at(PORT);
+    let tunnel = SocketAddr::new(scene.server_b()?.address(), TUNNEL_PORT);
+    let authority = scene.server_b()?.at(PORT);
     let (doomed, other) = (genuine(scene, "client")?, genuine(scene, "client")?);
     let leaf = leaf_of(&doomed)?;
     let again = copy_of(&doomed);
-    let mark = scene.agent2.log().mark();
+    let mark = scene.agent2()?.log().mark();
     let revoke = || listed.revoke(std::slice::from_ref(&leaf));
     let cut = in_pod(&stranger, async {
         let mut streams = Vec::new();
@@ -216,22 +216,24 @@ fn open_tunnel_of_client_is_cut(knobs: &'static str) -> Result<bool> {
         anyhow::Ok(cut)
     })??;
     if cut {
-        let line = wait_for_failure(&scene.agent2, mark, "was revoked", &[("path", "hbone")])?;
+        let line = wait_for_failure(scene.agent2()?, mark, "was revoked", &[("path", "hbone")])?;
         assert_eq!(line.field("bytes_recv").as_deref(), Some("5"), "{line:?}");
         let closed = server.wait_for_event("closed", SOON)?;
         assert_eq!(text(&closed, "end"), "ECONNRESET", "{closed}");
         let closed = ["at=\"tunnel\""];
         let closed = scene
-            .agent2
+            .agent2()?
             .metric("culvert_revoked_peers_total", &closed)?;
         assert_eq!(closed, 1.0);
         let flows = ["path=\"hbone\""];
         assert_eq!(
-            scene.agent2.metric("culvert_revoked_flows_total", &flows)?,
+            scene
+                .agent2()?
+                .metric("culvert_revoked_flows_total", &flows)?,
             1.0
         );
     }
-    let anew = attempt(&stranger, &scene.server_b, again, &authority)?;
+    let anew = attempt(&stranger, scene.server_b()?, again, &authority)?;
     assert!(!anew.reached(), "{anew:?}");
     Ok(cut)
 }
@@ -305,21 +307,21 @@ fn twin_an_open_tunnel_goes_on_when_its_server_is_not_looked_up_again() -> Resul
 fn an_own_certificate_on_a_list_is_replaced_at_once() -> Result<()> {
     let listed = Listed::new("")?;
     let scene = &listed.scene;
-    let _server = serve(&scene.server_b, "echo")?;
-    assert!(answered(&echo(&scene.client, &scene.server_b)?));
+    let _server = serve(scene.server_b()?, "echo")?;
+    assert!(answered(&echo(&scene.client, scene.server_b()?)?));
     let stranger = scene.node1.pod("stranger")?;
-    let leaf = || server_leaf(&stranger, &scene.server_b, genuine(scene, "client")?);
+    let leaf = || server_leaf(&stranger, scene.server_b()?, genuine(scene, "client")?);
     let before = leaf()?;
-    let mark = scene.agent2.log().mark();
+    let mark = scene.agent2()?.log().mark();
     listed.revoke(std::slice::from_ref(&before))?;
-    let agent = scene.agent2.process();
+    let agent = scene.agent2()?.process();
     agent.wait_for_line_after(mark, "the own certificate is revoked", SOON)?;
     wait_until(SOON, "another certificate", || {
         Ok((leaf()? != before).then_some(()))
     })?;
-    assert!(answered(&echo(&scene.client, &scene.server_b)?));
+    assert!(answered(&echo(&scene.client, scene.server_b()?)?));
     wait_until(SOON, "the warning to go", || {
-        Ok((!warnings(&scene.agent2)?.contains("is revoked")).then_some(()))
+        Ok((!warnings(scene.agent2()?)?.contains("is revoked")).then_some(()))
     })
 }
 
@@ -327,29 +329,29 @@ fn an_own_certificate_on_a_list_is_replaced_at_once() -> Result<()> {
 fn a_file_that_turns_bad_leaves_the_last_lists_in_force() -> Result<()> {
     let listed = Listed::new("")?;
     let scene = &listed.scene;
-    let _server = serve(&scene.server_b, "echo")?;
+    let _server = serve(scene.server_b()?, "echo")?;
     let stranger = scene.node1.pod("stranger")?;
-    let to = scene.server_b.at(PORT);
+    let to = scene.server_b()?.at(PORT);
     let revoked = genuine(scene, "client")?;
     listed.revoke(&[leaf_of(&revoked)?])?;
     for bad in ["garbage", "", "-----BEGIN X509 CRL-----\nMIIB"] {
         let rejected = || {
             let labels = ["result=\"rejected\""];
-            scene.agent2.metric("culvert_crl_updates_total", &labels)
+            scene.agent2()?.metric("culvert_crl_updates_total", &labels)
         };
         let before = rejected()?;
         listed.write(bad)?;
         wait_until(SOON, "the file to be rejected", || {
             Ok((rejected()? > before).then_some(()))
         })?;
-        let warnings = warnings(&scene.agent2)?;
+        let warnings = warnings(scene.agent2()?)?;
         assert!(warnings.contains("CRL_PATH"), "{bad}: {warnings}");
-        let outcome = attempt(&stranger, &scene.server_b, copy_of(&revoked), &to)?;
+        let outcome = attempt(&stranger, scene.server_b()?, copy_of(&revoked), &to)?;
         assert!(!outcome.reached(), "{bad}: {outcome:?}");
     }
     listed.revoke(&[])?;
-    assert!(attempt(&stranger, &scene.server_b, revoked, &to)?.reached());
-    assert!(!warnings(&scene.agent2)?.contains("CRL_PATH"));
+    assert!(attempt(&stranger, scene.server_b()?, revoked, &to)?.reached());
+    assert!(!warnings(scene.agent2()?)?.contains("CRL_PATH"));
     Ok(())
 }
 

@@ -40,10 +40,10 @@ fn takes_streams_when_expired(knobs: &'static str) -> Result<bool> {
         knobs,
         ..Setting::default()
     })?;
-    let _server = serve(&scene.server_b, "echo")?;
+    let _server = serve(scene.server_b()?, "echo")?;
     let stranger = scene.node1.pod("stranger")?;
-    let tunnel = SocketAddr::new(scene.server_b.address(), TUNNEL_PORT);
-    let authority = scene.server_b.at(PORT);
+    let tunnel = SocketAddr::new(scene.server_b()?.address(), TUNNEL_PORT);
+    let authority = scene.server_b()?.at(PORT);
     let not_after = SystemTime::now() + LIFE;
     let validity = Validity {
         not_after,
@@ -103,15 +103,15 @@ fn presents_what_has_expired(knobs: &'static str) -> Result<bool> {
     })?;
     let _servers = (
         serve(&scene.server_a, "echo")?,
-        serve(&scene.server_b, "echo")?,
+        serve(scene.server_b()?, "echo")?,
     );
     let stranger = scene.node1.pod("stranger")?;
     scene.warm(&scene.client, &scene.server_a)?;
     let direct = hold(&scene.client, &scene.server_a)?;
     says(&direct, "before")?;
     let reaches = |to: &Pod| -> Result<bool> { Ok(answered(&echo(&scene.client, to)?)) };
-    assert!(reaches(&scene.server_b)?);
-    let shown = || server_leaf(&stranger, &scene.server_b, genuine(&scene, "client")?);
+    assert!(reaches(scene.server_b()?)?);
+    let shown = || server_leaf(&stranger, scene.server_b()?, genuine(&scene, "client")?);
     let plane = scene.control_plane.as_ref().context("a control plane")?;
 
     plane.misbehave_now("ca: [refuse]")?;
@@ -129,14 +129,14 @@ fn presents_what_has_expired(knobs: &'static str) -> Result<bool> {
     }
     assert!(SystemTime::now() >= not_after, "given up before it expired");
     wait_until(SOON, "requests not to be answered", || {
-        Ok((!reaches(&scene.server_b)?).then_some(()))
+        Ok((!reaches(scene.server_b()?)?).then_some(()))
     })?;
     for _ in 0..5 {
         assert!(shown().is_err());
-        assert!(!reaches(&scene.server_b)?);
+        assert!(!reaches(scene.server_b()?)?);
         says(&direct, "meanwhile")?;
     }
-    for agent in [&scene.agent1, &scene.agent2] {
+    for agent in [&scene.agent1, scene.agent2()?] {
         let said = status(agent)?;
         let certificates = said["certificates"].to_string();
         assert!(certificates.contains(": expired"), "{certificates}");
@@ -147,7 +147,7 @@ fn presents_what_has_expired(knobs: &'static str) -> Result<bool> {
     plane.misbehave_now("")?;
     // Attempts are half a minute apart by now.
     wait_until(SOON * 4, "requests to be answered", || {
-        Ok(reaches(&scene.server_b)?.then_some(()))
+        Ok(reaches(scene.server_b()?)?.then_some(()))
     })?;
     assert!(validity_of(&shown()?)?.not_after > not_after);
     let mark = scene.agent1.log().mark();

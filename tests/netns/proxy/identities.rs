@@ -64,7 +64,10 @@ fn a_spoilt_development_ca_is_an_error_at_the_start() -> Result<()> {
 
 #[test]
 fn an_agent_holds_certificates_of_its_own_pods_only() -> Result<()> {
-    let scene = Scene::new()?;
+    let scene = Scene::with(Setting {
+        both_agents: true,
+        ..Setting::default()
+    })?;
     let held = |agent| -> Result<Vec<String>> {
         let status = status(agent)?;
         let lines = status["certificates"]
@@ -80,7 +83,7 @@ fn an_agent_holds_certificates_of_its_own_pods_only() -> Result<()> {
         held(&scene.agent1)?,
         [spiffe("client"), spiffe("intruder"), spiffe("server-a")]
     );
-    assert_eq!(held(&scene.agent2)?, [spiffe("server-b")]);
+    assert_eq!(held(scene.agent2()?)?, [spiffe("server-b")]);
     scene.agent1.unenrol("n1-intruder")?;
     assert_eq!(held(&scene.agent1)?, [spiffe("client"), spiffe("server-a")]);
     Ok(())
@@ -93,19 +96,19 @@ fn connections_outlive_renewals_and_new_tunnels_use_the_new_certificate() -> Res
         ..Setting::default()
     };
     let scene = Scene::with(setting)?;
-    let _server = serve(&scene.server_b, "echo")?;
-    let held = hold(&scene.client, &scene.server_b)?;
-    let mut leaf = server_leaf(&scene.client, &scene.server_b, genuine(&scene, "client")?)?;
+    let _server = serve(scene.server_b()?, "echo")?;
+    let held = hold(&scene.client, scene.server_b()?)?;
+    let mut leaf = server_leaf(&scene.client, scene.server_b()?, genuine(&scene, "client")?)?;
     for renewal in 0..3 {
         leaf = wait_until(SOON, "a renewed certificate", || {
-            let now = server_leaf(&scene.client, &scene.server_b, genuine(&scene, "client")?)?;
+            let now = server_leaf(&scene.client, scene.server_b()?, genuine(&scene, "client")?)?;
             Ok((now != leaf).then_some(now))
         })?;
         let mark = held.log().mark();
         held.send_line("still here")?;
         held.wait_for_event_after(mark, "data", SOON)?;
         assert!(
-            answered(&echo(&scene.client, &scene.server_b)?),
+            answered(&echo(&scene.client, scene.server_b()?)?),
             "after renewal {renewal}"
         );
     }

@@ -30,11 +30,11 @@ fn silent(from: &Pod, to: &Pod, count: usize) -> Result<Vec<std::io::Result<TcpS
 #[test]
 fn peers_that_do_not_speak_hold_nobody_up() -> Result<()> {
     let scene = Scene::new()?;
-    let _server = serve(&scene.server_b, "echo")?;
+    let _server = serve(scene.server_b()?, "echo")?;
     let stranger = scene.node1.pod("stranger")?;
     // As many as one address may have.
-    let silent = silent(&stranger, &scene.server_b, SHARE)?;
-    assert!(answered(&echo(&scene.client, &scene.server_b)?));
+    let silent = silent(&stranger, scene.server_b()?, SHARE)?;
+    assert!(answered(&echo(&scene.client, scene.server_b()?)?));
     assert!(silent.iter().all(Result::is_ok));
     Ok(())
 }
@@ -48,14 +48,14 @@ fn one_takes_all(knobs: &'static str) -> Result<(bool, bool)> {
         ..Setting::default()
     })?;
     let _servers = (
-        serve(&scene.server_b, "echo")?,
+        serve(scene.server_b()?, "echo")?,
         serve(&scene.client, "echo")?,
     );
     let stranger = scene.node1.pod("stranger")?;
     let most = if knobs.is_empty() { SHARE } else { ALL };
-    let held = silent(&stranger, &scene.server_b, ALL + 100)?;
-    let into = answered(&echo(&scene.client, &scene.server_b)?);
-    let out = answered(&echo(&scene.server_b, &scene.client)?);
+    let held = silent(&stranger, scene.server_b()?, ALL + 100)?;
+    let into = answered(&echo(&scene.client, scene.server_b()?)?);
+    let out = answered(&echo(scene.server_b()?, &scene.client)?);
     // What is beyond the limit is reset, not kept waiting.
     for beyond in &held[most..] {
         let end = beyond
@@ -104,15 +104,15 @@ fn a_client_that_vanishes_is_noticed_on_every_port() -> Result<()> {
         policies: Some(Vec::new()),
         ..Setting::default()
     })?;
-    let _server = serve(&scene.server_b, "echo")?;
+    let _server = serve(scene.server_b()?, "echo")?;
     let stranger = scene.node1.pod("stranger")?;
-    let _tunnelled = hold(&scene.client, &scene.server_b)?;
-    let _plaintext = hold(&stranger, &scene.server_b)?;
-    let server = scene.server_b.at(PORT);
+    let _tunnelled = hold(&scene.client, scene.server_b()?)?;
+    let _plaintext = hold(&stranger, scene.server_b()?)?;
+    let server = scene.server_b()?.at(PORT);
     for (pod, local) in [
         (&scene.client, server.clone()),
-        (&scene.server_b, scene.server_b.at(TUNNEL_PORT)),
-        (&scene.server_b, server),
+        (scene.server_b()?, scene.server_b()?.at(TUNNEL_PORT)),
+        (scene.server_b()?, server),
     ] {
         wait_until(SOON, "a connection that is probed", || {
             let timers = timers(pod, &local)?;
@@ -126,7 +126,7 @@ fn a_client_that_vanishes_is_noticed_on_every_port() -> Result<()> {
 }
 
 fn ended(scene: &Scene) -> Result<()> {
-    let status = scene.agent2.process().wait(SOON * 2)?;
+    let status = scene.agent2()?.process().wait(SOON * 2)?;
     assert!(status.success(), "{status}");
     Ok(())
 }
@@ -134,14 +134,14 @@ fn ended(scene: &Scene) -> Result<()> {
 #[test]
 fn an_agent_that_is_told_to_end_lets_open_connections_finish() -> Result<()> {
     let scene = Scene::new()?;
-    let server = serve(&scene.server_b, "echo")?;
-    let held = hold(&scene.client, &scene.server_b)?;
+    let server = serve(scene.server_b()?, "echo")?;
+    let held = hold(&scene.client, scene.server_b()?)?;
     held.send_line("before")?;
     held.wait_for_event("data", SOON)?;
     let mark = held.log().mark();
-    scene.agent2.process().kill(Signal::SIGTERM)?;
+    scene.agent2()?.process().kill(Signal::SIGTERM)?;
     wait_until(SOON, "new connections to be refused", || {
-        Ok((!answered(&echo(&scene.client, &scene.server_b)?)).then_some(()))
+        Ok((!answered(&echo(&scene.client, scene.server_b()?)?)).then_some(()))
     })?;
     held.send_line("after")?;
     held.wait_for_event_after(mark, "data", SOON)?;
@@ -161,15 +161,15 @@ fn what_is_still_open_after_the_grace_period_is_reset() -> Result<()> {
         ..Setting::default()
     })?;
     let outsider = scene.node1.pod("outside")?;
-    let (server, outside) = (serve(&scene.server_b, "echo")?, serve(&outsider, "echo")?);
-    let held = hold(&scene.client, &scene.server_b)?;
+    let (server, outside) = (serve(scene.server_b()?, "echo")?, serve(&outsider, "echo")?);
+    let held = hold(&scene.client, scene.server_b()?)?;
     let passing = hold(&scene.client, &outsider)?;
     for held in [&held, &passing] {
         held.send_line("before")?;
         held.wait_for_event("data", SOON)?;
     }
     scene.agent1.process().kill(Signal::SIGTERM)?;
-    scene.agent2.process().kill(Signal::SIGTERM)?;
+    scene.agent2()?.process().kill(Signal::SIGTERM)?;
     for program in [&held, &passing] {
         assert_eq!(
             text(&program.wait_for_event("end", SOON)?, "how"),
@@ -189,12 +189,15 @@ fn what_is_still_open_after_the_grace_period_is_reset() -> Result<()> {
 fn quitquitquit_ends_the_agent_in_order() -> Result<()> {
     let scene = Scene::new()?;
     assert_ne!(
-        scene.agent2.get(15000, "/quitquitquit")?.status,
+        scene.agent2()?.get(15000, "/quitquitquit")?.status,
         200,
         "a GET must not end it"
     );
     assert_eq!(
-        scene.agent2.request("POST", 15000, "/quitquitquit")?.status,
+        scene
+            .agent2()?
+            .request("POST", 15000, "/quitquitquit")?
+            .status,
         200
     );
     ended(&scene)

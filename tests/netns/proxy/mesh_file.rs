@@ -16,11 +16,11 @@ const BROKEN: &str = "workloads: []\npolicies:\n  - name: a\n    namespace: b\n 
 #[test]
 fn a_broken_change_leaves_the_old_mesh_in_force() -> Result<()> {
     let mut scene = Scene::of_a_file()?;
-    let server = serve(&scene.server_b, "echo")?;
-    let mark = scene.agent2.log().mark();
+    let server = serve(scene.server_b()?, "echo")?;
+    let mark = scene.agent2()?.log().mark();
     replace_file(&scene.mesh_file(), BROKEN)?;
     let line = scene
-        .agent2
+        .agent2()?
         .process()
         .wait_for_line_after(mark, "Alow", SOON)?;
     assert!(
@@ -37,17 +37,20 @@ fn a_broken_change_leaves_the_old_mesh_in_force() -> Result<()> {
             .to_string()
             .contains("Alow")
     );
-    assert_eq!(scene.agent2.get(READINESS, "/healthz/ready")?.status, 200);
-    assert!(answered(&echo(&scene.client, &scene.server_b)?));
-    assert!(!answered(&echo(&scene.intruder, &scene.server_b)?));
-    assert_eq!(accepted_from(&server, &scene.server_b)?.len(), 1);
+    assert_eq!(
+        scene.agent2()?.get(READINESS, "/healthz/ready")?.status,
+        200
+    );
+    assert!(answered(&echo(&scene.client, scene.server_b()?)?));
+    assert!(!answered(&echo(&scene.intruder, scene.server_b()?)?));
+    assert_eq!(accepted_from(&server, scene.server_b()?)?.len(), 1);
     scene.change_mesh(|mesh| mesh.policies.clear())?;
     assert!(
         !status(&scene.agent1)?["warnings"]
             .to_string()
             .contains("mesh file")
     );
-    assert!(answered(&echo(&scene.intruder, &scene.server_b)?));
+    assert!(answered(&echo(&scene.intruder, scene.server_b()?)?));
     Ok(())
 }
 

@@ -18,7 +18,7 @@ impl Misbehaving {
             control_plane: true,
             ..Setting::default()
         })?;
-        let server = serve(&scene.server_b, "echo")?;
+        let server = serve(scene.server_b()?, "echo")?;
         Ok(Self {
             scene,
             _server: server,
@@ -50,13 +50,13 @@ impl Misbehaving {
     }
 
     fn reaches(&self) -> Result<bool> {
-        Ok(answered(&echo(&self.scene.client, &self.scene.server_b)?))
+        Ok(answered(&echo(&self.scene.client, self.scene.server_b()?)?))
     }
 
     /// The agent is as it was.
     fn changes_nothing(&self, behaviour: &str) -> Result<()> {
         assert!(self.reaches()?, "{behaviour}");
-        let agents = [&self.scene.agent1, &self.scene.agent2];
+        let agents = [&self.scene.agent1, self.scene.agent2()?];
         let ended = agents.map(|agent| agent.process().status());
         ensure!(ended == [None, None], "{behaviour}: {ended:?}");
         Ok(())

@@ -39,7 +39,7 @@ fn the_first_connection_waits_until_it_is_known_where_it_goes() -> Result<()> {
     let mut scene = scene("", vec![only("client"), closed])?;
     let _servers = (
         serve(&scene.server_a, "echo")?,
-        serve(&scene.server_b, "echo")?,
+        serve(scene.server_b()?, "echo")?,
         serve(&scene.intruder, "echo")?,
     );
     // Only the one agent hears of it.
@@ -52,9 +52,9 @@ fn the_first_connection_waits_until_it_is_known_where_it_goes() -> Result<()> {
     })?;
     // Each knows its own pods and nobody else.
     assert_eq!(workloads(&scene.agent1)?, Some(3));
-    assert_eq!(workloads(&scene.agent2)?, Some(1));
+    assert_eq!(workloads(scene.agent2()?)?, Some(1));
     let (mark, capture) = (scene.agent1.log().mark(), scene.fabric.capture()?);
-    assert!(said(&connect(&scene.client, &scene.server_b, &SAY)?));
+    assert!(said(&connect(&scene.client, scene.server_b()?, &SAY)?));
     let fields = [("path", "hbone"), ("dst.workload", "server-b")];
     scene.agent1.wait_for_access(mark, &fields, SOON)?;
     assert!(!capture.contains(WORD.as_bytes())?);
@@ -62,7 +62,7 @@ fn the_first_connection_waits_until_it_is_known_where_it_goes() -> Result<()> {
     assert!(answered(&echo(&scene.client, &scene.server_a)?));
     for (from, to) in [
         (&scene.intruder, &scene.server_a),
-        (&scene.intruder, &scene.server_b),
+        (&scene.intruder, scene.server_b()?),
         (&scene.client, &scene.intruder),
     ] {
         assert!(
@@ -78,9 +78,9 @@ fn the_first_connection_waits_until_it_is_known_where_it_goes() -> Result<()> {
 #[test]
 fn twin_without_asking_the_first_connection_is_in_clear() -> Result<()> {
     let scene = scene("skip-demand", Vec::new())?;
-    let _server = serve(&scene.server_b, "echo")?;
+    let _server = serve(scene.server_b()?, "echo")?;
     let capture = scene.fabric.capture()?;
-    connect(&scene.client, &scene.server_b, &SAY)?;
+    connect(&scene.client, scene.server_b()?, &SAY)?;
     assert!(capture.contains(WORD.as_bytes())?);
     Ok(())
 }
@@ -88,7 +88,7 @@ fn twin_without_asking_the_first_connection_is_in_clear() -> Result<()> {
 #[test]
 fn a_service_is_asked_for_with_what_is_behind_it() -> Result<()> {
     let mut scene = scene("", vec![only("client")])?;
-    let _server = serve(&scene.server_b, "echo")?;
+    let _server = serve(scene.server_b()?, "echo")?;
     let service = Service::new(NAMESPACE, "servers", "10.96.0.1").port(80, PORT);
     scene.mesh.services.push(service.clone());
     if let Some(workload) = scene.mesh.workload("server-b") {
@@ -112,7 +112,7 @@ fn a_service_is_asked_for_with_what_is_behind_it() -> Result<()> {
 fn what_is_not_in_the_mesh_is_reached_as_it_is_once_that_is_known() -> Result<()> {
     let mut scene = scene("", vec![only("client")])?;
     let outside = scene.node2.pod("outside")?;
-    let _servers = (serve(&outside, "echo")?, serve(&scene.server_b, "echo")?);
+    let _servers = (serve(&outside, "echo")?, serve(scene.server_b()?, "echo")?);
     let mark = scene.agent1.log().mark();
     assert!(said(&connect(&scene.client, &outside, &SAY)?));
     scene
@@ -125,9 +125,9 @@ fn what_is_not_in_the_mesh_is_reached_as_it_is_once_that_is_known() -> Result<()
         .control_plane()?
         .misbehave_now("xds: [{delay-ms: 7000}]")?;
     let mark = scene.agent1.log().mark();
-    assert!(!said(&connect(&scene.client, &scene.server_b, &SAY)?));
+    assert!(!said(&connect(&scene.client, scene.server_b()?, &SAY)?));
     wait_for_failure(&scene.agent1, mark, "has not said within", &[])?;
-    assert!(said(&connect(&scene.client, &scene.server_b, &SAY)?));
+    assert!(said(&connect(&scene.client, scene.server_b()?, &SAY)?));
     assert!(!capture.contains(WORD.as_bytes())?);
     Ok(())
 }
@@ -135,7 +135,7 @@ fn what_is_not_in_the_mesh_is_reached_as_it_is_once_that_is_known() -> Result<()
 #[test]
 fn a_pod_is_not_enrolled_before_it_is_known_what_it_is() -> Result<()> {
     let mut scene = scene("", vec![only("client")])?;
-    let _server = serve(&scene.server_b, "echo")?;
+    let _server = serve(scene.server_b()?, "echo")?;
     let late = scene.node1.pod("late")?;
     scene
         .control_plane()?
@@ -162,7 +162,7 @@ fn an_agent_that_comes_back_asks_for_its_pods_again() -> Result<()> {
     let mut scene = scene("", vec![only("client")])?;
     let _servers = (
         serve(&scene.server_a, "echo")?,
-        serve(&scene.server_b, "echo")?,
+        serve(scene.server_b()?, "echo")?,
     );
     scene.agent1.kill()?;
     let mut options = culvert_harness::AgentOptions::default();
@@ -171,7 +171,7 @@ fn an_agent_that_comes_back_asks_for_its_pods_again() -> Result<()> {
     scene.agent1 = scene.node1.start_agent(options)?;
     scene.agent1.ready()?;
     assert_eq!(workloads(&scene.agent1)?, Some(3));
-    for server in [&scene.server_a, &scene.server_b] {
+    for server in [&scene.server_a, scene.server_b()?] {
         assert!(answered(&echo(&scene.client, server)?));
         assert!(!answered(&echo(&scene.intruder, server)?));
     }

@@ -37,12 +37,12 @@ fn gets_through(from: &Pod, to: &Pod) -> Result<bool> {
 
 fn intruder_crosses(knobs: &'static str) -> Result<bool> {
     let scene = Scene::without(knobs)?;
-    let marks = [scene.agent1.log().mark(), scene.agent2.log().mark()];
-    let through = gets_through(&scene.intruder, &scene.server_b)?;
+    let marks = [scene.agent1.log().mark(), scene.agent2()?.log().mark()];
+    let through = gets_through(&scene.intruder, scene.server_b()?)?;
     if !through {
         // The client's agent learns no more than that it was denied; the server's knows why.
         let reasons = ["answered CONNECT with 401", "policy denies"];
-        for ((agent, mark), reason) in [&scene.agent1, &scene.agent2]
+        for ((agent, mark), reason) in [&scene.agent1, scene.agent2()?]
             .into_iter()
             .zip(marks)
             .zip(reasons)
@@ -81,9 +81,9 @@ fn the_policy_that_denied_is_named() -> Result<()> {
         policies: Some(vec![deny]),
         ..Setting::default()
     })?;
-    let mark = scene.agent2.log().mark();
-    assert!(!gets_through(&scene.intruder, &scene.server_b)?);
-    let line = wait_for_failure(&scene.agent2, mark, "policy denies", &[])?;
+    let mark = scene.agent2()?.log().mark();
+    assert!(!gets_through(&scene.intruder, scene.server_b()?)?);
+    let line = wait_for_failure(scene.agent2()?, mark, "policy denies", &[])?;
     assert!(line.text.contains("demo/not-the-intruder"), "{line:?}");
     Ok(())
 }
@@ -92,14 +92,14 @@ fn the_policy_that_denied_is_named() -> Result<()> {
 fn outsider_gets_through(
     knobs: &'static str,
     policies: Vec<Policy>,
-    place: fn(&Scene) -> (&Node, &Pod, &Agent),
+    place: fn(&Scene) -> Result<(&Node, &Pod, &Agent)>,
 ) -> Result<bool> {
     let scene = Scene::with(Setting {
         knobs,
         policies: Some(policies),
         ..Setting::default()
     })?;
-    let (node, to, agent) = place(&scene);
+    let (node, to, agent) = place(&scene)?;
     let outsider = node.pod("outsider")?;
     let mark = agent.log().mark();
     let through = gets_through(&outsider, to)?;
@@ -125,12 +125,12 @@ fn outsider_gets_through(
     Ok(through)
 }
 
-fn same_node(scene: &Scene) -> (&Node, &Pod, &Agent) {
-    (&scene.node1, &scene.server_a, &scene.agent1)
+fn same_node(scene: &Scene) -> Result<(&Node, &Pod, &Agent)> {
+    Ok((&scene.node1, &scene.server_a, &scene.agent1))
 }
 
-fn other_node(scene: &Scene) -> (&Node, &Pod, &Agent) {
-    (&scene.node1, &scene.server_b, &scene.agent2)
+fn other_node(scene: &Scene) -> Result<(&Node, &Pod, &Agent)> {
+    Ok((&scene.node1, scene.server_b()?, scene.agent2()?))
 }
 
 #[test]

@@ -60,7 +60,7 @@ impl Stage {
             }
             mesh.services.push(service);
         })?;
-        let servers = [&scene.server_a, &scene.server_b, &server_c].map(greet);
+        let servers = [&scene.server_a, scene.server_b()?, &server_c].map(greet);
         let [a, b, c] = servers;
         Ok(Self {
             _servers: [a?, b?, c?],
@@ -123,7 +123,7 @@ fn scene_of_three() -> Result<(Scene, Pod)> {
     let server_c = scene.node2.pod("server-c")?;
     let workload = Workload::of_pod(&server_c, NAMESPACE, "server-c");
     scene.change_mesh(|mesh| mesh.workloads.push(workload.clone()))?;
-    scene.agent2.enrol_as(&server_c, &workload)?;
+    scene.agent2()?.enrol_as(&server_c, &workload)?;
     Ok((scene, server_c))
 }
 
@@ -201,7 +201,7 @@ fn the_nearest_zone_comes_first_then_the_region_then_the_rest() -> Result<()> {
 fn of_services_with_one_address_each_client_reaches_its_namespaces_own_then_the_canonical_one()
 -> Result<()> {
     let (mut scene, server_c) = scene_of_three()?;
-    let _servers = [&scene.server_a, &scene.server_b, &server_c]
+    let _servers = [&scene.server_a, scene.server_b()?, &server_c]
         .map(greet)
         .into_iter()
         .collect::<Result<Vec<_>>>()?;

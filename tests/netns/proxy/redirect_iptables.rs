@@ -61,11 +61,11 @@ fn seen_from(server: &Proc, client: &Pod, to: &str) -> Result<()> {
 #[test]
 fn rules_lead_to_tunnels_between_the_nodes_and_on_one() -> Result<()> {
     let scene = scene(None)?;
-    let far = serve(&scene.server_b)?;
+    let far = serve(scene.server_b()?)?;
     let near = serve(&scene.server_a)?;
     let capture = scene.fabric.capture()?;
     let local = scene.node1.capture()?;
-    for (pod, server) in [(&scene.server_b, &far), (&scene.server_a, &near)] {
+    for (pod, server) in [(scene.server_b()?, &far), (&scene.server_a, &near)] {
         for to in addresses(pod)? {
             let mark = scene.agent1.log().mark();
             assert!(says(&scene.client, &to)?, "{to}");
@@ -92,8 +92,8 @@ fn tunnels_from_another_node_reach_the_application() -> Result<()> {
     let capture = scene.fabric.capture()?;
     for to in addresses(&scene.server_a)? {
         let mark = scene.agent1.log().mark();
-        assert!(says(&scene.server_b, &to)?, "{to}");
-        seen_from(&server, &scene.server_b, &to)?;
+        assert!(says(scene.server_b()?, &to)?, "{to}");
+        seen_from(&server, scene.server_b()?, &to)?;
         let fields = [("direction", "inbound"), ("path", "hbone")];
         scene.agent1.wait_for_access(mark, &fields, SOON)?;
     }
@@ -192,13 +192,13 @@ fn a_pod_without_rules_is_refused_and_the_rules_of_the_others_stay() -> Result<(
     let before = redirection(&guest, Backend::Legacy)?;
     enrol()?;
     assert_eq!(without_ours(&guest)?, before);
-    let _server = serve(&scene.server_b)?;
-    assert!(says(&guest, &scene.server_b.at(PORT))?);
+    let _server = serve(scene.server_b()?)?;
+    assert!(says(&guest, &scene.server_b()?.at(PORT))?);
     scene.agent1.unenrol("guest-uid")?;
     assert_eq!(redirection(&guest, Backend::Legacy)?, before);
     assert!(!answered(&connect_to(
         &guest,
-        &scene.server_b.at(PORT),
+        &scene.server_b()?.at(PORT),
         &[]
     )?));
     Ok(())

@@ -18,21 +18,21 @@ fn tunnel_leads_to(knobs: &'static str, address: &str) -> Result<bool> {
     let scene = Scene::without(knobs)?;
     let script = format!("ip address add {address}/32 dev lo || true");
     scene
-        .server_b
+        .server_b()?
         .command("/bin/sh")
         .args(["-c", &script])
         .run(SOON)?
         .success()?;
     let inner = scene
-        .server_b
+        .server_b()?
         .probe()?
         .args(["serve", "--port", "7000", "--bind", address])
         .spawn()?;
     inner.wait_for_line("listening", SOON)?;
-    let mark = scene.agent2.log().mark();
+    let mark = scene.agent2()?.log().mark();
     let outcome = attempt(
         &scene.client,
-        &scene.server_b,
+        scene.server_b()?,
         genuine(&scene, "client")?,
         &format!("{address}:7000"),
     )?;
@@ -40,7 +40,7 @@ fn tunnel_leads_to(knobs: &'static str, address: &str) -> Result<bool> {
     let refused = outcome == Outcome::Status(400);
     if refused {
         wait_for_failure(
-            &scene.agent2,
+            scene.agent2()?,
             mark,
             "not this pod's application",
             &[("dst.hbone_addr", &target)],
@@ -49,7 +49,7 @@ fn tunnel_leads_to(knobs: &'static str, address: &str) -> Result<bool> {
         // The connection was made. The kernel part takes it, as it claims nothing but the pod's own address for the agent, and
         // gives it to the plaintext listener: the second wall, which this knob leaves standing.
         wait_for_failure(
-            &scene.agent2,
+            scene.agent2()?,
             mark,
             "not this pod's application",
             &[("path", "plaintext"), ("dst.addr", &target)],
@@ -79,10 +79,10 @@ fn tunnel_tries_the_agents_ports(knobs: &'static str) -> Result<bool> {
     let scene = Scene::without(knobs)?;
     let mut tried = Vec::new();
     for port in [15001, 15006, TUNNEL_PORT] {
-        let authority = scene.server_b.at(port);
+        let authority = scene.server_b()?.at(port);
         let proof = genuine(&scene, "client")?;
-        let mark = scene.agent2.log().mark();
-        let outcome = attempt(&scene.client, &scene.server_b, proof, &authority)?;
+        let mark = scene.agent2()?.log().mark();
+        let outcome = attempt(&scene.client, scene.server_b()?, proof, &authority)?;
         let refused = outcome == Outcome::Status(400);
         let to = match refused || port != TUNNEL_PORT {
             true => ("dst.hbone_addr", authority.as_str()),
@@ -95,7 +95,7 @@ fn tunnel_tries_the_agents_ports(knobs: &'static str) -> Result<bool> {
             // The kernel part lets nobody in there: the second wall, which this knob leaves standing.
             _ => "the application refused",
         };
-        wait_for_failure(&scene.agent2, mark, reason, &[("path", "hbone"), to])?;
+        wait_for_failure(scene.agent2()?, mark, reason, &[("path", "hbone"), to])?;
         tried.push(!refused);
     }
     assert!(tried.iter().all(|one| *one == tried[0]), "{tried:?}");
@@ -123,9 +123,9 @@ fn a_tunnel_does_not_lead_to_the_pods_loopback() -> Result<()> {
 #[test]
 fn targets_that_are_not_the_pods_application_are_bad_requests() -> Result<()> {
     let scene = Scene::new()?;
-    let server = serve(&scene.server_b, "echo")?;
-    let _other = serve_on(&scene.server_b, "echo", 7001)?;
-    let ip = scene.server_b.address();
+    let server = serve(scene.server_b()?, "echo")?;
+    let _other = serve_on(scene.server_b()?, "echo", 7001)?;
+    let ip = scene.server_b()?.address();
     for authority in [
         scene.server_a.at(PORT),
         scene.client.at(PORT),
@@ -147,7 +147,7 @@ fn targets_that_are_not_the_pods_application_are_bad_requests() -> Result<()> {
     ] {
         let outcome = attempt(
             &scene.client,
-            &scene.server_b,
+            scene.server_b()?,
             genuine(&scene, "client")?,
             &authority,
         )?;
@@ -157,7 +157,7 @@ fn targets_that_are_not_the_pods_application_are_bad_requests() -> Result<()> {
     let mapped = format!("[::ffff:{ip}]:{PORT}");
     let outcome = attempt(
         &scene.client,
-        &scene.server_b,
+        scene.server_b()?,
         genuine(&scene, "client")?,
         &mapped,
     )?;
@@ -176,7 +176,7 @@ fn the_readiness_and_metrics_ports_of_a_pod_are_its_own() -> Result<()> {
     let scene = Scene::new()?;
     // The agent's HTTP ports are in the node's namespace: in a pod they are the application's.
     for port in [15020, 15021] {
-        for server in [&scene.server_a, &scene.server_b] {
+        for server in [&scene.server_a, scene.server_b()?] {
             let _server = serve_on(server, "echo", port)?;
             for _ in 0..2 {
                 let hello = ["--send", "hello", "--read", "5"];
@@ -191,15 +191,15 @@ fn the_readiness_and_metrics_ports_of_a_pod_are_its_own() -> Result<()> {
 #[test]
 fn other_methods_than_connect_are_bad_requests() -> Result<()> {
     let scene = Scene::new()?;
-    let server = serve(&scene.server_b, "echo")?;
-    let tunnel = SocketAddr::new(scene.server_b.address(), TUNNEL_PORT);
+    let server = serve(scene.server_b()?, "echo")?;
+    let tunnel = SocketAddr::new(scene.server_b()?.address(), TUNNEL_PORT);
     for method in [
         Method::GET,
         Method::POST,
         Method::OPTIONS,
         Method::from_bytes(b"BREW")?,
     ] {
-        let uri = format!("https://{}/", scene.server_b.at(PORT));
+        let uri = format!("https://{}/", scene.server_b()?.at(PORT));
         let request = Request::builder()
             .method(method.clone())
             .version(Version::HTTP_2)
@@ -208,7 +208,7 @@ fn other_methods_than_connect_are_bad_requests() -> Result<()> {
         let outcome = exchange(&scene.client, tunnel, genuine(&scene, "client")?, request)?;
         assert_eq!(outcome, Outcome::Status(400), "{method}");
     }
-    assert!(answered(&echo(&scene.client, &scene.server_b)?));
+    assert!(answered(&echo(&scene.client, scene.server_b()?)?));
     server.wait_for_event("closed", SOON)?;
     assert_eq!(
         server.events("accepted").len(),
@@ -221,9 +221,9 @@ fn other_methods_than_connect_are_bad_requests() -> Result<()> {
 /// Tells whether the application saw the address that the header names.
 fn a_lie_is_believed(knobs: &'static str) -> Result<bool> {
     let scene = Scene::without(knobs)?;
-    let server = serve(&scene.server_b, "echo")?;
-    let tunnel = SocketAddr::new(scene.server_b.address(), TUNNEL_PORT);
-    let mut request = connect_request(&scene.server_b.at(PORT))?;
+    let server = serve(scene.server_b()?, "echo")?;
+    let tunnel = SocketAddr::new(scene.server_b()?.address(), TUNNEL_PORT);
+    let mut request = connect_request(&scene.server_b()?.at(PORT))?;
     request.headers_mut().insert(
         "forwarded",
         format!("for=\"{}\"", scene.intruder.at(4000)).parse()?,
@@ -243,8 +243,8 @@ fn twin_a_forwarded_header_names_another_address_when_it_is_not_compared() -> Re
 #[test]
 fn a_forwarded_header_cannot_name_another_address() -> Result<()> {
     let scene = Scene::new()?;
-    let server = serve(&scene.server_b, "echo")?;
-    let tunnel = SocketAddr::new(scene.server_b.address(), TUNNEL_PORT);
+    let server = serve(scene.server_b()?, "echo")?;
+    let tunnel = SocketAddr::new(scene.server_b()?.address(), TUNNEL_PORT);
     let own = scene.client.address();
     for (number, header) in [
         format!("for=\"{}\"", scene.intruder.at(4000)),
@@ -257,7 +257,7 @@ fn a_forwarded_header_cannot_name_another_address() -> Result<()> {
     .into_iter()
     .enumerate()
     {
-        let mut request = connect_request(&scene.server_b.at(PORT))?;
+        let mut request = connect_request(&scene.server_b()?.at(PORT))?;
         request.headers_mut().insert("forwarded", header.parse()?);
         let outcome = exchange(&scene.client, tunnel, genuine(&scene, "client")?, request)?;
         assert_eq!(outcome, Outcome::Data("hello".to_owned()), "{header}");
@@ -271,6 +271,6 @@ fn a_forwarded_header_cannot_name_another_address() -> Result<()> {
             "{header}: {accepted:?}"
         );
     }
-    assert!(answered(&echo(&scene.client, &scene.server_b)?));
+    assert!(answered(&echo(&scene.client, scene.server_b()?)?));
     Ok(())
 }

@@ -28,27 +28,27 @@ fn change_cuts(
         policies: Some(Vec::new()),
         ..Setting::default()
     })?;
-    let server = serve(&scene.server_b, "echo")?;
+    let server = serve(scene.server_b()?, "echo")?;
     let doomed = doomed(&scene)?;
     let (cut, kept) = (
-        hold(&doomed, &scene.server_b)?,
-        hold(&scene.client, &scene.server_b)?,
+        hold(&doomed, scene.server_b()?)?,
+        hold(&scene.client, scene.server_b()?)?,
     );
     says(&cut, "before")?;
     says(&kept, "before")?;
-    let mark = scene.agent2.log().mark();
+    let mark = scene.agent2()?.log().mark();
     scene.change_mesh(|mesh| mesh.policies = vec![deny(&doomed)])?;
     let was_cut = knobs.is_empty();
     if was_cut {
         let end = cut.wait_for_event("end", SOON)?;
         assert_eq!(text(&end, "how"), "ECONNRESET", "{end}");
-        let line = wait_for_failure(&scene.agent2, mark, "policy changed", &[("path", path)])?;
+        let line = wait_for_failure(scene.agent2()?, mark, "policy changed", &[("path", path)])?;
         assert_eq!(line.field("bytes_recv").as_deref(), Some("7"), "{line:?}");
         let closed = server.wait_for_event("closed", SOON)?;
         assert_eq!(text(&closed, "end"), "ECONNRESET", "{closed}");
     } else {
         // The change is in force for new connections; the old one is not looked at.
-        let refused = echo(&doomed, &scene.server_b)?;
+        let refused = echo(&doomed, scene.server_b()?)?;
         assert!(!answered(&refused), "{refused}");
         says(&cut, "after")?;
     }
@@ -114,14 +114,14 @@ fn change_cuts_while_ending(knobs: &'static str) -> Result<bool> {
         policies: Some(Vec::new()),
         ..Setting::default()
     })?;
-    let _server = serve(&scene.server_b, "echo")?;
-    let held = hold(&scene.intruder, &scene.server_b)?;
+    let _server = serve(scene.server_b()?, "echo")?;
+    let held = hold(&scene.intruder, scene.server_b()?)?;
     says(&held, "before")?;
-    scene.agent2.process().kill(Signal::SIGTERM)?;
+    scene.agent2()?.process().kill(Signal::SIGTERM)?;
     wait_until(SOON, "new connections to be refused", || {
-        Ok((!answered(&echo(&scene.client, &scene.server_b)?)).then_some(()))
+        Ok((!answered(&echo(&scene.client, scene.server_b()?)?)).then_some(()))
     })?;
-    let mark = scene.agent2.log().mark();
+    let mark = scene.agent2()?.log().mark();
     let told = scene.control_plane()?.log().mark();
     scene.mesh.policies = vec![not_the_intruder(&scene.intruder)];
     scene.mesh.write(&scene.mesh_file())?;
@@ -129,7 +129,7 @@ fn change_cuts_while_ending(knobs: &'static str) -> Result<bool> {
         let end = held.wait_for_event("end", SOON)?;
         assert_eq!(text(&end, "how"), "ECONNRESET", "{end}");
         let fields = [("path", "hbone"), ("src.workload", "intruder")];
-        wait_for_failure(&scene.agent2, mark, "policy changed", &fields)?;
+        wait_for_failure(scene.agent2()?, mark, "policy changed", &fields)?;
         Ok(true)
     } else {
         let node2 = scene.node2.clone();

@@ -42,7 +42,7 @@ fn a_service_leads_to_its_endpoints_by_weight() -> Result<()> {
     let scene = scene_with_service(1, 4)?;
     let (near, far) = (
         serve(&scene.server_a, "echo")?,
-        serve(&scene.server_b, "echo")?,
+        serve(scene.server_b()?, "echo")?,
     );
     for _ in 0..50 {
         let report = connect_to(
@@ -57,7 +57,7 @@ fn a_service_leads_to_its_endpoints_by_weight() -> Result<()> {
             [
                 format!("{VIP}:80"),
                 scene.server_a.at(PORT),
-                scene.server_b.at(PORT)
+                scene.server_b()?.at(PORT)
             ]
             .contains(&peer),
             "{report}"
@@ -65,7 +65,7 @@ fn a_service_leads_to_its_endpoints_by_weight() -> Result<()> {
     }
     let (near, far) = (
         accepted_from(&near, &scene.server_a)?.len(),
-        accepted_from(&far, &scene.server_b)?.len(),
+        accepted_from(&far, scene.server_b()?)?.len(),
     );
     assert_eq!(near + far, 50);
     // One in five: fewer than 1 or more than 25 of 50 would be a miracle.
@@ -81,7 +81,7 @@ fn a_service_is_no_way_around_policy() -> Result<()> {
     let scene = scene_with_service(1, 1)?;
     let (near, far) = (
         serve(&scene.server_a, "echo")?,
-        serve(&scene.server_b, "echo")?,
+        serve(scene.server_b()?, "echo")?,
     );
     for _ in 0..10 {
         let report = connect_to(
@@ -92,7 +92,7 @@ fn a_service_is_no_way_around_policy() -> Result<()> {
         assert!(!answered(&report), "{report}");
     }
     assert!(accepted_from(&near, &scene.server_a)?.is_empty());
-    assert!(accepted_from(&far, &scene.server_b)?.is_empty());
+    assert!(accepted_from(&far, scene.server_b()?)?.is_empty());
     Ok(())
 }
 
@@ -101,7 +101,7 @@ fn a_service_without_a_healthy_endpoint_is_refused() -> Result<()> {
     let mut scene = scene_with_service(1, 1)?;
     let _servers = (
         serve(&scene.server_a, "echo")?,
-        serve(&scene.server_b, "echo")?,
+        serve(scene.server_b()?, "echo")?,
     );
     scene.change_mesh(|mesh| {
         for name in ["server-a", "server-b"] {
@@ -202,7 +202,11 @@ fn a_pod_of_a_headless_service_is_reached_itself_and_by_its_identity() -> Result
     let scene = scene_with_a_headless_service("")?;
     let servers = [
         (&scene.server_a, serve(&scene.server_a, "echo")?, "direct"),
-        (&scene.server_b, serve(&scene.server_b, "echo")?, "hbone"),
+        (
+            scene.server_b()?,
+            serve(scene.server_b()?, "echo")?,
+            "hbone",
+        ),
     ];
     for (pod, _, path) in &servers {
         scene.warm(&scene.client, pod)?;
@@ -230,8 +234,8 @@ fn a_pod_of_a_headless_service_is_reached_itself_and_by_its_identity() -> Result
 #[test]
 fn twin_a_pod_of_a_headless_service_is_open_to_all_when_policy_is_not_asked() -> Result<()> {
     let scene = scene_with_a_headless_service("skip-policy")?;
-    let _server = serve(&scene.server_b, "echo")?;
-    assert!(answered(&echo(&scene.intruder, &scene.server_b)?));
+    let _server = serve(scene.server_b()?, "echo")?;
+    assert!(answered(&echo(&scene.intruder, scene.server_b()?)?));
     Ok(())
 }
 

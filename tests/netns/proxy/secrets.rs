@@ -137,9 +137,9 @@ fn flows(agent: &Agent) -> Result<String> {
 fn traced(mut setting: Setting) -> Result<Scene> {
     setting.env.push(("RUST_LOG", "trace".to_owned()));
     let scene = Scene::with(setting)?;
-    let _server = serve(&scene.server_b, "echo")?;
-    assert!(answered(&echo(&scene.client, &scene.server_b)?));
-    assert!(!answered(&echo(&scene.intruder, &scene.server_b)?));
+    let _server = serve(scene.server_b()?, "echo")?;
+    assert!(answered(&echo(&scene.client, scene.server_b()?)?));
+    assert!(!answered(&echo(&scene.intruder, scene.server_b()?)?));
     Ok(scene)
 }
 
@@ -154,7 +154,7 @@ fn no_key_is_ever_printed_where_the_agent_has_the_development_ca() -> Result<()>
         ..Setting::default()
     })?;
     let secrets = secrets_of(&scene)?;
-    for agent in [&scene.agent1, &scene.agent2] {
+    for agent in [&scene.agent1, scene.agent2()?] {
         secrets.are_not_shown_by(agent)?;
     }
     Ok(())
@@ -180,7 +180,7 @@ fn with_control_plane() -> Result<(Scene, Secrets)> {
 #[test]
 fn no_secret_is_in_anything_that_is_printed() -> Result<()> {
     let (mut scene, secrets) = with_control_plane()?;
-    for agent in [&scene.agent1, &scene.agent2] {
+    for agent in [&scene.agent1, scene.agent2()?] {
         secrets.are_not_shown_by(agent)?;
     }
     let plane = scene.control_plane()?.log();

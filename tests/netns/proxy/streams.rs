@@ -32,8 +32,8 @@ fn pair(way: Way) -> Result<Pair> {
         ..Setting::default()
     })?;
     let (client, server) = match way {
-        Way::Tunnel => (scene.client.clone(), scene.server_b.clone()),
-        Way::Plaintext => (scene.node1.pod("outsider")?, scene.server_b.clone()),
+        Way::Tunnel => (scene.client.clone(), scene.server_b()?.clone()),
+        Way::Plaintext => (scene.node1.pod("outsider")?, scene.server_b()?.clone()),
         Way::Passthrough => (scene.client.clone(), scene.node2.pod("outsider")?),
     };
     Ok(Pair {
@@ -182,7 +182,7 @@ fn a_client_that_aborts_resets_its_server() -> Result<()> {
 fn a_stream_cut_by_the_death_of_the_other_agent_does_not_look_complete() -> Result<()> {
     let pair = pair(Way::Tunnel)?;
     let (server, held) = established(&pair)?;
-    pair.scene.agent2.kill()?;
+    pair.scene.agent2()?.kill()?;
     let closed = server.wait_for_event("closed", SOON)?;
     assert_eq!(text(&closed, "end"), "ECONNRESET", "{closed}");
     let end = held.wait_for_event("end", SOON)?;
@@ -257,7 +257,7 @@ fn where_nobody_listens_the_client_is_reset_at_once() -> Result<()> {
         let agent = if pair.client.name() == "client" {
             &pair.scene.agent1
         } else {
-            &pair.scene.agent2
+            pair.scene.agent2()?
         };
         let mark = agent.log().mark();
         let report = connect_to(

@@ -29,7 +29,7 @@ fn comes_back_to_a_late_one(late: Duration) -> Result<()> {
     let mut scene = scene()?;
     let _servers = (
         serve(&scene.server_a, "echo")?,
-        serve(&scene.server_b, "echo")?,
+        serve(scene.server_b()?, "echo")?,
     );
     for pod in [&scene.client, &scene.intruder] {
         scene.warm(pod, &scene.server_a)?;
@@ -47,15 +47,15 @@ fn comes_back_to_a_late_one(late: Duration) -> Result<()> {
     assert!(unready.body.contains("xDS"), "{}", unready.body);
     // What was decided stands, what needs the agent is refused, and nobody is let in who was not.
     assert!(answered(&echo(&scene.client, &scene.server_a)?));
-    assert!(!answered(&echo(&scene.client, &scene.server_b)?));
-    for server in [&scene.server_a, &scene.server_b] {
+    assert!(!answered(&echo(&scene.client, scene.server_b()?)?));
+    for server in [&scene.server_a, scene.server_b()?] {
         assert!(!answered(&echo(&scene.intruder, server)?));
     }
     wait_until(late * 2 + SOON, "the agent to be ready", || {
         let ready = scene.agent1.get(15021, "/healthz/ready")?;
         Ok((ready.status == 200).then_some(()))
     })?;
-    for server in [&scene.server_a, &scene.server_b] {
+    for server in [&scene.server_a, scene.server_b()?] {
         assert!(answered(&echo(&scene.client, server)?));
         assert!(!answered(&echo(&scene.intruder, server)?));
     }
@@ -81,7 +81,7 @@ fn a_service_with_ten_thousand_endpoints_is_taken_and_used() -> Result<()> {
     let mut scene = scene()?;
     let _servers = (
         serve(&scene.server_a, "echo")?,
-        serve(&scene.server_b, "echo")?,
+        serve(scene.server_b()?, "echo")?,
     );
     let service = Service::new(NAMESPACE, "many", "10.96.0.1").port(80, PORT);
     let before = scene.mesh.workloads.len() as u64;
@@ -110,7 +110,7 @@ fn a_service_with_ten_thousand_endpoints_is_taken_and_used() -> Result<()> {
             one.serves(&service, 80, PORT)
         }));
     })?;
-    for agent in [&scene.agent1, &scene.agent2] {
+    for agent in [&scene.agent1, scene.agent2()?] {
         knows(agent, before + u64::from(MANY))?;
     }
     for _ in 0..50 {
@@ -131,20 +131,20 @@ fn a_service_with_ten_thousand_endpoints_is_taken_and_used() -> Result<()> {
 #[test]
 fn an_address_of_two_workloads_goes_back_when_the_second_leaves() -> Result<()> {
     let mut scene = scene()?;
-    let _server = serve(&scene.server_b, "echo")?;
-    assert!(answered(&echo(&scene.client, &scene.server_b)?));
-    let uid = scene.workload(&scene.server_b)?.uid.clone();
+    let _server = serve(scene.server_b()?, "echo")?;
+    assert!(answered(&echo(&scene.client, scene.server_b()?)?));
+    let uid = scene.workload(scene.server_b()?)?.uid.clone();
     let known = scene.mesh.workloads.len() as u64;
     let plane = scene.control_plane()?;
     plane.misbehave(&format!("xds: [{{shared-address: {uid}}}]"))?;
     knows(&scene.agent1, known + 1)?;
     // It is of the same identity, so that the agent at the other end is who it should be.
-    assert!(answered(&echo(&scene.client, &scene.server_b)?));
-    assert!(!answered(&echo(&scene.intruder, &scene.server_b)?));
+    assert!(answered(&echo(&scene.client, scene.server_b()?)?));
+    assert!(!answered(&echo(&scene.intruder, scene.server_b()?)?));
     scene.control_plane()?.misbehave("")?;
     knows(&scene.agent1, known)?;
-    assert!(answered(&echo(&scene.client, &scene.server_b)?));
-    assert!(!answered(&echo(&scene.intruder, &scene.server_b)?));
+    assert!(answered(&echo(&scene.client, scene.server_b()?)?));
+    assert!(!answered(&echo(&scene.intruder, scene.server_b()?)?));
     Ok(())
 }
 
@@ -153,7 +153,7 @@ fn a_workload_without_addresses_is_who_it_is_all_the_same() -> Result<()> {
     let mut scene = scene()?;
     let _servers = (
         serve(&scene.server_a, "echo")?,
-        serve(&scene.server_b, "echo")?,
+        serve(scene.server_b()?, "echo")?,
     );
     let pod = scene.node1.pod("nowhere")?;
     let mut workload = Workload::of_pod(&pod, NAMESPACE, "client");
@@ -163,7 +163,7 @@ fn a_workload_without_addresses_is_who_it_is_all_the_same() -> Result<()> {
     assert!(mesh_status(&scene.agent1)?.contains(", connected"));
     assert_eq!(status(&scene.agent1)?["workloads"], 5);
     scene.agent1.enrol_as(&pod, &workload)?;
-    for server in [&scene.server_a, &scene.server_b] {
+    for server in [&scene.server_a, scene.server_b()?] {
         assert!(answered(&echo(&pod, server)?));
         assert!(answered(&echo(&scene.client, server)?));
         assert!(!answered(&echo(&scene.intruder, server)?));

@@ -27,11 +27,11 @@ fn exchange(scene: &Scene, to: &culvert_harness::Pod) -> Result<()> {
 #[test]
 fn a_tunnelled_connection_is_counted_by_both_agents() -> Result<()> {
     let scene = Scene::new()?;
-    let _server = serve(&scene.server_b, "farewell")?;
-    exchange(&scene, &scene.server_b)?;
+    let _server = serve(scene.server_b()?, "farewell")?;
+    exchange(&scene, scene.server_b()?)?;
     for (agent, reporter) in [
         (&scene.agent1, "reporter=\"source\""),
-        (&scene.agent2, "reporter=\"destination\""),
+        (scene.agent2()?, "reporter=\"destination\""),
     ] {
         let labels = [
             reporter,

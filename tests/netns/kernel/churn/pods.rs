@@ -121,8 +121,8 @@ impl Stage {
     fn loads_of(&self, pod: &Pod, node: usize, trusted: bool, open: bool) -> Result<Vec<Load>> {
         let scene = &self.scene;
         let (near, far) = match node {
-            0 => (&scene.server_a, &scene.server_b),
-            _ => (&scene.server_b, &scene.server_a),
+            0 => (&scene.server_a, scene.server_b()?),
+            _ => (scene.server_b()?, &scene.server_a),
         };
         let from_first = match node {
             0 => Way::Direct(0),

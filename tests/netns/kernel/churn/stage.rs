@@ -123,6 +123,7 @@ impl Stage {
             knobs: plan.knobs,
             env: env.clone(),
             control_plane: true,
+            both_agents: true,
             ..Setting::default()
         })?;
         let guest = scene.node1.pod("guest")?;
@@ -140,8 +141,8 @@ impl Stage {
             }
         })?;
         scene.agent1.enrol_as(&guest, &of_guest)?;
-        scene.agent2.enrol_as(&remote, &of_remote)?;
-        let both = [&scene.server_a, &scene.server_b];
+        scene.agent2()?.enrol_as(&remote, &of_remote)?;
+        let both = [&scene.server_a, scene.server_b()?];
         let _servers = both.map(servers).into_iter().collect::<Result<_>>()?;
         let witnesses = both.map(|pod| serve_on(pod, "echo", WITNESS));
         let witnesses = witnesses.into_iter().collect::<Result<_>>()?;
@@ -162,7 +163,7 @@ impl Stage {
             allowed: false,
             loads: vec![
                 start(Way::Direct(0), &scene.server_a.at(PORT))?,
-                start(Way::Tunnel, &scene.server_b.at(PORT))?,
+                start(Way::Tunnel, &scene.server_b()?.at(PORT))?,
             ],
         };
         let mut stage = Self {
@@ -194,7 +195,7 @@ impl Stage {
     }
 
     pub fn agent(&self, node: usize) -> &Agent {
-        [&self.scene.agent1, &self.scene.agent2][node]
+        self.scene.agents()[node]
     }
 
     pub fn node(&self, node: usize) -> &Node {
@@ -210,7 +211,7 @@ impl Stage {
     fn start_streams(&mut self) -> Result<()> {
         let scene = &self.scene;
         self.streams.extend([
-            Streams::start(Way::Tunnel, &scene.client, &scene.server_b.at(PORT))?,
+            Streams::start(Way::Tunnel, &scene.client, &scene.server_b()?.at(PORT))?,
             Streams::start(Way::Tunnel, &self.remote, &scene.server_a.at_v6(PORT)?)?,
         ]);
         Ok(())
@@ -327,7 +328,7 @@ impl Stage {
         self.count("the control plane restarts");
         self.note_certificates()?;
         self.scene.control_plane()?.restart()?;
-        for agent in [&self.scene.agent1, &self.scene.agent2] {
+        for agent in self.scene.agents() {
             wait_until(SOON, "the control plane to be found again", || {
                 Ok(mesh_status(agent)?.contains(", connected").then_some(()))
             })?;
@@ -350,7 +351,7 @@ impl Stage {
         let log = self.agent(node).log().clone();
         complaints(&log, &mut self.errors, &mut self.warnings);
         let agent = self.node(node).start_agent(self.restarted.clone())?;
-        *self.agent_mut(node) = agent;
+        *self.agent_mut(node)? = agent;
         self.agent(node).ready()?;
         settle();
         for load in self.loads().filter(|load| load.way.needs_agent(node)) {
@@ -361,10 +362,10 @@ impl Stage {
         self.start_streams()
     }
 
-    fn agent_mut(&mut self, node: usize) -> &mut Agent {
+    fn agent_mut(&mut self, node: usize) -> Result<&mut Agent> {
         match node {
-            0 => &mut self.scene.agent1,
-            _ => &mut self.scene.agent2,
+            0 => Ok(&mut self.scene.agent1),
+            _ => self.scene.agent2_mut(),
         }
     }
 
@@ -392,7 +393,10 @@ impl Stage {
         }
         std::thread::sleep(stretch(GRACE * 4));
         let scene = &self.scene;
-        Health::of([(&scene.agent1, &scene.node1), (&scene.agent2, &scene.node2)])
+        Health::of([
+            (&scene.agent1, &scene.node1),
+            (scene.agent2()?, &scene.node2),
+        ])
     }
 
     pub fn end(mut self) -> Result<Outcome> {
@@ -407,7 +411,7 @@ impl Stage {
         {
             load.end(&mut self.totals)?;
         }
-        for agent in [&self.scene.agent1, &self.scene.agent2] {
+        for agent in self.scene.agents() {
             complaints(agent.log(), &mut self.errors, &mut self.warnings);
         }
         let witnessed = self.witnesses.iter();
@@ -427,7 +431,7 @@ impl Stage {
 
 /// The pairs that always connect.
 fn steady(scene: &Scene, remote: &Pod) -> Result<Vec<Load>> {
-    let (near, far) = (&scene.server_a, &scene.server_b);
+    let (near, far) = (&scene.server_a, scene.server_b()?);
     let vip = format!("{VIP}:{VIP_PORT}");
     let vip_v6 = format!("[{VIP_V6}]:{VIP_PORT}");
     let may = |way, from: &Pod, to: &str| Load::start(way, from, to, PACE, Expected::Allow);
