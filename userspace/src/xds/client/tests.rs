@@ -250,9 +250,11 @@ async fn annotations_of_a_file_hold_with_and_without_a_push_and_without_the_cont
     assert_eq!(running.store.revision(), before);
     write(&off("shop"));
     running.mesh(|mesh| both(mesh) == [Some(false); 2]).await;
-    let status = running.status.borrow().clone();
-    assert_eq!(status.in_force.unwrap().0, running.store.revision());
-    // Told after the mesh, by the watcher.
+    // Both are told after the mesh.
+    let revision = running.store.revision();
+    running
+        .status(|status| status.in_force.is_some_and(|(known, _)| known == revision))
+        .await;
     let mended = tokio::time::timeout(SOON, file.wait_for(|file| file.error.is_none())).await;
     assert!(mended.unwrap().unwrap().in_effect.is_some());
     running.end().await;
