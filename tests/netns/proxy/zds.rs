@@ -483,6 +483,11 @@ fn busy_tunnels_go_on_while_new_agents_take_their_pods_over() -> Result<()> {
         .into_iter()
         .map(|(from, to)| busy(from, &to.at(PORT), Duration::ZERO))
         .collect::<Result<_>>()?;
+    // What leads steered connections to the agent: without it they would be sent out of the pod as they are.
+    let watched: Vec<Proc> = [&stage.client, &stage.server]
+        .into_iter()
+        .map(|pod| pod.command("ip").args(["monitor", "rule", "route"]).spawn())
+        .collect::<Result<_>>()?;
     let mut agents = Vec::new();
     for _ in 0..3 {
         let agent = stage.node.start_agent(options(&stage.node, ""))?;
@@ -494,7 +499,15 @@ fn busy_tunnels_go_on_while_new_agents_take_their_pods_over() -> Result<()> {
         agent.ready()?;
         agents.push((agent, new));
     }
-    loads.iter().try_for_each(nothing_lost)
+    loads.iter().try_for_each(nothing_lost)?;
+    for watched in &watched {
+        assert!(
+            !watched.log().contains("Deleted"),
+            "{}",
+            watched.log().tail()
+        );
+    }
+    Ok(())
 }
 
 #[test]

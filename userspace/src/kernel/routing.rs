@@ -104,7 +104,7 @@ pub struct PodRouting {
 }
 
 impl PodRouting {
-    /// Sets the pod up. Leftovers of an earlier agent are replaced; `before` is what that one found ([`Self::previous`]).
+    /// Sets the pod up. What an earlier agent left is taken over; `before` is what that one found ([`Self::previous`]).
     pub fn install(
         netns: &Netns,
         addresses: &[PodAddress],
@@ -214,15 +214,23 @@ async fn routes(
         if family == Family::V6 && !has_ipv6() {
             continue;
         }
-        table::clear(handle, family, &settings.all_marks()).await;
-        table::add_rules(handle, family, &settings.marks()).await?;
+        // What an earlier agent left is replaced in place: open connections need it at every moment, or what they send would find
+        // another way out of the pod.
+        let mut last = 0;
         for (priority, (way, needed)) in (1..).zip(ways(family, addresses, &devices, loopback)) {
-            match table::add_route(handle, family, way, priority).await {
+            match table::put_route(handle, family, way, priority).await {
                 Ok(()) => {}
                 Err(error) if !needed && error.is_without_family() => {}
                 Err(error) => return Err(error.to_string()),
             }
+            last = priority;
         }
+        let marks = settings.marks();
+        table::add_rules(handle, family, &marks).await?;
+        let mut others = settings.all_marks();
+        others.retain(|other| !marks.contains(other));
+        table::remove_rules(handle, family, &others).await;
+        table::remove_routes_after(handle, family, last).await;
     }
     Ok(devices)
 }

@@ -69,15 +69,12 @@ pub(super) struct RouteError {
 impl RouteError {
     /// Whether the device is not one for this family (its IPv6 is switched off), or not there any more.
     pub fn is_without_family(&self) -> bool {
-        let errno = match &self.source {
-            rtnetlink::Error::NetlinkError(error) => error.to_io().raw_os_error(),
-            _ => None,
-        };
-        matches!(errno, Some(libc::EACCES | libc::ENODEV))
+        matches!(errno(&self.source), Some(libc::EACCES | libc::ENODEV))
     }
 }
 
-pub(super) async fn add_route(
+/// In the place of what has this priority.
+pub(super) async fn put_route(
     handle: &Handle,
     family: Family,
     way: Way,
@@ -87,6 +84,7 @@ pub(super) async fn add_route(
         handle
             .route()
             .add(route(family, way, Some(priority)))
+            .replace()
             .execute()
     };
     let added = match (add(way).await, way) {
@@ -126,12 +124,24 @@ pub(super) async fn add_rules(
     for &(mark, mask) in marks {
         let mut request = handle.rule().add();
         *request.message_mut() = rule(family, mark, mask);
-        let added = request.execute().await;
-        added.map_err(|error| {
-            format!("add {family:?} rule for mark {mark:#x}/{mask:#x}: {error}")
-        })?;
+        match request.execute().await {
+            Ok(()) => {}
+            Err(error) if errno(&error) == Some(libc::EEXIST) => {}
+            Err(error) => {
+                return Err(format!(
+                    "add {family:?} rule for mark {mark:#x}/{mask:#x}: {error}"
+                ));
+            }
+        }
     }
     Ok(())
+}
+
+fn errno(error: &rtnetlink::Error) -> Option<i32> {
+    match error {
+        rtnetlink::Error::NetlinkError(error) => error.to_io().raw_os_error(),
+        _ => None,
+    }
 }
 
 /// Far more than we make: a pod may add its own as fast as they are removed.
@@ -139,22 +149,8 @@ const MOST_LEFTOVERS: usize = 256;
 
 /// Takes rules and routes away. What is absent need not be removed, hence no error.
 pub(super) async fn clear(handle: &Handle, family: Family, marks: &[(u32, u32)]) {
-    for &(mark, mask) in marks {
-        for _ in 0..MOST_LEFTOVERS {
-            let rule = handle.rule().del(rule(family, mark, mask));
-            if rule.execute().await.is_err() {
-                break;
-            }
-        }
-    }
-    let ways = [
-        Way::ToPod {
-            device: 0,
-            source: None,
-        },
-        Way::Nowhere,
-    ];
-    for way in ways {
+    remove_rules(handle, family, marks).await;
+    for way in ANY {
         let route = route(family, way, None);
         for _ in 0..MOST_LEFTOVERS {
             let route = handle.route().del(route.clone());
@@ -164,6 +160,40 @@ pub(super) async fn clear(handle: &Handle, family: Family, marks: &[(u32, u32)])
         }
     }
 }
+
+pub(super) async fn remove_rules(handle: &Handle, family: Family, marks: &[(u32, u32)]) {
+    for &(mark, mask) in marks {
+        for _ in 0..MOST_LEFTOVERS {
+            let rule = handle.rule().del(rule(family, mark, mask));
+            if rule.execute().await.is_err() {
+                break;
+            }
+        }
+    }
+}
+
+/// Takes away what comes after this priority, as far as one follows the other.
+pub(super) async fn remove_routes_after(handle: &Handle, family: Family, last: u32) {
+    for priority in (last + 1..).take(MOST_LEFTOVERS) {
+        let mut removed = false;
+        for way in ANY {
+            let route = handle.route().del(route(family, way, Some(priority)));
+            removed |= route.execute().await.is_ok();
+        }
+        if !removed {
+            return;
+        }
+    }
+}
+
+/// With no device, any route of its kind.
+const ANY: [Way; 2] = [
+    Way::ToPod {
+        device: 0,
+        source: None,
+    },
+    Way::Nowhere,
+];
 
 /// Switches the loopback device on; returns its index.
 pub async fn loopback_up(handle: &Handle) -> Result<u32, String> {
