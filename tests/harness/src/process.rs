@@ -19,6 +19,7 @@ use crate::log::{Log, Mark, Stream};
 use crate::netns::Netns;
 use crate::patience::stretch;
 use crate::sys;
+use crate::wait;
 
 /// How long a killed program may take to be gone.
 const KILLED: Duration = Duration::from_secs(5);
@@ -344,7 +345,7 @@ impl Drop for Proc {
                 .ended
                 .wait_timeout_while(self.end.status(), stretch(KILLED), running),
         );
-        if std::thread::panicking() {
+        if std::thread::panicking() || wait::was_in_vain() {
             eprintln!("--- the end of {}'s log:\n{}", self.label, self.log.tail());
         }
     }

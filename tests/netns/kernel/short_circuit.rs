@@ -86,12 +86,13 @@ pub fn short_flows(scene: &Scene) -> Result<Vec<(FlowKey, ShortFlow)>> {
         .collect())
 }
 
-/// What became of all flows so far.
+/// What became of all flows and messages so far.
 pub fn outcomes(scene: &Scene) -> String {
     let metrics = scene.agent1.metrics().unwrap_or_default();
-    let lines = metrics
-        .lines()
-        .filter(|line| line.starts_with("culvert_short_circuited_flows_total"));
+    let lines = metrics.lines().filter(|line| {
+        let told = ["culvert_short_circuited_", "culvert_kernel_decisions_total"];
+        told.iter().any(|name| line.starts_with(name)) && !line.ends_with(" 0")
+    });
     lines.collect::<Vec<_>>().join("\n")
 }
 

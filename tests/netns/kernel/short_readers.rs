@@ -61,7 +61,8 @@ fn a_reader_that_splices_is_reset_and_its_pod_remembered() -> Result<()> {
     let outcome = act(&late)?;
     assert!(
         ["ECONNRESET", "ECONNABORTED"].contains(&outcome.as_str()),
-        "{outcome}"
+        "{outcome}\n{}",
+        outcomes(&scene)
     );
     wait_until(SOON, "it to be counted", || {
         Ok((scene.proposed("stuck")? == 1.0).then_some(()))

@@ -23,13 +23,8 @@ pub enum KernelError {
         "the kernel's type information (/sys/kernel/btf/vmlinux) {0}: a kernel with CONFIG_DEBUG_INFO_BTF is needed"
     )]
     Btf(String),
-    #[error(
-        "what this kernel does with short-circuited sockets could not be tried out ({doing}): {source}"
-    )]
-    SelfTest {
-        doing: &'static str,
-        source: io::Error,
-    },
+    #[error("cannot make a network namespace in which to try the short-circuit out: {0}")]
+    SelfTest(#[source] io::Error),
     #[error("the kernel refused the program `{program}`: {detail}")]
     Program {
         program: &'static str,

@@ -18,6 +18,8 @@ while read -r module; do
 done </culvert/modules
 # As many descriptors as a login gives root on most machines, not the kernel's 1,024.
 ulimit -n 20000 || fail "descriptors stay few"
+# As much memory for TCP, in pages, as a machine of 8 GiB has: tests run side by side, and what some take on purpose others lack.
+echo 98304 131072 196608 >/proc/sys/net/ipv4/tcp_mem || fail "the memory for TCP stays little"
 ip link set lo up || fail "the loopback device does not come up"
 
 # One argument a line: they hold what a user typed.
