@@ -59,6 +59,8 @@ pub struct Setting {
     pub mesh_file: bool,
     /// Agents have a control plane under emulation as well, where each process takes its time and a file does: for what is about it.
     pub control_plane: bool,
+    /// How the control plane behaves from the beginning.
+    pub behaviour: &'static str,
     /// Agents and their control plane go by a clock that the test sets.
     pub clock: bool,
     /// istio-cni's rules steer on the first node: they are made in its pods, and its agent is told.
@@ -139,6 +141,11 @@ impl Scene {
             }
             true => None,
         };
+        if let Some(control_plane) = &control_plane
+            && !setting.behaviour.is_empty()
+        {
+            control_plane.misbehave_now(setting.behaviour)?;
+        }
         let mut options = AgentOptions::default();
         options.env.extend(told_time);
         options.env.extend(

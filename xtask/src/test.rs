@@ -37,6 +37,9 @@ const LEFT_OUT: [&str; 13] = [
     "two_thousand",
 ];
 
+/// Long tests that take what others need to pass: each runs by itself, after all the others.
+const ALONE: &str = "five_hundred_";
+
 /// What is tried on the oldest kernel each time: that its verifier takes the programs, and that connections go their ways.
 const OLDEST: &str = "addresses::";
 
@@ -45,21 +48,16 @@ pub fn test(options: &TestOptions) -> anyhow::Result<()> {
     packages::provide(&[Need::Load, Need::Programs])?;
     workspace::build()?;
     workspace::clean_stale_runs()?;
-    let mut command = workspace::cargo();
-    workspace::name_programs(&mut command)?;
-    command
-        .arg("test")
-        .args(workspace::SELECTION)
-        .arg("--no-fail-fast");
-    command.arg("--").args(&options.filters);
-    if options.long {
-        command.arg("--include-ignored");
-    }
-    if env::var_os(THREADS).is_none() {
-        command.env(THREADS, threads().to_string());
-    }
     let mut tally = Tally::default();
-    let mut succeeded = watch(&mut command, &mut tally)?;
+    let mut succeeded = if options.long && options.filters.is_empty() {
+        let others = on_this_kernel(&["--include-ignored", "--skip", ALONE], &mut tally)?;
+        let alone = ["--include-ignored", ALONE, "--test-threads", "1"];
+        on_this_kernel(&alone, &mut tally)? && others
+    } else {
+        let filters = options.filters.iter().map(String::as_str);
+        let all = options.long.then_some("--include-ignored").into_iter();
+        on_this_kernel(&filters.chain(all).collect::<Vec<_>>(), &mut tally)?
+    };
     let left_out = if options.long || !options.filters.is_empty() {
         &[][..]
     } else {
@@ -89,6 +87,22 @@ pub fn test(options: &TestOptions) -> anyhow::Result<()> {
         );
     }
     report(tally.finish(), succeeded, &options.filters)
+}
+
+/// Runs the tests that these arguments of a test program select; says whether cargo itself was content.
+fn on_this_kernel(arguments: &[&str], tally: &mut Tally) -> anyhow::Result<bool> {
+    let mut command = workspace::cargo();
+    workspace::name_programs(&mut command)?;
+    command
+        .arg("test")
+        .args(workspace::SELECTION)
+        .arg("--no-fail-fast")
+        .arg("--")
+        .args(arguments);
+    if env::var_os(THREADS).is_none() {
+        command.env(THREADS, threads().to_string());
+    }
+    watch(&mut command, tally)
 }
 
 /// Tests in namespaces mostly wait; a few more of them than processors do not disturb each other's deadlines.

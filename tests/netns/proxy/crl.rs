@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use culvert::identity::DevCa;
 use culvert_harness::{Agent, AgentOptions, Pod, Workload, log::Stream, wait_until};
 use culvert_tests::scene::{
     NAMESPACE, PORT, SOON, Scene, Setting, answered, connect, echo, hold, serve, status, text,
@@ -18,7 +19,7 @@ use super::{
     expiry::echoes,
     peer::{
         Outcome, Proof, TUNNEL_PORT, attempt, connect_request, genuine, handshake, identity,
-        in_pod, mesh_ca, server_leaf,
+        in_pod, mesh_ca, server_chain, server_leaf,
     },
     server::Impostor,
 };
@@ -34,14 +35,18 @@ struct Listed {
 
 impl Listed {
     fn new(knobs: &'static str) -> Result<Self> {
+        Self::with(Setting {
+            knobs,
+            ..Setting::default()
+        })
+    }
+
+    fn with(mut setting: Setting) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let file = directory.path().join("crl.pem");
         std::fs::write(&file, "")?;
-        let scene = Scene::with(Setting {
-            knobs,
-            env: vec![("CRL_PATH", file.display().to_string())],
-            ..Setting::default()
-        })?;
+        setting.env.push(("CRL_PATH", file.display().to_string()));
+        let scene = Scene::with(setting)?;
         Ok(Self {
             scene,
             file,
@@ -71,11 +76,15 @@ impl Listed {
 
     /// A workload of the second node whose tunnel port somebody else serves, with a true certificate of the test's.
     fn bait(&mut self, name: &str) -> Result<(Pod, Impostor)> {
+        self.bait_by(name, &mesh_ca(&self.scene)?)
+    }
+
+    fn bait_by(&mut self, name: &str, ca: &DevCa) -> Result<(Pod, Impostor)> {
         let pod = self.scene.node2.pod(name)?;
         self.scene.change_mesh(|mesh| {
             mesh.workloads.push(Workload::of_pod(&pod, NAMESPACE, name));
         })?;
-        let server = Impostor::start(&pod, &mesh_ca(&self.scene)?, &identity(name)?)?;
+        let server = Impostor::start(&pod, ca, &identity(name)?)?;
         Ok((pod, server))
     }
 }
@@ -148,11 +157,43 @@ fn twin_a_client_on_a_list_opens_a_tunnel_when_lists_are_not_asked() -> Result<(
     Ok(())
 }
 
-/// `client` connects to a workload whose server is on a list.
-fn revoked_server_is_reached(knobs: &'static str) -> Result<bool> {
+/// Who of a server's chain is on a list.
+#[derive(Clone, Copy)]
+enum Who {
+    Server,
+    /// The CA below the root that has issued the server's certificate.
+    Issuer,
+}
+
+impl Who {
+    /// Whose certificate the server presents.
+    fn ca(self, scene: &Scene) -> Result<DevCa> {
+        let root = mesh_ca(scene)?;
+        match self {
+            Self::Server => Ok(root),
+            Self::Issuer => Ok(root.intermediate(SystemTime::now())?),
+        }
+    }
+
+    fn of(self, server: &Impostor) -> Result<&[CertificateDer<'static>]> {
+        let position = match self {
+            Self::Server => 0,
+            Self::Issuer => 1,
+        };
+        server
+            .chain
+            .get(position..=position)
+            .context("a certificate in the chain")
+    }
+}
+
+/// `client` connects to a workload whose server, or its issuer, is on a list.
+fn revoked_server_is_reached(knobs: &'static str, who: Who) -> Result<bool> {
     let mut listed = Listed::new(knobs)?;
-    let (pod, server) = listed.bait("bait")?;
-    listed.revoke(std::slice::from_ref(&server.leaf))?;
+    let ca = who.ca(&listed.scene)?;
+    let (pod, server) = listed.bait_by("bait", &ca)?;
+    let (other, _other) = listed.bait("other")?;
+    listed.revoke(who.of(&server)?)?;
     let agent = &listed.scene.agent1;
     let mark = agent.log().mark();
     let report = connect(
@@ -165,18 +206,37 @@ fn revoked_server_is_reached(knobs: &'static str) -> Result<bool> {
         assert_ne!(text(&report, "read"), "EOF", "refused, not ended: {report}");
         wait_for_failure(agent, mark, "is revoked", &[("dst.workload", "bait")])?;
     }
+    assert!(answered(&echo(&listed.scene.client, &other)?));
     Ok(answered(&report))
 }
 
 #[test]
 fn nothing_is_sent_to_a_server_on_a_list() -> Result<()> {
-    assert!(!revoked_server_is_reached("")?);
+    assert!(!revoked_server_is_reached("", Who::Server)?);
     Ok(())
 }
 
 #[test]
 fn twin_a_server_on_a_list_is_sent_to_when_lists_are_not_asked() -> Result<()> {
-    assert!(revoked_server_is_reached("skip-revocation-lists")?);
+    assert!(revoked_server_is_reached(
+        "skip-revocation-lists",
+        Who::Server
+    )?);
+    Ok(())
+}
+
+#[test]
+fn nothing_is_sent_to_a_server_whose_issuer_is_on_a_list() -> Result<()> {
+    assert!(!revoked_server_is_reached("", Who::Issuer)?);
+    Ok(())
+}
+
+#[test]
+fn twin_a_server_whose_issuer_is_on_a_list_is_sent_to_when_lists_are_not_asked() -> Result<()> {
+    assert!(revoked_server_is_reached(
+        "skip-revocation-lists",
+        Who::Issuer
+    )?);
     Ok(())
 }
 
@@ -251,9 +311,10 @@ fn twin_an_open_tunnel_goes_on_when_its_client_is_not_looked_up_again() -> Resul
 }
 
 /// A client holds connections to two servers when one of them comes onto a list. Tells whether that one was cut.
-fn open_tunnel_to_server_is_cut(knobs: &'static str) -> Result<bool> {
+fn open_tunnel_to_server_is_cut(knobs: &'static str, who: Who) -> Result<bool> {
     let mut listed = Listed::new(knobs)?;
-    let (doomed_pod, doomed) = listed.bait("doomed")?;
+    let ca = who.ca(&listed.scene)?;
+    let (doomed_pod, doomed) = listed.bait_by("doomed", &ca)?;
     let (other_pod, _other) = listed.bait("other")?;
     let scene = &listed.scene;
     let says = |held: &culvert_harness::Proc, word: &str| -> Result<()> {
@@ -270,7 +331,7 @@ fn open_tunnel_to_server_is_cut(knobs: &'static str) -> Result<bool> {
     says(&cut, "before")?;
     says(&kept, "before")?;
     let mark = scene.agent1.log().mark();
-    listed.revoke(std::slice::from_ref(&doomed.leaf))?;
+    listed.revoke(who.of(&doomed)?)?;
     let was_cut = knobs.is_empty();
     if was_cut {
         let end = cut.wait_for_event("end", SOON)?;
@@ -293,14 +354,61 @@ fn open_tunnel_to_server_is_cut(knobs: &'static str) -> Result<bool> {
 
 #[test]
 fn an_open_tunnel_is_cut_when_its_server_comes_onto_a_list() -> Result<()> {
-    assert!(open_tunnel_to_server_is_cut("")?);
+    assert!(open_tunnel_to_server_is_cut("", Who::Server)?);
+    Ok(())
+}
+
+#[test]
+fn an_open_tunnel_is_cut_when_its_servers_issuer_comes_onto_a_list() -> Result<()> {
+    assert!(open_tunnel_to_server_is_cut("", Who::Issuer)?);
     Ok(())
 }
 
 #[test]
 fn twin_an_open_tunnel_goes_on_when_its_server_is_not_looked_up_again() -> Result<()> {
-    assert!(!open_tunnel_to_server_is_cut("keep-revoked-tunnels")?);
+    assert!(!open_tunnel_to_server_is_cut(
+        "keep-revoked-tunnels",
+        Who::Server
+    )?);
     Ok(())
+}
+
+#[test]
+fn twin_an_open_tunnel_goes_on_when_its_servers_issuer_is_not_looked_up_again() -> Result<()> {
+    assert!(!open_tunnel_to_server_is_cut(
+        "keep-revoked-tunnels",
+        Who::Issuer
+    )?);
+    Ok(())
+}
+
+/// As where istiod has a CA of its own below the operator's root, and that CA has to go: the authority signs otherwise first.
+#[test]
+fn certificates_of_an_intermediate_ca_are_replaced_when_it_comes_onto_a_list() -> Result<()> {
+    let listed = Listed::with(Setting {
+        control_plane: true,
+        behaviour: "ca: [intermediate]",
+        ..Setting::default()
+    })?;
+    let scene = &listed.scene;
+    let _server = serve(scene.server_b()?, "echo")?;
+    assert!(answered(&echo(&scene.client, scene.server_b()?)?));
+    let stranger = scene.node1.pod("stranger")?;
+    let proof = genuine(scene, "client")?;
+    let chain = || server_chain(&stranger, scene.pod_b(), copy_of(&proof));
+    let before = chain()?;
+    let [_, intermediate] = before.as_slice() else {
+        anyhow::bail!("{} certificates for 2", before.len());
+    };
+    let plane = scene.control_plane.as_ref().context("a control plane")?;
+    plane.misbehave_now("")?;
+    listed.revoke(std::slice::from_ref(intermediate))?;
+    wait_until(SOON, "certificates of the root", || {
+        Ok((chain()?.len() == 1).then_some(()))
+    })?;
+    wait_until(SOON, "connections", || {
+        Ok(answered(&echo(&scene.client, scene.server_b()?)?).then_some(()))
+    })
 }
 
 #[test]

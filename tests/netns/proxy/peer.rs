@@ -217,11 +217,16 @@ pub async fn handshake(tunnel: SocketAddr, proof: Proof) -> Result<TlsStream<Tcp
 
 /// The leaf a server presents.
 pub fn server_leaf(from: &Pod, to: &Pod, proof: Proof) -> Result<CertificateDer<'static>> {
+    Ok(server_chain(from, to, proof)?.swap_remove(0))
+}
+
+/// All that a server presents, leaf first.
+pub fn server_chain(from: &Pod, to: &Pod, proof: Proof) -> Result<Vec<CertificateDer<'static>>> {
     let tunnel = SocketAddr::new(to.address(), TUNNEL_PORT);
     in_pod(from, async move {
         let stream = handshake(tunnel, proof).await?;
         match stream.get_ref().1.peer_certificates() {
-            Some([leaf, ..]) => Ok(leaf.clone().into_owned()),
+            Some(chain @ [_, ..]) => Ok(chain.iter().map(|one| one.clone().into_owned()).collect()),
             _ => bail!("the server presented nothing"),
         }
     })?

@@ -2,7 +2,7 @@
 
 use std::{net::TcpListener as StdListener, time::SystemTime};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use culvert::{
     identity::DevCa,
     policy::Identity,
@@ -21,8 +21,8 @@ use super::peer::TUNNEL_PORT;
 /// Serves until it is dropped.
 pub struct Impostor {
     stop: Stop,
-    /// What it presents.
-    pub leaf: CertificateDer<'static>,
+    /// What it presents, leaf first.
+    pub chain: Vec<CertificateDer<'static>>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -53,7 +53,7 @@ impl Impostor {
         let listener = pod.in_netns(|| StdListener::bind((any, TUNNEL_PORT)))??;
         listener.set_nonblocking(true)?;
         let certificate = std::sync::Arc::new(ca.issue(identity, SOON * 20, SystemTime::now())?);
-        let leaf = certificate.chain().first().context("a leaf")?.clone();
+        let chain = certificate.chain().to_vec();
         let config = tls::server_config(&certificate, &tls::PeerChecks::default())?;
         let stop = Stop::default();
         let until = stop.clone();
@@ -82,7 +82,7 @@ impl Impostor {
         });
         Ok(Self {
             stop,
-            leaf,
+            chain,
             thread: Some(thread),
         })
     }

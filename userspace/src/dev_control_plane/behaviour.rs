@@ -83,6 +83,8 @@ pub enum CaFault {
     BothRoots,
     /// For these service accounts, or for all if none is named: certificate and root are of the next CA alone.
     NextRoot(Vec<String>),
+    /// Nothing wrong, and yet unusual here: certificates are of a CA below the root. There is one for as long as the control plane runs.
+    Intermediate,
 }
 
 /// Why a behaviour is not in effect.

@@ -31,6 +31,8 @@ pub struct Authority {
     ca: Arc<DevCa>,
     /// Takes the other's place when it is told to.
     next: OnceLock<Arc<DevCa>>,
+    /// Signs in its place when it is told to.
+    intermediate: OnceLock<Arc<DevCa>>,
     gate: Gate,
     behaviour: watch::Receiver<Arc<Behaviour>>,
 }
@@ -49,6 +51,7 @@ impl Authority {
         Self {
             ca,
             next: OnceLock::new(),
+            intermediate: OnceLock::new(),
             gate,
             behaviour,
         }
@@ -103,6 +106,15 @@ impl Authority {
         let new = stranger(&self.ca)?;
         Ok(self.next.get_or_init(|| new))
     }
+
+    fn intermediate(&self) -> Result<&Arc<DevCa>, Status> {
+        if let Some(intermediate) = self.intermediate.get() {
+            return Ok(intermediate);
+        }
+        let new = self.ca.intermediate(SystemTime::now());
+        let new = Arc::new(new.map_err(|error| refusal(&error))?);
+        Ok(self.intermediate.get_or_init(|| new))
+    }
 }
 
 impl Grant {
@@ -142,6 +154,7 @@ impl Grant {
                     self.be_of(authority.next()?);
                 }
             }
+            CaFault::Intermediate => self.be_of(authority.intermediate()?),
         }
         Ok(())
     }
@@ -155,7 +168,8 @@ impl Grant {
         let leaf = self
             .ca
             .sign_request(signing, &self.identity, self.validity)?;
-        Ok(std::iter::once(&leaf).chain(&self.roots).map(pem).collect())
+        let above = self.ca.intermediates().iter().chain(&self.roots);
+        Ok(std::iter::once(&leaf).chain(above).map(pem).collect())
     }
 }
 

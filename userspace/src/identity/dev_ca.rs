@@ -30,6 +30,7 @@ mod tests;
 pub use request::{RequestError, SigningRequest};
 
 const ROOT_NAME: &str = "Culvert development CA";
+const INTERMEDIATE_NAME: &str = "Culvert development intermediate CA";
 const ROOT_LIFETIME: Duration = Duration::from_secs(3652 * 24 * 3600);
 /// Clocks of two nodes differ a little: a new certificate already holds this long ago.
 const BACK_DATED: Duration = Duration::from_secs(60);
@@ -82,6 +83,8 @@ pub enum DevCaError {
 pub struct DevCa {
     trust_domain: Arc<str>,
     issuer: rcgen::Issuer<'static, KeyPair>,
+    /// What a peer needs to get from a leaf to the root.
+    intermediates: Vec<CertificateDer<'static>>,
     roots: Roots,
     validity: Validity,
 }
@@ -109,6 +112,24 @@ impl DevCa {
         Self::from_pem(Path::new("(memory)"), &pem, trust_domain, now)
     }
 
+    /// A CA below this one, kept nowhere, as where an operator keeps the root and gives each cluster a CA of its own.
+    pub fn intermediate(&self, now: SystemTime) -> Result<Self, DevCaError> {
+        let validity = self.validity_from(now, ROOT_LIFETIME)?;
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let mut params = ca_params(INTERMEDIATE_NAME, validity)?;
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.use_authority_key_identifier_extension = true;
+        let own = params.signed_by(&key, &self.issuer)?.der().clone();
+        let above = self.intermediates.iter().cloned();
+        Ok(Self {
+            trust_domain: Arc::clone(&self.trust_domain),
+            issuer: rcgen::Issuer::new(params, key),
+            intermediates: std::iter::once(own).chain(above).collect(),
+            roots: self.roots.clone(),
+            validity,
+        })
+    }
+
     /// A leaf with a fresh P-256 key for `identity`, valid from shortly before `now` until `ttl` after it.
     pub fn issue(
         &self,
@@ -119,8 +140,9 @@ impl DevCa {
         self.require_own(identity)?;
         let validity = self.validity_from(now, ttl)?;
         let (leaf, key) = self.sign(vec![uri(&identity.to_string())?], validity)?;
+        let above = self.intermediates.iter().cloned();
         Ok(WorkloadCertificate::new(
-            vec![leaf],
+            std::iter::once(leaf).chain(above).collect(),
             key,
             self.roots.clone(),
         )?)
@@ -204,6 +226,11 @@ impl DevCa {
             key_identifier_method: rcgen::KeyIdMethod::Sha256,
         };
         Ok(params.signed_by(&self.issuer)?.pem()?)
+    }
+
+    /// The certificates between a leaf of this CA and the root, this CA's own first; none if it is the root.
+    pub fn intermediates(&self) -> &[CertificateDer<'static>] {
+        &self.intermediates
     }
 
     pub fn roots(&self) -> &Roots {
@@ -314,6 +341,7 @@ impl DevCa {
         Ok(Self {
             trust_domain: trust_domain.into(),
             issuer,
+            intermediates: Vec::new(),
             roots,
             validity,
         })
@@ -348,13 +376,17 @@ fn root_params(trust_domain: &str, validity: Validity) -> Result<CertificatePara
     // The identity parser is the judge of what a trust domain may look like.
     Identity::parse(&format!("spiffe://{trust_domain}/ns/default/sa/default"))
         .map_err(|_| DevCaError::BadName(trust_domain.to_owned()))?;
+    let mut params = ca_params(ROOT_NAME, validity)?;
+    params.subject_alt_names = vec![uri(&format!("spiffe://{trust_domain}"))?];
+    // One intermediate.
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(1));
+    Ok(params)
+}
+
+fn ca_params(name: &str, validity: Validity) -> Result<CertificateParams, DevCaError> {
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
-    params
-        .distinguished_name
-        .push(DnType::CommonName, ROOT_NAME);
-    params.subject_alt_names = vec![uri(&format!("spiffe://{trust_domain}"))?];
-    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.distinguished_name.push(DnType::CommonName, name);
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     params.not_before = calendar(validity.not_before)?;
     params.not_after = calendar(validity.not_after)?;

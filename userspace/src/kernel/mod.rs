@@ -13,6 +13,7 @@ mod error;
 mod events;
 mod hooks;
 mod host;
+mod kernel_part;
 mod neighbours;
 mod netns;
 mod object;
@@ -36,8 +37,8 @@ pub use diag::{Asked, DiagThreads, Fate, Outcome, SocketDiag, SocketMeasures, So
 pub use error::KernelError;
 pub use events::{EventSocket, EventStream, FlowEnd, FlowEvent, FlowEventKind, ShortState};
 pub use host::HostProcesses;
+pub use kernel_part::{Attachment, Kernel, KernelSettings};
 pub use netns::{Netns, NetnsCookie};
-pub use object::{Attachment, Kernel, KernelSettings};
 pub use redirect::RedirectMode;
 pub use routing::{PodAddress, PodRouting, RoutingSettings};
 pub use services::{ServiceTables, SlotTable};

@@ -17,7 +17,7 @@ use super::{
     DiagThreads, Entrant, KernelError, Netns, OpenFlow, SocketDiag,
     attachments::{self, Place},
     configuration::Configuration,
-    object,
+    kernel_part,
     owner::{self, Held, Owner, Pen},
     pins::{self, Pins},
     sys::{self, Objects},
@@ -141,7 +141,7 @@ impl Unload {
         if !self.pins.map("SHORT_FLOWS").exists() {
             return 0;
         }
-        let short = match object::left_short_circuit(&self.pins) {
+        let short = match kernel_part::left_short_circuit(&self.pins) {
             Ok(short) => short,
             Err(error) => {
                 tracing::warn!(%error, "cannot see whether redirected bytes are unread");

@@ -76,6 +76,39 @@ fn a_leaf_has_an_empty_subject_one_name_and_the_right_uses() {
 }
 
 #[test]
+fn a_leaf_of_an_intermediate_leads_to_the_root_by_it_alone() {
+    let now = SystemTime::now();
+    let ca = DevCa::in_memory("cluster.local", now).unwrap();
+    let intermediate = ca.intermediate(now).unwrap();
+    assert_eq!(
+        intermediate.roots().certificates(),
+        ca.roots().certificates()
+    );
+    let certificate = intermediate.issue(&identity(), DAY, now).unwrap();
+    let [leaf, above] = certificate.chain() else {
+        panic!("{} certificates", certificate.chain().len());
+    };
+    let leaf = webpki::EndEntityCert::try_from(leaf).unwrap();
+    let holds = |others: &[CertificateDer<'_>]| {
+        let now = now.duration_since(UNIX_EPOCH).unwrap();
+        leaf.verify_for_usage(
+            rustls::crypto::aws_lc_rs::default_provider()
+                .signature_verification_algorithms
+                .all,
+            &ca.roots().store().roots,
+            others,
+            rustls::pki_types::UnixTime::since_unix_epoch(now),
+            webpki::KeyUsage::client_auth(),
+            None,
+            None,
+        )
+        .is_ok()
+    };
+    assert!(holds(std::slice::from_ref(above)));
+    assert!(!holds(&[]));
+}
+
+#[test]
 fn a_leaf_never_outlives_the_root() {
     let directory = tempfile::tempdir().unwrap();
     let now = SystemTime::now();
