@@ -89,13 +89,26 @@ fn a_thousand_busy_flows_lose_nothing_when_the_agent_is_killed() -> Result<()> {
     })
 }
 
+/// Connections that were steered so far, whichever agent was there.
+fn steered(agent: &Agent) -> Result<u64> {
+    let metrics = agent.metrics()?;
+    let lines = metrics.lines();
+    let counts = lines
+        .filter(|line| line.starts_with("culvert_kernel_decisions_total{reason=\"steered_"))
+        .filter_map(|line| line.rsplit_once(' ')?.1.parse::<u64>().ok());
+    Ok(counts.sum())
+}
+
 /// A few connections are steered when a new agent's verdicts come into force. Such a one ends with its agent, which is among the README's
-/// limits.
-fn carries_nothing(agent: &Agent) -> Result<()> {
+/// limits: waits until all have ended that were steered after the first `before`, and returns how many there are now.
+fn carries_nothing(agent: &Agent, before: u64) -> Result<u64> {
     wait_until(SOON, "the agent's own connections to end", || {
-        let all = agent.metric("culvert_open_flows", &[])?;
-        let direct = agent.metric("culvert_open_flows", &["path=\"direct\""])?;
-        Ok((all == direct).then_some(()))
+        let steered = steered(agent)?;
+        let lines = agent.log().lines();
+        let ended = lines
+            .iter()
+            .filter(|line| line.text.contains("not_direct=\"steered_"));
+        Ok((before + ended.count() as u64 == steered).then_some(steered))
     })
 }
 
@@ -107,8 +120,9 @@ fn agents_that_come_and_go_under_load_refuse_nobody_and_admit_nobody_else() -> R
     assert!(answered(&echo(&scene.client, &scene.server_a)?));
     let allowed = churn(&scene.client, &scene.server_a)?;
     let denied = churn(&scene.intruder, &scene.server_a)?;
+    let mut before = 0;
     for _ in 0..5 {
-        carries_nothing(&scene.agent1)?;
+        before = carries_nothing(&scene.agent1, before)?;
         scene.agent1.kill()?;
         scene.agent1 = start(&scene.node1, "")?;
         scene.agent1.ready()?;
