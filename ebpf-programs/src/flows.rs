@@ -19,17 +19,19 @@ pub fn enter(key: &FlowKey, flow: &Flow) -> Result<(), i32> {
     Ok(())
 }
 
-/// Removes a flow whose client has closed, if it is still the connection with this sequence number.
+/// Removes a flow whose client has closed, if it is still the connection with this sequence number; `false` if it is not there.
 #[inline(always)]
-pub fn remove(key: &FlowKey, sequence: u32) {
+pub fn remove(key: &FlowKey, sequence: u32) -> bool {
     // SAFETY: single fields of an entry that is written whole.
     let Some(flow) = (unsafe { FLOWS.get(key) }) else {
-        return;
+        return false;
     };
     let (found, quota) = (flow.sequence, flow.quota);
-    if found == sequence {
-        delete(key, quota);
+    if found != sequence {
+        return false;
     }
+    delete(key, quota);
+    true
 }
 
 #[inline(always)]

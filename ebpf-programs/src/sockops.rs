@@ -331,13 +331,15 @@ fn state_changed(ctx: &SockOpsContext) {
         state.received_at_fin_wait = received;
         return;
     }
-    if !knob(knob::KEEP_CLAIMS) {
+    // A flow's claim is settled by who has entered the flow. (A second look into a large table, where no cache has the place, would
+    // cost as much as the rest of this.)
+    let was_flow = state.role == role::DIRECT && flows::remove(&state.key, state.sequence);
+    if !was_flow && !knob(knob::KEEP_CLAIMS) {
         claims::withdraw(&state.key, state.sequence);
     }
     if state.role != role::DIRECT {
         return;
     }
-    flows::remove(&state.key, state.sequence);
     let netns = netns_cookie(ctx);
     let error = sock_error(socket(ctx));
     if state.established == 0 {
@@ -373,11 +375,11 @@ fn state_changed(ctx: &SockOpsContext) {
 /// What a flow that might have been short-circuited has come to. TCP has not counted what was redirected.
 #[inline(always)]
 fn tell_short_circuit(event: &mut Event, state: &SocketState) {
-    event.short_state = if state.exchanges == SocketState::PROPOSED {
-        short_state::PROPOSED
-    } else {
-        short_state::BRIEF
-    };
+    if state.exchanges != SocketState::PROPOSED {
+        event.short_state = short_state::BRIEF;
+        return;
+    }
+    event.short_state = short_state::PROPOSED;
     let Some((sent, received)) = short_circuit::take(&state.key) else {
         return;
     };
