@@ -39,7 +39,7 @@ pub static SLOTS: HashMap<SlotKey, Slot, 262144, DEMAND> = HashMap::new();
 #[btf_map]
 pub static QUOTAS: Array<Quota, { Quota::COUNT as usize }> = Array::new();
 #[btf_map]
-pub static FLOWS: HashMap<FlowKey, Flow, 1048576, DEMAND> = HashMap::new();
+pub static FLOWS: HashMap<FlowKey, Flow, 262144, DEMAND> = HashMap::new();
 #[btf_map]
 pub static LISTENERS: SockHash<Listener, 16384> = SockHash::new();
 /// Sockets cut off from their applications: see `isolation.rs`. What a pod can do to its own sockets takes no room from those

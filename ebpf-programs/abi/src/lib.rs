@@ -26,7 +26,7 @@ pub use short_circuit::{
 pub use verdict::{Verdict, VerdictKey, action, scope};
 
 /// Part of the pin path; an agent adopts only maps of its own version.
-pub const LAYOUT_VERSION: u32 = 5;
+pub const LAYOUT_VERSION: u32 = 6;
 
 /// An IP address as 16 bytes in network order; IPv4 is held IPv4-mapped (`::ffff:a.b.c.d`).
 pub type Address = [u8; 16];
@@ -41,8 +41,9 @@ pub const CLAIMS_OF_AGENT: i64 = 65_536;
 /// Most direct flows that one pod may have opened; more go through the agent.
 pub const FLOWS_PER_POD: i64 = 32_768;
 
-/// Most direct flows of a node. Below the size of the map, so that one which `connect` has let pass finds room.
-pub const FLOWS_PER_NODE: i64 = 1_000_000;
+/// Most direct flows of a node; more go through the agent. Below the size of the map, so that one which `connect` has let pass finds
+/// room. Each change of a policy walks through the map, also through what is empty.
+pub const FLOWS_PER_NODE: i64 = 250_000;
 
 /// Mark that `connect` puts on a steered socket; the pod's rule routes it to the loopback device.
 ///

@@ -308,7 +308,7 @@ fn without_room_for_flows(scene: &Scene) -> Result<(Value, Proc)> {
     Ok((echo(&scene.client, &scene.server_a)?, server))
 }
 
-// Heavy: a million entries.
+// Heavy: a quarter of a million entries.
 #[test]
 fn without_room_for_flows_nothing_is_admitted_uncounted() -> Result<()> {
     let scene = Scene::new()?;
@@ -322,7 +322,7 @@ fn without_room_for_flows_nothing_is_admitted_uncounted() -> Result<()> {
     wait_for_no_claims(&scene.node1)
 }
 
-// Heavy: a million entries.
+// Heavy: a quarter of a million entries.
 #[test]
 fn twin_without_isolation_a_flow_is_admitted_uncounted() -> Result<()> {
     let scene = Scene::without("skip-isolation")?;

@@ -14,6 +14,8 @@ use crate::{
 
 /// Of each of two pods; below the descriptors that a process may have, and below the flows of a pod.
 const EACH: usize = 10_000;
+/// Enough for three rounds within the minute for which a port is not used again.
+const PORTS: &str = "20000 60999";
 const A_WHILE: Duration = Duration::from_secs(120);
 /// What a flow may cost: a look at all of them, and what is remembered of each, twice over while a table grows.
 const BYTES_PER_FLOW: u64 = 3 * 1024;
@@ -69,13 +71,18 @@ fn twenty_thousand_open_flows_are_listed_and_counted_in_bounded_memory() -> Resu
     ];
     let _servers = (serve_many(&scene.server_a)?, serve_many(&scene.intruder)?);
     for (from, to) in pairs {
+        let netns = from.netns();
+        netns.set_sysctl("net.ipv4.ip_local_port_range", PORTS)?;
         scene.warm(from, to)?;
     }
     wait_for_open_flows(&scene, 0)?;
     let (before, lines) = (resident(&scene)?, scene.agent1.metrics()?.lines().count());
     let mut after = Vec::new();
     for round in 0..3 {
-        let crowds = pairs.map(|(from, to)| open_many(from, to));
+        let mut crowds = Vec::new();
+        for (from, to) in pairs {
+            crowds.push(open_many(from, to)?);
+        }
         wait_for_open_flows(&scene, 2 * EACH)?;
         for (from, _) in pairs {
             let quota = quotas(&scene.node1)?.get(&quota_of(&scene.node1, from)?, 0)?;
@@ -104,7 +111,6 @@ fn twenty_thousand_open_flows_are_listed_and_counted_in_bounded_memory() -> Resu
         let most = before + 2 * EACH as u64 * BYTES_PER_FLOW;
         assert!(resident < most, "{resident} bytes, {before} before");
         for crowd in crowds {
-            let crowd = crowd?;
             crowd.close_stdin();
             crowd.wait(A_WHILE)?;
         }
