@@ -44,6 +44,8 @@ const EARLY_SCANS: u32 = 30;
 const WARNINGS: u32 = 10;
 /// A scan may take this part of the time at most.
 const SCAN_SHARE: u32 = 50;
+/// The longest pause between two scans, however long one took: it may have stood still with the agent, or with the machine.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// Events kept for one report to log and feed.
 const BATCH: usize = 1024;
 
@@ -93,6 +95,11 @@ pub struct DirectFlows {
     early_scans: u32,
     /// Isolations that were logged since a moment.
     warned: (Instant, u32),
+}
+
+/// When the next scan is to begin after one that took so long.
+fn pause_after(took: Duration) -> Duration {
+    took.saturating_mul(SCAN_SHARE).clamp(SCAN, LONGEST_PAUSE)
 }
 
 impl DirectFlows {
@@ -189,7 +196,7 @@ impl DirectFlows {
                 return;
             }
         };
-        self.next_scan = Instant::now() + SCAN.max(scan.took * SCAN_SHARE);
+        self.next_scan = Instant::now() + pause_after(scan.took);
         self.pairs.refresh();
         // Whatever ended before the scan is in the ring by now, or among the lost.
         events.empty(|event| self.take(event)).await;
@@ -450,5 +457,17 @@ fn ending(end: KernelEnd) -> FlowEnd {
         KernelEnd::ConnectionRefused => FlowEnd::Refused,
         KernelEnd::Unreachable => FlowEnd::Unreachable,
         KernelEnd::Unknown => FlowEnd::Unknown,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scans_take_a_small_share_of_the_time_and_one_that_stood_still_puts_off_the_next_by_little() {
+        let pauses = [1, 100, 600_000].map(|took| pause_after(Duration::from_millis(took)));
+        assert_eq!(pauses, [1, 5, 10].map(Duration::from_secs));
+        assert_eq!(pause_after(Duration::MAX), LONGEST_PAUSE);
     }
 }
