@@ -331,8 +331,7 @@ fn state_changed(ctx: &SockOpsContext) {
         state.received_at_fin_wait = received;
         return;
     }
-    // A flow's claim is settled by who has entered the flow. (A second look into a large table, where no cache has the place, would
-    // cost as much as the rest of this.)
+    // A flow's claim is settled by who has entered the flow: no second look into a large table, where no cache has the place.
     let was_flow = state.role == role::DIRECT && flows::remove(&state.key, state.sequence);
     if !was_flow && !knob(knob::KEEP_CLAIMS) {
         claims::withdraw(&state.key, state.sequence);

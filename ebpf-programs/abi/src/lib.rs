@@ -41,9 +41,9 @@ pub const CLAIMS_OF_AGENT: i64 = 65_536;
 /// Most direct flows that one pod may have opened; more go through the agent.
 pub const FLOWS_PER_POD: i64 = 32_768;
 
-/// Most direct flows of a node; more go through the agent. Below the size of the map, so that one which `connect` has let pass finds
-/// room. Each change of a policy walks through the map, also through what is empty.
-pub const FLOWS_PER_NODE: i64 = 250_000;
+/// Most direct flows of a node; more go through the agent. Below the size of the map by what fifteen pods may have in flight, so that
+/// one which `connect` has let pass finds room. Each change of a policy walks through the map, also through what is empty.
+pub const FLOWS_PER_NODE: i64 = 200_000;
 
 /// Mark that `connect` puts on a steered socket; the pod's rule routes it to the loopback device.
 ///

@@ -42,7 +42,7 @@ const SCAN: Duration = Duration::from_secs(1);
 const EARLY_SCANS: u32 = 30;
 /// Isolations that are logged in that time.
 const WARNINGS: u32 = 10;
-/// A scan may take this part of the time at most.
+/// A scan may take this part of the time, unless the pause for it would be longer than [`LONGEST_PAUSE`].
 const SCAN_SHARE: u32 = 50;
 /// The longest pause between two scans, however long one took: it may have stood still with the agent, or with the machine.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
