@@ -53,7 +53,9 @@ offsets! {
     SOCK_LOCKS_SHIFT;
     /// `__sk_common.skc_flags` in `struct sock`.
     SOCK_FLAGS_OFFSET;
-    /// The number of SOCK_ZEROCOPY among those.
+    /// The number of SOCK_DONE among those.
+    DONE_FLAG;
+    /// The number of SOCK_ZEROCOPY.
     ZERO_COPY_FLAG;
     /// `sk_user_data` in `struct sock`.
     SOCK_USER_DATA_OFFSET;
@@ -115,6 +117,13 @@ pub fn write_seq(sk: *mut c_void) -> Option<u32> {
 #[inline(always)]
 pub fn sock_error(sk: *mut c_void) -> u32 {
     tcp_field(sk, given(&SOCK_ERROR_OFFSET)).unwrap_or(0)
+}
+
+/// Whether the peer's FIN has been taken, and counted in `bytes_received`.
+#[inline(always)]
+pub fn has_received_fin(sk: *mut c_void) -> bool {
+    tcp_field::<u64>(sk, given(&SOCK_FLAGS_OFFSET))
+        .is_some_and(|flags| flags >> (given(&DONE_FLAG) & 63) & 1 != 0)
 }
 
 /// A field of the kernel's `struct tcp_sock`.

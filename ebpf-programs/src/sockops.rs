@@ -21,7 +21,7 @@ use crate::{
     address::{Ends, is_loopback},
     claims, events, flows,
     isolation::isolate,
-    kernel::{sock_error, write_seq},
+    kernel::{has_received_fin, sock_error, write_seq},
     maps::{CLAIMS, ENDPOINTS, PODS, SOCKETS, count, flag, is_pod, knob},
     short_circuit, verdicts,
 };
@@ -129,8 +129,6 @@ fn connecting(ctx: &SockOpsContext) {
     state.key = key;
     state.opened_ns = now;
     state.sequence = sequence;
-    state.fin_acked = 0;
-    state.received_at_fin_wait = 0;
     state.established = 0;
     state.connect_latency_us = 0;
     // Without this callback the claim of a failed connect would stay: better none at all.
@@ -311,26 +309,23 @@ fn enter(ctx: &SockOpsContext, netns: u64, key: &FlowKey, claim: &Claim) -> Resu
 #[inline(always)]
 fn state_changed(ctx: &SockOpsContext) {
     let (old, new) = (arg(ctx, 0), arg(ctx, 1));
-    if new != TCP_FIN_WAIT2 && new != TCP_CLOSE {
+    if new != TCP_CLOSE {
         return;
     }
-    let Some(state) = SOCKETS.find(socket(ctx)) else {
+    let sk = socket(ctx);
+    let Some(state) = SOCKETS.find(sk) else {
         return;
     };
     // SAFETY: single volatile reads of context fields.
-    let (received, acked, srtt, retransmits) = unsafe {
+    let (received, acked, unacked, srtt, retransmits) = unsafe {
         (
             ptr::read_volatile(&raw const (*ctx.ops).bytes_received),
             ptr::read_volatile(&raw const (*ctx.ops).bytes_acked),
+            ptr::read_volatile(&raw const (*ctx.ops).snd_una),
             ptr::read_volatile(&raw const (*ctx.ops).srtt_us),
             ptr::read_volatile(&raw const (*ctx.ops).total_retrans),
         )
     };
-    if new == TCP_FIN_WAIT2 {
-        state.fin_acked = 1;
-        state.received_at_fin_wait = received;
-        return;
-    }
     // A flow's claim is settled by who has entered the flow: no second look into a large table, where no cache has the place.
     let was_flow = state.role == role::DIRECT && flows::remove(&state.key, state.sequence);
     if !was_flow && !knob(knob::KEEP_CLAIMS) {
@@ -340,7 +335,7 @@ fn state_changed(ctx: &SockOpsContext) {
         return;
     }
     let netns = netns_cookie(ctx);
-    let error = sock_error(socket(ctx));
+    let error = sock_error(sk);
     if state.established == 0 {
         let mut event = events::of_flow(event_kind::FAILED, state, netns);
         event.end = ending(old, error);
@@ -349,17 +344,17 @@ fn state_changed(ctx: &SockOpsContext) {
         return;
     }
     state.established = 0;
-    // TCP counts SYN and FIN as an octet each.
-    let fin_acked = u64::from(state.fin_acked != 0 || old == TCP_LAST_ACK || old == TCP_CLOSING);
-    let fin_received = u64::from(
-        matches!(old, TCP_CLOSE_WAIT | TCP_LAST_ACK | TCP_CLOSING)
-            || old == TCP_FIN_WAIT2 && received > state.received_at_fin_wait,
-    );
+    // TCP counts SYN and FIN as an octet each. Who waits for the last ACK may end without it.
+    let fin_acked = match old {
+        TCP_FIN_WAIT2 => true,
+        TCP_LAST_ACK | TCP_CLOSING => write_seq(sk) == Some(unacked),
+        _ => false,
+    };
     let mut event = events::of_flow(event_kind::CLOSED, state, netns);
     event.bytes_sent = acked
         .saturating_sub(state.acked_at_start)
-        .saturating_sub(fin_acked);
-    event.bytes_received = received.saturating_sub(fin_received);
+        .saturating_sub(u64::from(fin_acked));
+    event.bytes_received = received.saturating_sub(u64::from(has_received_fin(sk)));
     if state.exchanges != 0 {
         tell_short_circuit(&mut event, state);
     }

@@ -84,8 +84,6 @@ pub struct SocketState {
     pub generation: u64,
     pub opened_ns: u64,
     pub server_netns: u64,
-    /// `bytes_received` when FIN_WAIT2 was entered: tells whether a FIN came after.
-    pub received_at_fin_wait: u64,
     /// `bytes_acked` when the connection was established (the SYN counts as one).
     pub acked_at_start: u64,
     /// The service address that the application connected to; port 0 for none.
@@ -99,8 +97,6 @@ pub struct SocketState {
     pub sequence: u32,
     /// The mark the socket had before it was steered.
     pub mark: u32,
-    /// Non-zero once our own FIN was acknowledged.
-    pub fin_acked: u32,
     pub connect_latency_us: u32,
     /// Number of the service, 0 for none.
     pub service: u32,
@@ -115,6 +111,7 @@ pub struct SocketState {
     /// Round trips of a flow that may be short-circuited, and one more, so that 0 is for all others; [`SocketState::PROPOSED`] once it
     /// is a [`crate::Candidate`].
     pub exchanges: u32,
+    pub padding: u32,
 }
 
 impl SocketState {

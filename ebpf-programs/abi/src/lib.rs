@@ -26,7 +26,7 @@ pub use short_circuit::{
 pub use verdict::{Verdict, VerdictKey, action, scope};
 
 /// Part of the pin path; an agent adopts only maps of its own version.
-pub const LAYOUT_VERSION: u32 = 6;
+pub const LAYOUT_VERSION: u32 = 7;
 
 /// An IP address as 16 bytes in network order; IPv4 is held IPv4-mapped (`::ffff:a.b.c.d`).
 pub type Address = [u8; 16];
@@ -85,7 +85,7 @@ layout! {
     FlowKey: 48,
     Claim: 96,
     Flow: 72,
-    SocketState: 176,
+    SocketState: 168,
     Listener: 16,
     Event: 160,
     Isolated: 64,

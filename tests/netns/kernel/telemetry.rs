@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use culvert_harness::{AccessLine, Agent, Pod, Proc, wait_until};
+use culvert_harness::{AccessLine, Agent, Pod, Proc, TcpState, log::Mark, wait_until};
 use culvert_tests::scene::{
-    SOON, Scene, Setting, answered, connect, connect_to, echo, hold, serve, serve_on, text,
+    SOON, Scene, Setting, answered, connect, connect_to, echo, hold, only, serve, serve_on, text,
 };
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -16,7 +16,7 @@ use crate::agent_gone::goes_on;
 const NOBODY: u16 = 7999;
 
 /// The access line of the one direct connection that ended so after `log`.
-fn ended(agent: &Agent, log: culvert_harness::log::Mark, end: &str) -> Result<AccessLine> {
+fn ended(agent: &Agent, log: Mark, end: &str) -> Result<AccessLine> {
     agent.wait_for_access(log, &[("path", "direct"), ("end", end)], SOON)
 }
 
@@ -88,6 +88,73 @@ fn a_flow_that_both_ends_close_is_told_with_what_it_cost() -> Result<()> {
     assert_eq!(metric("culvert_flow_connect_seconds_count", &[])?, 1.0);
     assert_eq!(metric("culvert_flow_rtt_seconds_count", &[])?, 1.0);
     assert_eq!(metric("culvert_open_flows", &["path=\"direct\""])?, 0.0);
+    Ok(())
+}
+
+/// What a server in the mode `stay` or `farewell` says.
+const BANNER: &str = "culvert-probe ready\n";
+
+/// A held flow with such a server of which each end has said something, and the mark before it.
+fn of_few_words(scene: &Scene, mode: &str) -> Result<(Proc, Proc, Mark)> {
+    let server = serve(&scene.server_a, mode)?;
+    connect(
+        &scene.client,
+        &scene.server_a,
+        &["--half-close", "--read", "1"],
+    )?;
+    let log = scene.agent1.log().mark();
+    let client = hold(&scene.client, &scene.server_a)?;
+    client.send_line("four")?;
+    client.wait_for_event("sent", SOON)?;
+    Ok((server, client, log))
+}
+
+/// FIN takes a number, but is no byte: none came here before the end.
+#[test]
+fn all_that_a_half_closed_flow_received_is_counted_when_it_is_revoked() -> Result<()> {
+    let mut scene = Scene::new()?;
+    let (_server, client, log) = of_few_words(&scene, "stay")?;
+    client.close_stdin();
+    let data = client.wait_for_event("data", SOON)?;
+    assert_eq!(text(&data, "data"), BANNER);
+    scene.change_mesh(|mesh| mesh.policies = vec![only("intruder")])?;
+    let line = ended(&scene.agent1, log, "revoked")?;
+    let received = BANNER.len().to_string();
+    assert_eq!(line.field("bytes_sent"), Some(received), "{}", line.text);
+    assert_eq!(line.field("bytes_recv"), Some("5".into()), "{}", line.text);
+    Ok(())
+}
+
+/// The client's FIN is never acknowledged: the server remembers no connection that it has closed, and answers with a reset.
+#[test]
+fn all_that_was_sent_is_counted_when_the_last_fin_is_answered_with_a_reset() -> Result<()> {
+    let scene = Scene::new()?;
+    let key = "net.ipv4.tcp_max_tw_buckets";
+    scene.server_a.netns().set_sysctl(key, "0")?;
+    let (server, client, log) = of_few_words(&scene, "farewell")?;
+    client.wait_for_event("eof", SOON)?;
+    let mark = client.log().mark();
+    client.send_line("more")?;
+    client.wait_for_event_after(mark, "sent", SOON)?;
+    for (pod, state) in [
+        (&scene.client, TcpState::CloseWait),
+        (&scene.server_a, TcpState::FinWait2),
+    ] {
+        wait_until(SOON, "everything to be acknowledged and read", || {
+            let mut sockets = pod.sockets()?.into_iter();
+            let is_idle = sockets.any(|socket| {
+                socket.state == state && socket.send_queue == 0 && socket.receive_queue == 0
+            });
+            Ok(is_idle.then_some(()))
+        })?;
+    }
+    server.kill(Signal::SIGKILL)?;
+    server.wait(SOON)?;
+    client.kill(Signal::SIGKILL)?;
+    let line = ended(&scene.agent1, log, "reset_by_peer")?;
+    let received = BANNER.len().to_string();
+    assert_eq!(line.field("bytes_sent"), Some(received), "{}", line.text);
+    assert_eq!(line.field("bytes_recv"), Some("10".into()), "{}", line.text);
     Ok(())
 }
 

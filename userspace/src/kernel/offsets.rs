@@ -41,6 +41,11 @@ impl Offsets {
             ),
             // A `tcp_sock` begins with a `sock`.
             ("SOCK_ERROR_OFFSET", btf.offset("sock", &["sk_err"], 4)?),
+            (
+                "SOCK_FLAGS_OFFSET",
+                btf.offset("sock", &["__sk_common", "skc_flags"], 8)?,
+            ),
+            ("DONE_FLAG", btf.enumerator("sock_flags", "SOCK_DONE")?),
         ];
         let no_short_circuit = match short_circuit(&btf) {
             Ok(found) => {
@@ -115,7 +120,6 @@ fn short_circuit(btf: &Btf) -> Result<Vec<(&'static str, u64)>, KernelError> {
         ),
         ("SOCK_LOCKS_OFFSET", locks / 8),
         ("SOCK_LOCKS_SHIFT", locks % 8),
-        ("SOCK_FLAGS_OFFSET", sock(&["__sk_common", "skc_flags"], 8)?),
         (
             "ZERO_COPY_FLAG",
             btf.enumerator("sock_flags", "SOCK_ZEROCOPY")?,

@@ -470,7 +470,6 @@ impl Tables {
             generation: 0,
             opened_ns: 0,
             server_netns: 0,
-            received_at_fin_wait: 0,
             acked_at_start: 0,
             service_address: [0; 16],
             chosen: [0; 16],
@@ -480,7 +479,6 @@ impl Tables {
             workload: 0,
             sequence: 0,
             mark: 0,
-            fin_acked: 0,
             connect_latency_us: 0,
             service: 0,
             reason: 0,
@@ -489,6 +487,7 @@ impl Tables {
             pod: 0,
             quota: Quota::NODE,
             exchanges: 0,
+            padding: 0,
         };
         lock(&self.sockets)
             .insert(&std::os::fd::AsRawFd::as_raw_fd(&socket.as_fd()), state, 0)

@@ -67,6 +67,8 @@ enum Mode {
     Banner,
     /// Speak first and send FIN, then read to the end
     Farewell,
+    /// Read to the end, then speak and never send FIN
+    Stay,
     /// Echo one byte and close first, on the accepting thread
     Once,
 }
@@ -196,6 +198,13 @@ fn converse(stream: &mut Waiting, arguments: &Arguments, tally: &mut Tally) -> i
             write(stream, BANNER, tally)?;
             stream.shutdown(Shutdown::Write)?;
             drain(stream, tally)
+        }
+        Mode::Stay => {
+            drain(stream, tally)?;
+            write(stream, BANNER, tally)?;
+            loop {
+                std::thread::park();
+            }
         }
         Mode::Sink | Mode::Collect => {
             drain(stream, tally)?;
