@@ -5,17 +5,21 @@ use culvert_abi::{Flow, FlowKey};
 
 use crate::{maps::FLOWS, quotas};
 
-/// Enters a flow, in place of what is left of an older one with the same key.
+/// Enters a flow, in place of what is left of an older one with the same key. It is counted before it is there, and until it is not:
+/// where nothing is counted, the agent does not look for flows to cut.
 #[inline(always)]
 pub fn enter(key: &FlowKey, flow: &Flow) -> Result<(), i32> {
+    quotas::count_flow(flow.quota, 1);
     if FLOWS.insert(key, flow, u64::from(BPF_NOEXIST)).is_err() {
         // SAFETY: a single field of an entry that is written whole.
         if let Some(quota) = unsafe { FLOWS.get(key) }.map(|old| old.quota) {
             delete(key, quota);
         }
-        FLOWS.insert(key, flow, u64::from(BPF_NOEXIST))?;
+        if let Err(error) = FLOWS.insert(key, flow, u64::from(BPF_NOEXIST)) {
+            quotas::count_flow(flow.quota, -1);
+            return Err(error);
+        }
     }
-    quotas::count_flow(flow.quota, 1);
     Ok(())
 }
 

@@ -68,6 +68,10 @@ fn connecting(ctx: &SockOpsContext) {
     let own_netns = netns_cookie(ctx);
     // Without a claim it is nobody's, and what was decided for another identity is not this pod's any more.
     if state.role != role::NODE && state.role != role::PROXY && !is_still(state, own_netns) {
+        // A pod that is leaving is nobody from now on.
+        if state.role == role::DIRECT && !is_pod(own_netns) {
+            state.role = role::NONE;
+        }
         return;
     }
     let Some(ends) = Ends::of(ctx.ops) else {

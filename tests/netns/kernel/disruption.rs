@@ -1,12 +1,16 @@
 //! Pods under load join the mesh and leave it: what was open goes on, whichever way it goes, and no connect fails.
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
+use culvert_abi::{Claim, FlowKey, Pod as PodEntry};
 use culvert_harness::{Pod, Proc, Workload, wait_until};
-use culvert_tests::scene::{NAMESPACE, SOON, Scene, Setting, echo, hold, serve, text};
+use culvert_tests::scene::{
+    NAMESPACE, PORT, SOON, Scene, Setting, echo, hold, plug_in, serve, text, unplug,
+};
 
 use crate::{
     agent_gone::goes_on,
     enrolment::network,
+    kernel_tables::table,
     life::{churn, end, nothing_lost},
 };
 
@@ -31,6 +35,46 @@ fn speak(scene: &mut Scene, server: &str, protocol: &str) -> Result<()> {
 
 fn all_go_on(held: &[Proc], word: &str) -> Result<()> {
     held.iter().try_for_each(|held| goes_on(held, word))
+}
+
+/// The SYN is lost once, so that the handshake takes a second.
+#[test]
+fn a_handshake_of_a_pod_that_leaves_is_finished() -> Result<()> {
+    let scene = Scene::with(Setting {
+        policies: Some(Vec::new()),
+        ..Setting::default()
+    })?;
+    let _server = serve(&scene.server_a, "echo")?;
+    scene.warm(&scene.client, &scene.server_a)?;
+    let uid = scene.workload(&scene.client)?.uid.clone();
+    unplug(&scene.server_a)?;
+    let to = scene.server_a.at(PORT);
+    let connecting = scene
+        .client
+        .probe()?
+        .args(["connect", "--to", &to, "--hold"])
+        .stdin()
+        .spawn()?;
+    wait_until(SOON, "a claim", || {
+        let claims = table::<FlowKey, Claim>(&scene.node1, "CLAIMS")?;
+        Ok(claims.keys().next().map(drop))
+    })?;
+    std::thread::scope(|scope| -> Result<()> {
+        let leaving = scope.spawn(|| scene.agent1.unenrol(&uid));
+        let cookie = scene.client.netns().cookie()?;
+        wait_until(SOON, "the pod to be out", || {
+            let pods = table::<u64, PodEntry>(&scene.node1, "PODS")?;
+            Ok(pods.get(&cookie, 0).is_err().then_some(()))
+        })?;
+        plug_in(&scene.server_a)?;
+        leaving.join().map_err(|_| anyhow!("panicked"))?
+    })?;
+    let connected = connecting.wait_for_event("connected", SOON)?;
+    assert_eq!(text(&connected, "connect"), "ok", "{connected}");
+    goes_on(&connecting, "hello")?;
+    let left = table::<FlowKey, Claim>(&scene.node1, "CLAIMS")?;
+    assert_eq!(left.keys().count(), 0);
+    Ok(())
 }
 
 #[test]

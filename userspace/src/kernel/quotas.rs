@@ -82,6 +82,12 @@ impl Quotas {
             .map_or(0, |node| u64::try_from(node.flows).unwrap_or(0))
     }
 
+    /// Whether no flow is open for sure: each is counted before it is entered, and until it is removed.
+    pub fn has_no_flow(&self) -> bool {
+        let node = self.table.get(&Quota::NODE, 0);
+        node.is_ok_and(|node| node.flows == 0)
+    }
+
     /// The claims of a pod that left were deleted by the agent, which counts nothing here.
     fn forgive_claims(&mut self, index: u32) -> Result<(), KernelError> {
         let quota = self.table.get(&index, 0).unwrap_or(UNUSED);

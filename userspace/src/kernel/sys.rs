@@ -581,6 +581,24 @@ pub fn set_socket_option(socket: impl AsFd, option: i32, value: i32) -> io::Resu
     Ok(())
 }
 
+/// Ends a connected TCP socket with a reset. Closing it does the same where it lingers for no time, and takes longer.
+pub fn disconnect(socket: impl AsFd) -> io::Result<()> {
+    // SAFETY: an address without a family is all zeros.
+    let nowhere: libc::sockaddr = unsafe { std::mem::zeroed() };
+    // SAFETY: an address and its length.
+    let result = unsafe {
+        libc::connect(
+            socket.as_fd().as_raw_fd(),
+            &raw const nowhere,
+            size_of_val(&nowhere) as libc::socklen_t,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// How many bytes FIONREAD says are unread.
 pub fn available(socket: impl AsFd) -> io::Result<i32> {
     let mut count = 0;

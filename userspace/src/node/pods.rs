@@ -271,6 +271,7 @@ impl Pods {
             self.context.certificates.release(&identity);
             enrolment.end()?;
             removed?;
+            self.enforcer.forget_claims(&pod)?;
             return Err(error);
         }
         self.registry.insert(Arc::clone(&pod));
@@ -309,6 +310,8 @@ impl Pods {
         self.registry.remove(uid);
         let view = self.enforcer.remove(&pod);
         let ended = self.leave(running, enrolment, proxy).await;
+        let forgotten = tokio::task::block_in_place(|| self.enforcer.forget_claims(&pod));
+        let ended = ended.and(forgotten.map_err(Into::into));
         let mesh = self.context.mesh.load();
         if let Some(workload) = pod.workload(&mesh) {
             let others = running

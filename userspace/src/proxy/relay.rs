@@ -36,8 +36,11 @@ pub trait Side: Unpin {
     /// Ready when this side has failed; polled while nothing is read from it. `ended` says that its own direction is over.
     fn poll_failed(&mut self, cx: &mut Context<'_>, ended: bool) -> Poll<io::Error>;
 
-    /// Makes the peer see an error, not an end. Nothing is called afterwards.
+    /// Makes the peer see an error, not an end. Only `hasten` is called afterwards.
     fn reset(&mut self);
+
+    /// Lets the peer of what was reset see it now, if that would wait for the drop.
+    fn hasten(&mut self) {}
 
     /// This side was given everything and its end: dropping it takes nothing back. Nothing is called afterwards.
     fn release(&mut self);
@@ -135,7 +138,15 @@ pub struct RelayOutcome {
 
 /// The two sides of a connection that has ended: what is a stream of a tunnel has been reset, what is a socket is closed with this.
 #[must_use = "the sockets are closed when this is dropped"]
-pub struct Remains<C, U>(#[allow(dead_code, reason = "dropping them is all")] C, U);
+pub struct Remains<C, U>(C, U);
+
+impl<C: Side, U: Side> Remains<C, U> {
+    /// Lets the peers see what was reset, before the time that closing takes is spent.
+    pub fn hasten(&mut self) {
+        self.0.hasten();
+        self.1.hasten();
+    }
+}
 
 /// Relays until both directions have ended, one side fails, or `cancel`, which resets both.
 pub async fn relay<C: IntoSide, U: IntoSide>(

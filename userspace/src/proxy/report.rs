@@ -19,7 +19,8 @@ use crate::{
     },
 };
 
-/// How long the report of a connection waits that was cut, for others that are cut with it: their resets matter more.
+/// How long the report of a connection that was cut waits, and the closing of its sockets, for others that are cut with it: their
+/// resets matter more.
 const OTHERS_FIRST: Duration = Duration::from_millis(50);
 
 /// What took an open connection its right.
@@ -137,19 +138,21 @@ impl Report {
         let sampled = Arc::clone(&counters);
         // Telemetry sees the connection from its server, the relay from its client.
         open.follow(move || (sampled.received(), sampled.sent()));
-        let (outcome, remains) = relay(client, upstream, &counters, cancel).await;
+        let (outcome, mut remains) = relay(client, upstream, &counters, cancel).await;
         // Of a tunnel that is closed the streams fail.
         let revoked = match outcome.end {
             RelayEnd::Cancelled | RelayEnd::UpstreamReset(_) => cut(),
             RelayEnd::Closed | RelayEnd::ClientReset(_) => None,
         };
         // Many are revoked together, and by turns: first their tunnels learn of it, so that the other ends are cut meanwhile,
-        // then the sockets are closed.
+        // then the applications; the sockets are closed after that.
         if revoked.is_some() {
             yield_now().await;
         }
-        drop(remains);
         let storm = revoked.is_some() || matches!(outcome.end, RelayEnd::UpstreamReset(_));
+        if storm {
+            remains.hasten();
+        }
         self.record.duration = self.started.elapsed();
         self.record.bytes_sent = outcome.received;
         self.record.bytes_received = outcome.sent;
@@ -180,7 +183,7 @@ impl Report {
         if storm {
             sleep(OTHERS_FIRST).await;
         }
-        drop(ended);
+        drop((remains, ended));
     }
 
     /// Not a connection that the agent could carry at all.

@@ -82,12 +82,7 @@ impl Enforcer {
                 failed = Some(error);
             }
         }
-        if !self.settings.skip_sweep {
-            let generations = state.generations();
-            self.tables.sweep_verdicts(|key, verdict| {
-                generations.get(&key.workload) != Some(&verdict.generation)
-            })?;
-        }
+        state.has_void_verdicts = true;
         let policies: HashSet<_> = state
             .mesh
             .policies()

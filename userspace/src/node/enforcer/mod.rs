@@ -102,6 +102,7 @@ impl Enforcer {
             started: false,
             known: false,
             dirty: false,
+            has_void_verdicts: false,
         };
         Ok(Self {
             tables,
@@ -227,7 +228,6 @@ impl Enforcer {
                 state.addresses.remove(ip);
             }
         }
-        self.tables.remove_claims(cookie)?;
         if state.is_waiting() {
             // The rest is an earlier agent's, until it is replaced as a whole.
             return Ok(None);
@@ -252,21 +252,27 @@ impl Enforcer {
             asker == cookie || !addresses.contains_key(&pair.destination.ip())
         });
         self.tables.remove_verdicts(&forgotten)?;
-        let generations = state.generations();
-        self.tables
-            .sweep_verdicts(|key, _| !generations.contains_key(&key.workload))?;
+        state.has_void_verdicts = true;
         Ok(state.view(&self.settings))
     }
 
-    /// Tries again what failed before, and judges the flows of pods that have come since, if there is any of that.
+    /// Deletes what claims a pod that has left still has. What was on its way when it left must have arrived: without its claim it would
+    /// be cut.
+    pub fn forget_claims(&self, pod: &LocalPod) -> Result<(), KernelError> {
+        self.tables.remove_claims(pod.cookie())
+    }
+
+    /// Tries again what failed before, clears up, and judges the flows of pods that have come since, if there is any of that.
     pub fn retry(&self) -> Result<usize, KernelError> {
         self.delete_retired()?;
-        let cut = if self.state().dirty {
+        let mut cut = if self.state().dirty {
             self.bring_in_line(None)?
         } else {
             0
         };
-        Ok(cut + self.sweep_owed())
+        cut += self.sweep_owed();
+        self.delete_void_verdicts()?;
+        Ok(cut)
     }
 
     fn sweep_owed(&self) -> usize {
@@ -313,6 +319,21 @@ impl Enforcer {
             tracing::error!(%error, "the kernel part could not be told of all services; trying again");
             *dirty = true;
         }
+    }
+
+    /// Makes room: a void verdict decides nothing, but the table, which is read whole for this, holds it. Not with each change,
+    /// whose flows are waiting to be cut.
+    fn delete_void_verdicts(&self) -> Result<(), KernelError> {
+        let mut state = self.state();
+        if !state.has_void_verdicts || state.is_waiting() || self.settings.skip_sweep {
+            return Ok(());
+        }
+        let generations = state.generations();
+        self.tables.sweep_verdicts(|key, verdict| {
+            generations.get(&key.workload) != Some(&verdict.generation)
+        })?;
+        state.has_void_verdicts = false;
+        Ok(())
     }
 
     /// Deletes what services have no use for any more, once no program can be reading it.

@@ -50,6 +50,8 @@ pub struct State {
     pub known: bool,
     /// Something could not be written or cut, or is still to be judged.
     pub dirty: bool,
+    /// There may be verdicts that nobody follows any more.
+    pub has_void_verdicts: bool,
 }
 
 pub struct Enrolled {

@@ -15,6 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWrite, Interest};
 use tokio::net::TcpStream;
 
 use super::Side;
+use crate::kernel::sys;
 
 /// First, and while idle largest, read buffer.
 const SMALLEST: usize = 4 * 1024;
@@ -30,6 +31,7 @@ pub struct TcpSide {
     buffer: BytesMut,
     size: usize,
     watch: Option<Watch>,
+    is_reset: bool,
 }
 
 impl TcpSide {
@@ -42,6 +44,7 @@ impl TcpSide {
             buffer: BytesMut::new(),
             size: SMALLEST,
             watch: None,
+            is_reset: false,
         }
     }
 
@@ -119,6 +122,14 @@ impl Side for TcpSide {
     fn reset(&mut self) {
         // It lingers for no time since its beginning.
         self.watch = None;
+        self.is_reset = true;
+    }
+
+    fn hasten(&mut self) {
+        if self.is_reset {
+            // Fails only on a socket that is gone already.
+            let _ = sys::disconnect(&self.stream);
+        }
     }
 
     fn release(&mut self) {
