@@ -15,7 +15,7 @@ use culvert_abi::{
 
 use crate::{
     address::{AF_INET, from_words, is_loopback},
-    maps::{CLAIMS, LISTENERS, count, flag, knob},
+    maps::{CLAIMS, LISTENERS, count, flag, is_pod, knob},
     verdicts,
 };
 
@@ -103,8 +103,9 @@ fn decide(ctx: &SkLookupContext) -> Result<Reason, Option<Reason>> {
         let claim = unsafe { &mut *claim };
         match claim.kind {
             claim_kind::DIRECT => {
-                let current = verdicts::standing(claim, &key).is_some();
-                if claim.server_netns == cookie && (current || knob(knob::SKIP_GENERATION)) {
+                // A pod that is leaving guards nothing any more: what was let through before arrives.
+                let stands = verdicts::standing(claim, &key).is_some() || !is_pod(cookie);
+                if claim.server_netns == cookie && (stands || knob(knob::SKIP_GENERATION)) {
                     claim.admitted = 1;
                     return Ok(Reason::AdmittedDirect);
                 }

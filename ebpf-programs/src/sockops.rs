@@ -217,9 +217,6 @@ fn exchanged(ctx: &SockOpsContext) {
 #[inline(always)]
 fn accepted(ctx: &SockOpsContext) {
     let netns = netns_cookie(ctx);
-    if !is_pod(netns) {
-        return;
-    }
     let Some(ends) = Ends::of(ctx.ops) else {
         return;
     };
@@ -227,6 +224,11 @@ fn accepted(ctx: &SockOpsContext) {
         return;
     }
     let key = ends.as_server(netns);
+    if !is_pod(netns) {
+        // It left while the handshake was under way: nobody's to judge any more.
+        claims::withdraw(&key, sequence_of_syn(ctx));
+        return;
+    }
     let sk = socket(ctx);
     // A child of the agent's listener: `inbound` chose it, the agent judges it, and is told what `connect` chose.
     if let Some(state) = SOCKETS.find(sk)
@@ -253,15 +255,21 @@ fn accepted(ctx: &SockOpsContext) {
     }
 }
 
+/// The number that the SYN carried of a connection that has just been established.
+#[inline(always)]
+fn sequence_of_syn(ctx: &SockOpsContext) -> u32 {
+    // SAFETY: single volatile read of a context field.
+    let next = unsafe { ptr::read_volatile(&raw const (*ctx.ops).rcv_nxt) };
+    next.wrapping_sub(1)
+}
+
 /// Checks the connection against its claim, and makes it a flow.
 #[inline(always)]
 fn admit(ctx: &SockOpsContext, netns: u64, key: &FlowKey) -> Result<(), Reason> {
     // SAFETY: claims are written whole; the copy is taken before the entry is deleted.
     let claim = *unsafe { CLAIMS.get(key) }.ok_or(Reason::IsolatedNoClaim)?;
-    // SAFETY: single volatile read of a context field.
-    let received = unsafe { ptr::read_volatile(&raw const (*ctx.ops).rcv_nxt) };
     // A wrong sequence number leaves the claim where it is: it belongs to somebody else's connection.
-    if received.wrapping_sub(1) != claim.sequence && !knob(knob::SKIP_SEQUENCE) {
+    if sequence_of_syn(ctx) != claim.sequence && !knob(knob::SKIP_SEQUENCE) {
         return Err(Reason::IsolatedSequence);
     }
     let entered = enter(ctx, netns, key, &claim);

@@ -37,22 +37,22 @@ fn all_go_on(held: &[Proc], word: &str) -> Result<()> {
     held.iter().try_for_each(|held| goes_on(held, word))
 }
 
-/// The SYN is lost once, so that the handshake takes a second.
-#[test]
-fn a_handshake_of_a_pod_that_leaves_is_finished() -> Result<()> {
+/// A direct handshake of the client, during which one of the two pods leaves. The SYN is lost once, so that it takes a second.
+fn handshake_while_leaving(whose: impl Fn(&Scene) -> &Pod) -> Result<()> {
     let scene = Scene::with(Setting {
         policies: Some(Vec::new()),
         ..Setting::default()
     })?;
     let _server = serve(&scene.server_a, "echo")?;
     scene.warm(&scene.client, &scene.server_a)?;
-    let uid = scene.workload(&scene.client)?.uid.clone();
+    let leaving = whose(&scene);
+    let uid = scene.workload(leaving)?.uid.clone();
+    let cookie = leaving.netns().cookie()?;
     unplug(&scene.server_a)?;
-    let to = scene.server_a.at(PORT);
     let connecting = scene
         .client
         .probe()?
-        .args(["connect", "--to", &to, "--hold"])
+        .args(["connect", "--to", &scene.server_a.at(PORT), "--hold"])
         .stdin()
         .spawn()?;
     wait_until(SOON, "a claim", || {
@@ -60,21 +60,32 @@ fn a_handshake_of_a_pod_that_leaves_is_finished() -> Result<()> {
         Ok(claims.keys().next().map(drop))
     })?;
     std::thread::scope(|scope| -> Result<()> {
-        let leaving = scope.spawn(|| scene.agent1.unenrol(&uid));
-        let cookie = scene.client.netns().cookie()?;
+        let left = scope.spawn(|| scene.agent1.unenrol(&uid));
         wait_until(SOON, "the pod to be out", || {
             let pods = table::<u64, PodEntry>(&scene.node1, "PODS")?;
             Ok(pods.get(&cookie, 0).is_err().then_some(()))
         })?;
         plug_in(&scene.server_a)?;
-        leaving.join().map_err(|_| anyhow!("panicked"))?
+        left.join().map_err(|_| anyhow!("panicked"))?
     })?;
     let connected = connecting.wait_for_event("connected", SOON)?;
     assert_eq!(text(&connected, "connect"), "ok", "{connected}");
     goes_on(&connecting, "hello")?;
-    let left = table::<FlowKey, Claim>(&scene.node1, "CLAIMS")?;
-    assert_eq!(left.keys().count(), 0);
-    Ok(())
+    connecting.close_stdin();
+    wait_until(SOON, "no claim to be left", || {
+        let claims = table::<FlowKey, Claim>(&scene.node1, "CLAIMS")?;
+        Ok(claims.keys().next().is_none().then_some(()))
+    })
+}
+
+#[test]
+fn a_handshake_of_a_pod_that_leaves_is_finished() -> Result<()> {
+    handshake_while_leaving(|scene| &scene.client)
+}
+
+#[test]
+fn a_handshake_with_a_pod_that_leaves_is_finished() -> Result<()> {
+    handshake_while_leaving(|scene| &scene.server_a)
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -17,12 +17,17 @@ pub struct Scanner {
     tables: Arc<Tables>,
     pods: Arc<Pods>,
     short: Option<Arc<ShortCircuit>>,
+    untold: Arc<Mutex<Untold>>,
 }
+
+/// What lost events would have said, and no look has told yet.
+#[derive(Default)]
+struct Untold(HashMap<LostKey, Lost>);
 
 /// What was found.
 pub struct Scan {
     /// Taken before the flows were read: a flow whose end is in here is not among them.
-    pub lost: Vec<(LostKey, Lost)>,
+    pub lost: HashMap<LostKey, Lost>,
     pub flows: Vec<Found>,
     /// Whose alarm may have been lost, and whether it is the client's end.
     pub isolated: Vec<(Isolated, bool)>,
@@ -46,13 +51,16 @@ impl Scanner {
             tables,
             pods,
             short,
+            untold: Arc::default(),
         }
     }
 
     /// Looks at the flows that are at least this old, and at their clients' sockets if `measured`.
     pub fn look(&self, at_least: Duration, measured: bool) -> Result<Scan, KernelError> {
         let began = Instant::now();
-        let lost = self.tables.take_lost()?;
+        // The kernel part has it no more: a look that fails leaves it to the next.
+        let mut untold = self.untold.lock().unwrap_or_else(PoisonError::into_inner);
+        untold.add(self.tables.take_lost()?);
         // Not the time now: a later agent takes the younger ones for untold.
         let beat = self.tables.last_beat();
         let is_old = |flow: &OpenFlow| {
@@ -69,7 +77,7 @@ impl Scanner {
             self.measure(&mut flows);
         }
         Ok(Scan {
-            lost,
+            lost: std::mem::take(&mut untold.0),
             flows,
             isolated: self.tables.isolated(),
             measured,
@@ -112,6 +120,23 @@ impl Scanner {
     }
 }
 
+impl Untold {
+    fn add(&mut self, lost: Vec<(LostKey, Lost)>) {
+        for (key, more) in lost {
+            let total = self.0.entry(key).or_default();
+            for (total, more) in [
+                (&mut total.closed, more.closed),
+                (&mut total.failed, more.failed),
+                (&mut total.bytes_sent, more.bytes_sent),
+                (&mut total.bytes_received, more.bytes_received),
+                (&mut total.retransmits, more.retransmits),
+            ] {
+                *total = total.saturating_add(more);
+            }
+        }
+    }
+}
+
 impl Found {
     /// TCP does not know of what was redirected.
     fn with_redirected(&self, mut measures: SocketMeasures) -> SocketMeasures {
@@ -120,5 +145,31 @@ impl Found {
             measures.bytes_received = measures.bytes_received.saturating_add(redirected.by_server);
         }
         measures
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_no_look_has_told_adds_up_by_whose_it_is() {
+        let key = |service| LostKey {
+            client_netns: 1,
+            server: [0; 16],
+            service,
+            padding: 0,
+        };
+        let lost = |closed, bytes_sent| Lost {
+            closed,
+            bytes_sent,
+            ..Lost::default()
+        };
+        let mut untold = Untold::default();
+        untold.add(vec![(key(1), lost(1, 10)), (key(2), lost(2, 20))]);
+        untold.add(vec![(key(1), lost(3, u64::MAX))]);
+        assert_eq!(untold.0.len(), 2);
+        assert_eq!(untold.0[&key(1)], lost(4, u64::MAX));
+        assert_eq!(untold.0[&key(2)], lost(2, 20));
     }
 }

@@ -210,11 +210,13 @@ impl Enforcer {
         self.tables.put_pod(enrolled.pod.cookie(), entry)
     }
 
+    /// The pod first: what is on its way to it arrives when it is known to leave, not where only its endpoint is missing.
     fn erase(&self, enrolled: &Enrolled) -> Result<(), KernelError> {
+        self.tables.remove_pod(enrolled.pod.cookie())?;
         for (ip, _) in &enrolled.endpoints {
             self.tables.remove_endpoint(*ip)?;
         }
-        self.tables.remove_pod(enrolled.pod.cookie())
+        Ok(())
     }
 
     /// Removes a pod. Its direct flows go on where policy would let a client without an identity in: the others are to be cut by

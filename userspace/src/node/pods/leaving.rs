@@ -14,8 +14,9 @@ use crate::{
 
 /// How long a connection takes from the decision about it to a listener, and from there to be accepted.
 pub(super) const UNDER_WAY: Duration = Duration::from_millis(50);
-/// How long it may take at most, on a node that is too busy to do it at once.
-const LONG_UNDER_WAY: Duration = Duration::from_secs(1);
+/// How long it may take at most: on a node that is too busy to do it at once, or where the SYN was lost, which is sent again after
+/// a second.
+const LONG_UNDER_WAY: Duration = Duration::from_millis(1500);
 /// How long who releases a pod waits for its connections to end.
 const SHORTLY: Duration = Duration::from_millis(200);
 
