@@ -1,11 +1,17 @@
 //! Pods come and go, nodes too: what is taken down leaves nothing behind and disturbs nobody.
 
-use anyhow::Result;
-use culvert_harness::{AgentOptions, Pod, culvert_binary};
-use culvert_tests::scene::{NAMESPACE, SOON, Scene, answered, connect, echo, hold, serve, text};
+use anyhow::{Result, anyhow};
+use culvert_abi::{Claim, FlowKey};
+use culvert_harness::{AgentOptions, Pod, culvert_binary, wait_until};
+use culvert_tests::scene::{
+    NAMESPACE, PORT, SOON, Scene, answered, connect, echo, hold, serve, text, unplug,
+};
 use nix::sys::signal::Signal;
 
-use crate::{agent_gone::goes_on, kernel_tables::pinned};
+use crate::{
+    agent_gone::goes_on,
+    kernel_tables::{pinned, table},
+};
 
 const HELLO: [&str; 4] = ["--send", "hello", "--read", "5"];
 
@@ -119,6 +125,38 @@ fn the_flows_of_a_released_client_are_nobodys_and_judged_so() -> Result<()> {
         "a pod without an identity"
     );
     Ok(())
+}
+
+#[test]
+fn the_flows_of_a_released_client_do_not_wait_for_what_is_on_its_way() -> Result<()> {
+    let scene = Scene::new()?;
+    let _servers = (
+        serve(&scene.server_a, "echo")?,
+        serve(&scene.intruder, "echo")?,
+    );
+    for server in [&scene.server_a, &scene.intruder] {
+        scene.warm(&scene.client, server)?;
+    }
+    let held = hold(&scene.client, &scene.server_a)?;
+    goes_on(&held, "enrolled")?;
+    unplug(&scene.intruder)?;
+    let _on_its_way = scene
+        .client
+        .probe()?
+        .args(["connect", "--to", &scene.intruder.at(PORT)])
+        .spawn()?;
+    let is_on_its_way = || -> Result<bool> {
+        let claims = table::<FlowKey, Claim>(&scene.node1, "CLAIMS")?;
+        Ok(claims.keys().next().is_some())
+    };
+    wait_until(SOON, "a claim", || Ok(is_on_its_way()?.then_some(())))?;
+    let uid = &scene.workload(&scene.client)?.uid;
+    std::thread::scope(|scope| -> Result<()> {
+        let released = scope.spawn(|| scene.agent1.unenrol(uid));
+        held.wait_for_event("end", SOON)?;
+        assert!(is_on_its_way()?, "it was cut after that");
+        released.join().map_err(|_| anyhow!("panicked"))?
+    })
 }
 
 #[test]

@@ -12,7 +12,11 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::Mutex, time::sleep};
+use tokio::{
+    sync::Mutex,
+    task::{JoinError, JoinHandle},
+    time::sleep,
+};
 
 use super::enforcer::{Enforcer, View};
 use crate::{
@@ -308,7 +312,12 @@ impl Pods {
             .ok_or_else(|| EnrolError::Unknown(uid.clone()))?;
         let pod = Arc::clone(&enrolment.pod);
         self.registry.remove(uid);
-        let view = self.enforcer.remove(&pod);
+        let view = self.enforcer.remove(&pod).map(|view| view.map(Arc::new));
+        // What is open is cut at once, what is on its way once it has arrived.
+        let cutting = match &view {
+            Ok(Some(view)) => Some(self.cut(view)),
+            _ => None,
+        };
         let ended = self.leave(running, enrolment, proxy).await;
         let forgotten = tokio::task::block_in_place(|| self.enforcer.forget_claims(&pod));
         let ended = ended.and(forgotten.map_err(Into::into));
@@ -329,19 +338,29 @@ impl Pods {
             }
         }
         tracing::info!(pod = %uid, "pod released");
-        Ok(Released { view, ended })
+        Ok(Released {
+            view,
+            cutting,
+            ended,
+        })
     }
 
-    /// Looks through the flows of a pod that has left. Nobody waits for this but who asked: the kernel may take its time to destroy
-    /// sockets.
+    /// Looks through the flows of a pod that has left once more. Nobody waits for this but who asked: the kernel may take its time
+    /// to destroy sockets.
     async fn finish(&self, released: Released) -> Result<(), EnrolError> {
         if let Some(view) = released.view? {
-            let enforcer = Arc::clone(&self.enforcer);
-            if let Err(error) = tokio::task::spawn_blocking(move || enforcer.sweep(&view)).await {
-                tracing::error!(%error, "flows of a pod that left were not looked through");
+            if let Some(cutting) = released.cutting {
+                looked_through(cutting.await);
             }
+            looked_through(self.cut(&view).await);
         }
         released.ended
+    }
+
+    /// Begins to cut the flows that a view forbids.
+    fn cut(&self, view: &Arc<View>) -> JoinHandle<usize> {
+        let (enforcer, view) = (Arc::clone(&self.enforcer), Arc::clone(view));
+        tokio::task::spawn_blocking(move || enforcer.sweep(&view))
     }
 
     /// The pods that cannot be served yet, with the reason.
@@ -391,6 +410,14 @@ impl Pods {
 /// A pod that was taken down.
 struct Released {
     /// What its flows are judged by from now on.
-    view: Result<Option<View>, KernelError>,
+    view: Result<Option<Arc<View>>, KernelError>,
+    /// Those that were open are being cut.
+    cutting: Option<JoinHandle<usize>>,
     ended: Result<(), EnrolError>,
+}
+
+fn looked_through(cut: Result<usize, JoinError>) {
+    if let Err(error) = cut {
+        tracing::error!(%error, "flows of a pod that left were not looked through");
+    }
 }
