@@ -109,6 +109,13 @@ fn of_few_words(scene: &Scene, mode: &str) -> Result<(Proc, Proc, Mark)> {
     Ok((server, client, log))
 }
 
+/// The flow's server said [`BANNER`], its client `sent` bytes.
+fn has_counted(line: &AccessLine, sent: &str) {
+    let counted = ["bytes_sent", "bytes_recv"].map(|name| line.field(name));
+    let expected = [Some(BANNER.len().to_string()), Some(sent.to_owned())];
+    assert_eq!(counted, expected, "{}", line.text);
+}
+
 /// FIN takes a number, but is no byte: none came here before the end.
 #[test]
 fn all_that_a_half_closed_flow_received_is_counted_when_it_is_revoked() -> Result<()> {
@@ -119,9 +126,7 @@ fn all_that_a_half_closed_flow_received_is_counted_when_it_is_revoked() -> Resul
     assert_eq!(text(&data, "data"), BANNER);
     scene.change_mesh(|mesh| mesh.policies = vec![only("intruder")])?;
     let line = ended(&scene.agent1, log, "revoked")?;
-    let received = BANNER.len().to_string();
-    assert_eq!(line.field("bytes_sent"), Some(received), "{}", line.text);
-    assert_eq!(line.field("bytes_recv"), Some("5".into()), "{}", line.text);
+    has_counted(&line, "5");
     Ok(())
 }
 
@@ -152,9 +157,7 @@ fn all_that_was_sent_is_counted_when_the_last_fin_is_answered_with_a_reset() -> 
     server.wait(SOON)?;
     client.kill(Signal::SIGKILL)?;
     let line = ended(&scene.agent1, log, "reset_by_peer")?;
-    let received = BANNER.len().to_string();
-    assert_eq!(line.field("bytes_sent"), Some(received), "{}", line.text);
-    assert_eq!(line.field("bytes_recv"), Some("10".into()), "{}", line.text);
+    has_counted(&line, "10");
     Ok(())
 }
 
